@@ -1,0 +1,50 @@
+"""The exceptions that raytrl raises on purpose.
+
+Each takes exactly one string, so that every one of them pickles across Ray unchanged. Messages read
+*where: what is wrong; found; expected; what to do*. `exit_status` is what the command line exits with:
+2 when the request itself is wrong (nothing was started), 1 when a run failed.
+"""
+
+
+class RaytrlError(Exception):
+    """Base of all errors that raytrl reports without a traceback."""
+
+    exit_status = 1
+
+
+class ConfigError(RaytrlError):
+    """The run file, an override or the command line asks for something that cannot be done."""
+
+    exit_status = 2
+
+
+class DataError(ConfigError):
+    """A dataset is missing, empty, or has a row or column that the run cannot use."""
+
+
+class ResourceError(ConfigError):
+    """The machine or cluster does not have what the run asks for."""
+
+
+class RunError(RaytrlError):
+    """A run was started and failed."""
+
+
+class WorkerError(RunError):
+    """A worker process failed; the message names its rank and node and the one cause."""
+
+
+class StalledError(RunError):
+    """A bounded wait passed its limit; the message says who waited for whom."""
+
+
+class RewardError(RunError):
+    """A reward source raised, hung, or returned something that is not one finite number a response."""
+
+
+class NonFiniteError(RunError):
+    """A loss, gradient or reward is NaN or infinite; the message names the rows."""
+
+
+class WeightsVersionError(RunError):
+    """A rollout engine holds (or answered with) other weights than the request named."""

@@ -1,0 +1,48 @@
+"""The typed records that cross a process boundary: frozen, picklable, no tensors, no models.
+
+A response is named by (step, row, sample): `row` counts the prompts of that step's global batch, `sample` the
+responses of one prompt. Nothing else identifies it, so it may be made by any rollout actor, in any order.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+Message = Mapping[str, Any]
+PromptText = str | list[Message]
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One prompt of a step's global batch."""
+
+    step: int
+    row: int
+    text: PromptText  # as in the dataset: a string, or a list of chat messages
+    token_ids: tuple[int, ...]  # chat template applied, truncated, no padding
+    columns: Mapping[str, Any] = field(default_factory=dict)  # the dataset's other columns, for reward functions
+
+
+@dataclass(frozen=True, slots=True)
+class Response:
+    """One sampled response; `token_ids` holds the sampled tokens, the end token included."""
+
+    step: int
+    row: int
+    sample: int
+    token_ids: tuple[int, ...]
+    text: str  # decoded, special tokens and a stop string removed: what reward sources read
+    ended: bool  # an end token or a stop string was sampled; False: cut at max_new_tokens
+    sampling_logprobs: tuple[float, ...]  # the engine's own, one a token
+    policy_version: int  # updates done when it was sampled
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """The weighted sum over all reward sources for one response; `None` means dropped, never zero."""
+
+    step: int
+    row: int
+    sample: int
+    value: float | None
+    by_source: Mapping[str, float | None]

@@ -46,3 +46,15 @@ class Score:
     sample: int
     value: float | None
     by_source: Mapping[str, float | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """What rank 0 of a learner tells the driver on its way (and any rank, for `failure`)."""
+
+    kind: str  # phase | start | step | eval | checkpoint | done | failure
+    step: int = 0
+    total_steps: int = 0
+    text: str = ""  # phase: what is being done; failure: rank, node and cause
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    details: str = ""  # failure: the traceback

@@ -1,0 +1,3 @@
+from raytrl.cli import main
+
+main()

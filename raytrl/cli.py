@@ -1,0 +1,140 @@
+"""The command line. Parses first and imports late, so that help and config errors answer at once."""
+
+import json
+import shlex
+import sys
+import traceback
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from raytrl.errors import RaytrlError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Post-training on Ray: fine-tune, train reward models, align. One YAML file is one run.",
+)
+config_app = typer.Typer(no_args_is_help=True, help="Look at run files without running them.")
+app.add_typer(config_app, name="config")
+
+File = Annotated[str, typer.Argument(metavar="CONFIG", help="the run file (YAML)", show_default=False)]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="such as training.learning_rate=1e-5", show_default=False),
+]
+Fresh = Annotated[bool, typer.Option("--fresh", help="throw away what the run directory holds and start anew")]
+Debug = Annotated[bool, typer.Option("--debug", help="show the full traceback of an error")]
+
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+
+def _guarded(work: Callable[[], None], debug: bool) -> None:
+    """Runs a command's work; an error becomes one message and an exit status (2: not started, 1: failed)."""
+    try:
+        work()
+    except RaytrlError as error:
+        if debug:
+            traceback.print_exc()
+        for line in str(error).splitlines():
+            err.print(f"[bold red]error:[/] {escape(line)}", soft_wrap=True)
+        raise typer.Exit(error.exit_status) from None
+    except KeyboardInterrupt:
+        err.print("interrupted; the same command continues from the last checkpoint")
+        raise typer.Exit(130) from None
+
+
+def _train(kind: str, file: str, overrides: list[str] | None, fresh: bool) -> None:
+    from raytrl.config.load import load_run
+
+    loaded = load_run(file, overrides or [], kind)
+    from raytrl.launch.train import train
+    from raytrl.report.progress import Display, summary
+
+    _stop_on_sigterm()
+    command = shlex.join(["raytrl", *sys.argv[1:]])
+    with Display(out, f"{kind} {loaded.run.name}") as display:
+        manifest = train(loaded, command, fresh, display.show)
+    if manifest.get("already_done"):
+        out.print("this run is finished already; --fresh trains it anew")
+    out.print(summary(manifest, manifest["model"].removesuffix("/model")))
+
+
+def _stop_on_sigterm() -> None:
+    """A stopped job or a full queue slot ends the run as Ctrl-C does: Ray is taken down, checkpoints stay."""
+    import signal
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, stop)
+
+
+@app.command()
+def sft(config: File, overrides: Overrides = None, fresh: Fresh = False, debug: Debug = False) -> None:
+    """Supervised fine-tuning with TRL's SFTTrainer."""
+    _guarded(lambda: _train("sft", config, overrides, fresh), debug)
+
+
+@app.command()
+def reward(config: File, overrides: Overrides = None, fresh: Fresh = False, debug: Debug = False) -> None:
+    """A reward model from preference pairs, with TRL's RewardTrainer."""
+    _guarded(lambda: _train("reward", config, overrides, fresh), debug)
+
+
+@app.command()
+def dpo(config: File, overrides: Overrides = None, fresh: Fresh = False, debug: Debug = False) -> None:
+    """Direct preference optimisation with TRL's DPOTrainer."""
+    _guarded(lambda: _train("dpo", config, overrides, fresh), debug)
+
+
+@config_app.command("show")
+def config_show(config: File, overrides: Overrides = None, debug: Debug = False) -> None:
+    """Every value of a run file and where it comes from."""
+
+    def work() -> None:
+        from raytrl.config.load import load_run
+
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        for name in ("key", "value", "origin"):
+            table.add_column(name, overflow="fold")
+        for key, value, origin in load_run(config, overrides or []).values():
+            style = "dim" if origin == "default" else ""
+            table.add_row(key, escape(_as_yaml(value)), escape(origin), style=style)
+        out.print(table)
+
+    _guarded(work, debug)
+
+
+@config_app.command("schema")
+def config_schema(
+    kind: Annotated[str, typer.Argument(metavar="KIND", help="sft, reward or dpo", show_default=False)],
+) -> None:
+    """The JSON schema of a kind of run file, for editors."""
+
+    def work() -> None:
+        from raytrl.config.runs import RUNS
+        from raytrl.config.schema import json_schema
+        from raytrl.errors import ConfigError
+
+        if kind not in RUNS:
+            raise ConfigError(f"{kind!r}: no such kind of run; expected: one of {', '.join(RUNS)}")
+        sys.stdout.write(json.dumps(json_schema(kind), indent=2) + "\n")
+
+    _guarded(work, False)
+
+
+def _as_yaml(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+def main() -> None:
+    app()

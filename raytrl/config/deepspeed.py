@@ -1,0 +1,118 @@
+"""`learner.deepspeed`: a DeepSpeed file or dictionary, checked for unknown keys and against `training:`."""
+
+import ast
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+from raytrl.config.native import ZERO_CLASS, check_values, native_fields, package_folder
+from raytrl.config.nearest import unknown_key
+from raytrl.errors import ConfigError
+
+# Top-level sections that DeepSpeed reads by literal name rather than through runtime/constants.py.
+_SECTIONS = """
+    zero_optimization activation_checkpointing aio amp autotuning comet comms_logger compile compression_training
+    csv_monitor data_efficiency elasticity flops_profiler hybrid_engine pipeline tensorboard tensor_parallel
+    timers wandb zenflow zero_allow_untested_optimizer
+"""
+
+# DeepSpeed key, `training:` key, what `training:` says by default. transformers fills "auto" from the latter;
+# a number in both places must be the same one, or DeepSpeed trains with other settings than the run file shows.
+_SHARED = [
+    ("train_micro_batch_size_per_gpu", "per_device_train_batch_size"),
+    ("gradient_accumulation_steps", "gradient_accumulation_steps"),
+    ("gradient_clipping", "max_grad_norm"),
+    ("bf16.enabled", "bf16"),
+    ("fp16.enabled", "fp16"),
+    ("optimizer.params.lr", "learning_rate"),
+    ("optimizer.params.weight_decay", "weight_decay"),
+    ("scheduler.params.warmup_max_lr", "learning_rate"),
+    ("scheduler.params.warmup_num_steps", "warmup_steps"),
+]
+
+
+@functools.cache
+def _top_level_keys() -> frozenset[str]:
+    module = ast.parse((package_folder("deepspeed") / "runtime/constants.py").read_text(encoding="utf-8"))
+    named = {
+        node.value.value
+        for node in module.body
+        if isinstance(node, ast.Assign)
+        and isinstance(node.value, ast.Constant)
+        and isinstance(node.value.value, str)
+        and node.value.value.isidentifier()
+    }
+    return frozenset(named | set(_SECTIONS.split()))
+
+
+def read_deepspeed(value: str | dict[str, Any], where: str = "learner.deepspeed") -> dict[str, Any]:
+    """The DeepSpeed dictionary, read from its file where a path is given.
+
+    Raises:
+        ConfigError: no such file, or it is not a JSON object.
+    """
+    if isinstance(value, dict):
+        return dict(value)
+    path = Path(value)
+    if not path.is_file():
+        raise ConfigError(f"{where}: no such file; found: {value!r}; expected: a DeepSpeed JSON file or its keys")
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{path}:{error.lineno}: not JSON: {error.msg}") from None
+    if not isinstance(found, dict):
+        raise ConfigError(f"{path}: expected one JSON object; found: {type(found).__name__}")
+    return found
+
+
+def zero_stage(deepspeed: dict[str, Any] | None) -> int | None:
+    """The ZeRO stage (0 to 3), or None without DeepSpeed."""
+    return None if deepspeed is None else int(deepspeed.get("zero_optimization", {}).get("stage", 0))
+
+
+def check_deepspeed(deepspeed: dict[str, Any], training: dict[str, Any], native: Any) -> list[str]:
+    """Problems of the dictionary itself and of its agreement with `training:`, one line each."""
+    where = "learner.deepspeed"
+    problems = [unknown_key(where, key, _top_level_keys()) for key in deepspeed if key not in _top_level_keys()]
+    zero = deepspeed.get("zero_optimization", {})
+    if not isinstance(zero, dict):
+        return [*problems, f"{where}.zero_optimization: expected a dictionary; found: {zero!r}"]
+    fields = native_fields(ZERO_CLASS)
+    # DeepSpeed keeps old spellings as aliases that its field table does not show.
+    known = set(fields) | {"stage3_gather_16bit_weights_on_model_save", "stage3_gather_fp16_weights_on_model_save"}
+    known |= {f"stage3_{name}" for name in fields}
+    problems += [unknown_key(f"{where}.zero_optimization", key, known) for key in zero if key not in known]
+    stage = zero.get("stage", 0)
+    if stage not in (0, 1, 2, 3):
+        problems.append(f"{where}.zero_optimization.stage: found: {stage!r}; expected: 0, 1, 2 or 3")
+    numbers = {k: v for k, v in zero.items() if v != "auto" and not isinstance(v, dict)}
+    problems += check_values(f"{where}.zero_optimization", ZERO_CLASS, numbers)
+    return problems + _conflicts(deepspeed, training, native)
+
+
+def _conflicts(deepspeed: dict[str, Any], training: dict[str, Any], native: Any) -> list[str]:
+    defaults = native_fields(native)
+    problems = []
+    for theirs, ours in _SHARED:
+        value: Any = deepspeed
+        for part in theirs.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        if value is None or value == "auto":
+            continue
+        said = ours in training
+        expected = training[ours] if said else _literal(defaults[ours].default)
+        # bf16 left to its default follows the device; only a contradiction that was written down is one.
+        if (value != expected and said) or (value != expected and ours not in ("bf16", "fp16")):
+            origin = f"training.{ours} is {expected!r}" + ("" if said else f" (default of {native.name})")
+            problems.append(
+                f'learner.deepspeed.{theirs}: is {value!r}, but {origin}; write "auto" there, or the same value in both'
+            )
+    return problems
+
+
+def _literal(source: str | None) -> Any:
+    try:
+        return ast.literal_eval(source or "None")
+    except ValueError:
+        return None

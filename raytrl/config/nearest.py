@@ -1,0 +1,87 @@
+"""The answer to an unknown key: the nearest known one, or today's name of an old one."""
+
+import difflib
+from collections.abc import Iterable
+
+# Names that people paste from older TRL, transformers and PEFT examples → where the setting is in a run file.
+RENAMED = {
+    "max_seq_length": "training.max_length",
+    "tokenizer": "model.tokenizer",
+    "processing_class": "model.tokenizer",
+    "dataset_text_field": "training.dataset_text_field",
+    "evaluation_strategy": "training.eval_strategy",
+    "eval_strategy": "training.eval_strategy",
+    "no_cuda": "training.use_cpu",
+    "per_gpu_train_batch_size": "training.per_device_train_batch_size",
+    "per_gpu_eval_batch_size": "training.per_device_eval_batch_size",
+    "warmup_ratio": "training.warmup_steps (a value below 1 is a share of all steps)",
+    "group_by_length": "training.train_sampling_strategy: group_by_length",
+    "torch_dtype": "model.dtype",
+    "dtype": "model.dtype",
+    "model_name_or_path": "model.path",
+    "model_name": "model.path",
+    "trust_remote_code": "model.trust_remote_code",
+    "attn_implementation": "training.model_init_kwargs.attn_implementation",
+    "peft_config": "lora",
+    "use_peft": "lora (the section's presence turns it on)",
+    "lora_r": "lora.r",
+    "lora_dropout": "lora.lora_dropout",
+    "lora_target_modules": "lora.target_modules",
+    "dataset_name": "data.train",
+    "train_dataset": "data.train",
+    "eval_dataset": "data.eval",
+    "load_in_4bit": "training.model_init_kwargs.quantization_config",
+    "load_in_8bit": "training.model_init_kwargs.quantization_config",
+    "chat_template": "training.chat_template_path",
+    "num_workers": "learner.workers",
+    "use_gpu": "learner.resources: {GPU: 1}",
+    "max_prompt_length": "training.max_length",
+}
+
+# Fields of TRL's config classes that a run file sets elsewhere, because Ray Train owns what they govern.
+OWNED = {
+    "output_dir": "`output_dir` and `name` at the top of the file",
+    "seed": "`seed` at the top of the file",
+    "run_name": "`name` at the top of the file",
+    "report_to": "`report_to` at the top of the file",
+    "deepspeed": "`learner.deepspeed`",
+    "fsdp": "`learner.deepspeed` (raytrl distributes with DDP or DeepSpeed)",
+    "fsdp_config": "`learner.deepspeed` (raytrl distributes with DDP or DeepSpeed)",
+    "local_rank": "`learner.workers` (Ray Train places the ranks)",
+    "ddp_backend": "`learner.resources` (NCCL with GPUs, gloo without)",
+    "save_strategy": "`checkpoint.every`",
+    "save_steps": "`checkpoint.every`",
+    "save_total_limit": "`checkpoint.keep`",
+    "save_on_each_node": "`checkpoint` (each file is stored once)",
+    "save_only_model": "`checkpoint` (a checkpoint must be complete to be resumed from)",
+    "resume_from_checkpoint": "nothing: the same command continues a run; --fresh starts anew",
+    "restore_callback_states_from_checkpoint": "nothing: the same command continues a run",
+    "ignore_data_skip": "nothing: a resumed run continues at its exact data position",
+    "overwrite_output_dir": "the option --fresh",
+    "enable_jit_checkpoint": "`checkpoint.every`",
+    "do_train": "the command: `raytrl sft|reward|dpo` trains",
+    "do_eval": "`data.eval`: its presence evaluates",
+    "do_predict": "the command `raytrl eval`",
+    "push_to_hub": "nothing: the result is the folder model/; push it with `hf upload`",
+    "load_best_model_at_end": "nothing: the result is the model after the last step; use `checkpoint.keep` to keep more",
+    "auto_find_batch_size": "`per_device_train_batch_size`: a batch size that changes on the way cannot be resumed",
+    "disable_tqdm": "nothing: raytrl draws its own progress",
+    "trust_remote_code": "`model.trust_remote_code`",
+    "use_cpu": "`learner.resources`: a worker without GPU trains on its CPU",
+    "log_level": "the option --debug",
+    "log_level_replica": "the option --debug",
+}
+
+
+def unknown_key(where: str, key: str, known: Iterable[str]) -> str:
+    """One line that names an unknown key and what was probably meant."""
+    path = f"{where}.{key}" if where else key
+    if key in RENAMED and RENAMED[key] != path:
+        return f"{path}: unknown key; today this is {RENAMED[key]}"
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+    return f"{path}: unknown key" + (f"; nearest known key: {near[0]}" if near else f"; known: {_some(known)}")
+
+
+def _some(known: Iterable[str]) -> str:
+    names = sorted(known)
+    return ", ".join(names) if len(names) <= 12 else ", ".join(names[:12]) + ", …"

@@ -1,0 +1,35 @@
+"""The JSON schema of each kind of run file, so that editors complete and check it."""
+
+from typing import Any
+
+from pydantic import TypeAdapter
+
+from raytrl.config.native import LORA_CLASS, NativeClass, native_fields
+from raytrl.config.nearest import OWNED
+from raytrl.config.runs import RUNS, SupervisedRun
+
+
+def json_schema(kind: str) -> dict[str, Any]:
+    """JSON schema (2020-12) of one kind, the foreign classes' fields included."""
+    model = RUNS[kind]
+    schema: dict[str, Any] = {"$schema": "https://json-schema.org/draft/2020-12/schema", **model.model_json_schema()}
+    if issubclass(model, SupervisedRun):
+        schema["properties"]["training"] = _native_schema(model.native_class, leave_out=set(OWNED))
+        schema["properties"]["lora"] = {"anyOf": [_native_schema(LORA_CLASS, {"task_type"}), {"type": "null"}]}
+    learner = schema["$defs"]["LearnerSection"]["properties"]
+    learner["deepspeed"] = {"anyOf": [{"type": "string"}, *learner["deepspeed"]["anyOf"]]}
+    source = schema["$defs"]["DataSource"]
+    schema["$defs"]["DataSource"] = {"anyOf": [{"type": "string"}, source]}
+    return schema
+
+
+def _native_schema(native: NativeClass, leave_out: set[str]) -> dict[str, Any]:
+    properties = {}
+    for name, field in native_fields(native).items():
+        if name in leave_out:
+            continue
+        entry = {} if field.type is Any else TypeAdapter(field.type).json_schema()
+        if field.help:
+            entry["description"] = field.help.replace("%%", "%")
+        properties[name] = entry
+    return {"type": "object", "title": str(native), "properties": properties, "additionalProperties": False}

@@ -1,0 +1,172 @@
+"""Datasets: load what a run file names, and refuse rows a trainer would stumble over, with their numbers."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from raytrl.config.runs import DataSource, SupervisedRun
+from raytrl.errors import DataError
+from raytrl.functions import load_function
+
+datasets.disable_progress_bars()
+datasets.logging.set_verbosity_error()
+
+# The columns each kind trains on (TRL's dataset types); `text` stands for `training.dataset_text_field`.
+_LAYOUTS: dict[str, list[tuple[str, ...]]] = {
+    "sft": [("messages",), ("conversations",), ("prompt", "completion"), ("text",), ("input_ids",)],
+    "reward": [("chosen", "rejected")],
+    "dpo": [("chosen", "rejected")],
+}
+
+
+def load_data(source: DataSource, where: str) -> datasets.Dataset:
+    """Loads one split.
+
+    Args:
+        source: the section of the run file.
+        where: its key, for error messages.
+
+    Raises:
+        DataError: file, folder, hub id or split is missing, or a file cannot be parsed (with the line).
+    """
+    files = [source.data_files] if isinstance(source.data_files, str) else list(source.data_files or [])
+    for file in files:
+        if not set("*?[") & set(file) and "://" not in file and not Path(file).is_file():
+            raise DataError(f"{where}: no such file; found: {file!r} (working directory {Path.cwd()})")
+    try:
+        dataset = _load(source)
+    except Exception as error:  # the builders raise a dozen kinds; all mean that this source cannot be had
+        raise DataError(_cause(error, source, files, where)) from error
+    if source.transform is not None:
+        dataset = load_function(source.transform, f"{where}.transform")(dataset)
+        if not isinstance(dataset, datasets.Dataset):
+            raise DataError(f"{where}.transform: returned {type(dataset).__name__}; expected: a datasets.Dataset")
+    if len(dataset) == 0:
+        raise DataError(f"{where}: the dataset is empty; found: 0 rows in {_name(source)}")
+    return dataset
+
+
+def _load(source: DataSource) -> datasets.Dataset:
+    folder = Path(source.path)
+    if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
+        saved = datasets.load_from_disk(source.path)
+        return saved[source.split] if isinstance(saved, datasets.DatasetDict) else saved
+    options = {k: v for k, v in source.model_dump().items() if k != "transform" and v is not None}
+    return datasets.load_dataset(options.pop("path"), **options)
+
+
+def _name(source: DataSource) -> str:
+    return str(source.data_files or source.path)
+
+
+def _cause(error: Exception, source: DataSource, files: list[str], where: str) -> str:
+    if source.path == "json":
+        for file in files:
+            if (bad := _bad_json_line(file)) is not None:
+                return f"{where}: {file}:{bad[0]}: not a JSON object: {bad[1]}"
+    if isinstance(error, ValueError) and "split" in str(error).lower():
+        return f"{where}.split: found: {source.split!r}; {error}"
+    offline = "" if files or Path(source.path).exists() else " (not a local file or folder, and not had from the hub)"
+    innermost: BaseException = error
+    while innermost.__cause__ is not None:
+        innermost = innermost.__cause__
+    return f"{where}: {_name(source)!r} cannot be loaded{offline}: {str(innermost).splitlines()[0]}"
+
+
+def _bad_json_line(file: str) -> tuple[int, str] | None:
+    if not file.endswith(".jsonl") or not Path(file).is_file():
+        return None
+    with open(file, encoding="utf-8", errors="replace") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                if line.strip() and not isinstance(json.loads(line), dict):
+                    return number, f"found {line.strip()[:60]!r}"
+            except json.JSONDecodeError as error:
+                return number, error.msg
+    return None
+
+
+def check_columns(dataset: datasets.Dataset, run: SupervisedRun, where: str) -> tuple[str, ...]:
+    """The columns this kind of run trains on; each has been found without missing values and of the right type.
+
+    Raises:
+        DataError: no usable columns (naming those there are), or a row with a missing or mistyped value.
+    """
+    text_field = run.training.get("dataset_text_field", "text")
+    layouts = [tuple(text_field if c == "text" else c for c in layout) for layout in _LAYOUTS[run.kind]]
+    layout = next((columns for columns in layouts if set(columns) <= set(dataset.column_names)), None)
+    if layout is None:
+        expected = " | ".join("+".join(columns) for columns in layouts)
+        raise DataError(
+            f"{where}: no columns that `raytrl {run.kind}` can train on; found: {', '.join(dataset.column_names)}; "
+            f"expected: {expected}; rename them with a transform"
+        )
+    prompt = ("prompt",) if "prompt" in dataset.column_names and "prompt" not in layout and run.kind != "sft" else ()
+    for column in (*prompt, *layout):
+        _check_column(dataset, column, where)
+    kinds = {_is_conversation(dataset, column) for column in (*prompt, *layout)}
+    if len(kinds) > 1:
+        raise DataError(f"{where}: {', '.join((*prompt, *layout))} must all be strings, or all be lists of messages")
+    return (*prompt, *layout)
+
+
+def _check_column(dataset: datasets.Dataset, column: str, where: str) -> None:
+    values = dataset.data.column(column)
+    if dataset._indices is not None:  # a transform may have filtered or shuffled: look at the rows as trained on
+        values = dataset.flatten_indices().data.column(column)
+    if column == "input_ids":
+        return
+    if values.null_count:
+        row = pc.index(pc.is_null(values), True).as_py() + 1
+        raise DataError(
+            f"{where}: row {row}: {column!r} is missing or null ({values.null_count} of {len(dataset)} rows); "
+            f"columns: {', '.join(dataset.column_names)}"
+        )
+    kind = values.type
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+        return
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        empty = pc.equal(pc.list_value_length(values), 0)
+        if pc.any(empty).as_py():
+            raise DataError(f"{where}: row {pc.index(empty, True).as_py() + 1}: {column!r} has no messages")
+        if pa.types.is_struct(kind.value_type):
+            fields = {field.name for field in kind.value_type}
+            if {"role", "content"} <= fields or {"from", "value"} <= fields:
+                return
+    raise DataError(
+        f"{where}: row 1: {column!r} is neither text nor a list of messages with role and content; "
+        f"found: {kind}: {str(dataset[0][column])[:80]!r}"
+    )
+
+
+def _is_conversation(dataset: datasets.Dataset, column: str) -> bool:
+    return not isinstance(dataset.features[column], datasets.Value)
+
+
+def conversation_of(dataset: datasets.Dataset, columns: tuple[str, ...]) -> list[dict[str, Any]] | None:
+    """The first row's messages as one conversation, or None where the rows are plain text."""
+    if columns == ("input_ids",) or not _is_conversation(dataset, columns[-1]):
+        return None
+    row = dataset[0]
+    messages: list[dict[str, Any]] = []
+    for column in columns:
+        if column != "rejected":
+            messages += row[column]
+    names = {"human": "user", "gpt": "assistant", "system": "system"}
+    return [{"role": names.get(m["from"], m["from"]), "content": m["value"]} if "from" in m else m for m in messages]
+
+
+def texts_of(dataset: datasets.Dataset, columns: tuple[str, ...]) -> Iterator[str]:
+    """Every string a tokenizer should be trained on."""
+    for batch in dataset.select_columns(list(columns)).iter(batch_size=1000):
+        for column in columns:
+            for value in batch[column]:
+                if isinstance(value, str):
+                    yield value
+                else:
+                    yield from (str(m.get("content", m.get("value", ""))) for m in value)

@@ -1,0 +1,44 @@
+"""Finds a user's function from its place in a run file: `file.py:name` or `package.module:name`."""
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from raytrl.errors import ConfigError
+
+
+def load_function(place: str, where: str) -> Callable[..., Any]:
+    """Imports the module and returns the function.
+
+    Args:
+        place: `file.py:name` (relative to the working directory) or `package.module:name`.
+        where: the key that names it, for error messages.
+
+    Raises:
+        ConfigError: no such file, module or function, or the module raises while it is imported.
+    """
+    module_name, _, name = place.rpartition(":")
+    try:
+        if module_name.endswith(".py"):
+            path = Path(module_name)
+            if not path.is_file():
+                raise ConfigError(f"{where}: no such file; found: {module_name!r}; expected: a Python file")
+            spec = importlib.util.spec_from_file_location(path.stem, path)
+            assert spec is not None  # a .py file always has a spec
+            assert spec.loader is not None
+            module = importlib.util.module_from_spec(spec)
+            sys.modules.setdefault(path.stem, module)
+            spec.loader.exec_module(module)
+        else:
+            module = importlib.import_module(module_name)
+    except ConfigError:
+        raise
+    except Exception as error:  # the user's module may raise anything
+        raise ConfigError(f"{where}: {module_name} cannot be imported: {type(error).__name__}: {error}") from error
+    function: Callable[..., Any] | None = getattr(module, name, None)
+    if function is None or not callable(function):
+        raise ConfigError(f"{where}: no function {name!r} in {module_name}")
+    return function

@@ -1,0 +1,118 @@
+"""What is checked before anything is started, and what is then going to run where."""
+
+import importlib.util
+import os
+import tempfile
+
+from raytrl.config.deepspeed import zero_stage
+from raytrl.config.runs import SupervisedRun, TokenizerSpec
+from raytrl.errors import ConfigError
+from raytrl.launch.resume import Standing
+from raytrl.launch.session import joins_cluster
+from raytrl.roles.device import check_cpu
+from raytrl.rundir import RunDirectory
+
+
+def preflight(run: SupervisedRun, run_dir: RunDirectory) -> tuple[dict[str, int], bool]:
+    """Checks data, tokenizer and model before anything is started, and trains the tokenizer where one is asked for.
+
+    Returns:
+        Rows by split, and whether a trained tokenizer lies in the run directory.
+    """
+    from raytrl.data import check_columns, conversation_of, load_data, texts_of  # datasets: 1.3 s
+
+    _check_trackers(run)
+    _check_model(run)
+    train_rows = load_data(run.data.train, "data.train")
+    columns = check_columns(train_rows, run, "data.train")
+    rows = {"train": len(train_rows)}
+    if run.data.eval is not None:
+        eval_rows = load_data(run.data.eval, "data.eval")
+        check_columns(eval_rows, run, "data.eval")
+        rows["eval"] = len(eval_rows)
+    from raytrl.roles.tokenizer import check_tokenizer, load_tokenizer, train_tokenizer
+
+    spec = run.model.tokenizer
+    if isinstance(spec, TokenizerSpec):
+        if run_dir.exists("tokenizer/tokenizer_config.json"):
+            with run_dir.local_copy("tokenizer") as folder:
+                tokenizer = load_tokenizer(folder, None, False)
+        else:
+            tokenizer = train_tokenizer(texts_of(train_rows, columns), spec)
+            with tempfile.TemporaryDirectory() as folder:
+                tokenizer.save_pretrained(f"{folder}/tokenizer")
+                run_dir.store(f"{folder}/tokenizer", "tokenizer")
+    else:
+        try:
+            tokenizer = load_tokenizer(spec or str(run.model.path), run.model.revision, run.model.trust_remote_code)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"model.tokenizer: cannot be loaded: {str(error).splitlines()[0]}") from None
+    check_tokenizer(tokenizer, run, conversation_of(train_rows, columns))
+    if not run.learner.uses_gpu and not joins_cluster(run):
+        check_cpu(run)
+    return rows, isinstance(spec, TokenizerSpec)
+
+
+def _check_trackers(run: SupervisedRun) -> None:
+    for tracker in run.report_to:
+        if tracker == "tensorboard" or tracker == "all":
+            continue
+        package = {"comet_ml": "comet_ml", "clearml": "clearml", "mlflow": "mlflow"}.get(tracker, tracker)
+        if importlib.util.find_spec(package) is None:
+            raise ConfigError(
+                f"report_to: {tracker!r} is not installed; expected: `pip install {package}`, or leave it out"
+            )
+
+
+def _check_model(run: SupervisedRun) -> None:
+    """A local folder with a model in it, or a hub id that is cached or can be reached."""
+    path = run.model.path
+    if path is None:
+        return
+    if os.path.isdir(path):
+        if not os.path.isfile(os.path.join(path, "config.json")):
+            raise ConfigError(
+                f"model.path: {path!r} is a folder without config.json; expected: a Hugging Face model folder"
+            )
+        return
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        if isinstance(try_to_load_from_cache(path, "config.json", revision=run.model.revision), str):
+            return
+        get_hf_file_metadata(hf_hub_url(path, "config.json", revision=run.model.revision), timeout=3)
+    except HFValidationError:
+        raise ConfigError(f"model.path: no such folder; found: {path!r} (nor can it be a hub id)") from None
+    except Exception as error:  # offline, gated, missing: each has its own class in each version of the client
+        raise ConfigError(
+            f"model.path: {path!r} cannot be had: no such folder, not in the local cache, and the hub says: "
+            f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        ) from None
+
+
+def amounts(resources: dict[str, float]) -> str:
+    """`CPU 1, GPU 1`."""
+    return ", ".join(f"{name} {amount:g}" for name, amount in resources.items())
+
+
+def describe(run: SupervisedRun, run_dir: RunDirectory, rows: dict[str, int], standing: Standing) -> str:
+    """The table of what will run where, and how large a step is, in words."""
+    stage = zero_stage(run.learner.deepspeed)
+    workers = run.learner.workers
+    how = "one process" if workers == 1 and stage is None else "DDP" if stage is None else f"DeepSpeed ZeRO-{stage}"
+    batch = int(run.training.get("per_device_train_batch_size", 8))
+    accumulate = int(run.training.get("gradient_accumulation_steps", 1))
+    where = run.cluster.address or ("the Ray job's cluster" if joins_cluster(run) else "a local Ray on this machine")
+    lines = [
+        f"model    {run.model.path or 'a new ' + str((run.model.config or {}).get('model_type'))}"
+        f"{', LoRA r=' + str(run.lora.get('r', 8)) if run.lora is not None else ', full fine-tuning'}",
+        f"data     {rows['train']:,} rows" + (f", {rows['eval']:,} to evaluate on" if "eval" in rows else ""),
+        f"workers  {workers} x {amounts(run.learner.resources)}, {how}, on {where}",
+        f"batch    {batch * accumulate * run.learner.max_workers} rows a step = {batch} a worker"
+        f"{f' x {accumulate} accumulated' if accumulate > 1 else ''} x {run.learner.max_workers} workers",
+    ]
+    if standing.checkpoint is not None:
+        lines.append(f"resume   from step {standing.checkpoint.step}")
+    lines.append(f"output   {run_dir}")
+    return "\n".join(lines)

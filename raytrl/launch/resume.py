@@ -1,0 +1,132 @@
+"""Where a run stands: fresh, to be continued, or finished; and whether it may go on as it is asked to."""
+
+import posixpath
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from raytrl.config.deepspeed import zero_stage
+from raytrl.config.runs import Run, SupervisedRun
+from raytrl.errors import ConfigError
+from raytrl.rundir import RunDirectory
+
+# What may change between two starts of a run: where it runs, not what it computes.
+_OPERATIONAL = (
+    "learner.workers",
+    "learner.resources",
+    "learner.max_failures",
+    "learner.start_timeout_s",
+    "learner.stall_timeout_s",
+    "cluster.",
+    "checkpoint.",
+    "report_to",
+)
+_SNAPSHOT = "checkpoints/checkpoint_manager_snapshot.json"
+
+
+@dataclass(frozen=True)
+class Committed:
+    """The last complete checkpoint of a run."""
+
+    step: int
+    world_size: int
+    path: str
+
+
+@dataclass(frozen=True)
+class Standing:
+    """What was found in the run directory; `notices` are for the user to read before the run goes on."""
+
+    state: str  # fresh | continue | done
+    checkpoint: Committed | None = None
+    notices: tuple[str, ...] = ()
+
+
+def inspect_run(run: Run, run_dir: RunDirectory) -> Standing:
+    """Decides how the run starts, and removes checkpoints that were never committed.
+
+    Raises:
+        ConfigError: the directory holds a run of other settings, or its checkpoint cannot be loaded as asked.
+    """
+    manifest = run_dir.manifest()
+    if not manifest:
+        return Standing("fresh")
+    changed = _changes(yaml.safe_load(run_dir.read("config.yaml") or "{}"), run.model_dump(mode="json"))
+    frozen = [line for key, line in changed.items() if not key.startswith(_OPERATIONAL)]
+    if frozen:
+        raise ConfigError(
+            f"{run_dir}: this run was started with other settings: {'; '.join(frozen)}; choose another name, or --fresh "
+            f"to throw the old run away"
+        )
+    if manifest["state"] == "done":
+        return Standing("done")
+    checkpoint = last_committed(run_dir)
+    sweep(run_dir, checkpoint is not None)
+    notices = list(changed.values())
+    if checkpoint is None:
+        return Standing(
+            "fresh", None, (*notices, "the earlier start left no complete checkpoint: starts from the beginning")
+        )
+    if isinstance(run, SupervisedRun):
+        notices += _worker_change(run, checkpoint, run_dir)
+    return Standing("continue", checkpoint, tuple(notices))
+
+
+def last_committed(run_dir: RunDirectory) -> Committed | None:
+    """The checkpoint a restart would load, as Ray Train has it on record."""
+    if not run_dir.exists(_SNAPSHOT):
+        return None
+    from ray.train import Result  # 2 s to import: only where there is a checkpoint to look at
+
+    found = Result.from_path(run_dir.at("checkpoints"), storage_filesystem=run_dir.filesystem)
+    if found.checkpoint is None:
+        return None
+    return Committed(int(found.metrics["step"]), int(found.metrics["world_size"]), found.checkpoint.path)
+
+
+def sweep(run_dir: RunDirectory, has_committed: bool) -> None:
+    """Deletes half-written checkpoints: folders that the record of committed ones does not name."""
+    kept: set[str] = set()
+    if has_committed:
+        from ray.train import Result
+
+        found = Result.from_path(run_dir.at("checkpoints"), storage_filesystem=run_dir.filesystem)
+        kept = {posixpath.basename(checkpoint.path) for checkpoint, _ in found.best_checkpoints}
+        kept.add(posixpath.basename(found.checkpoint.path))
+    for folder in run_dir.folders("checkpoints"):
+        if folder.startswith("checkpoint_") and folder not in kept:
+            run_dir.delete(f"checkpoints/{folder}")
+    run_dir.delete(".scratch")
+
+
+def _changes(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> dict[str, str]:
+    """dotted key → 'key was A, now B' of every difference."""
+    changes: dict[str, str] = {}
+    for key in sorted({*old, *new}):
+        before, now = old.get(key), new.get(key)
+        if isinstance(before, dict) and isinstance(now, dict):
+            changes |= _changes(before, now, f"{prefix}{key}.")
+        elif before != now:
+            changes[f"{prefix}{key}"] = f"{prefix}{key} was {before!r}, now {now!r}"
+    return changes
+
+
+def _worker_change(run: SupervisedRun, checkpoint: Committed, run_dir: RunDirectory) -> list[str]:
+    learner = run.learner
+    if learner.min_workers <= checkpoint.world_size <= learner.max_workers:
+        return []
+    if (stage := zero_stage(learner.deepspeed)) is not None:
+        raise ConfigError(
+            f"learner.workers: the checkpoint of step {checkpoint.step} in {run_dir} was written by "
+            f"{checkpoint.world_size} workers under ZeRO-{stage}, and DeepSpeed loads it only on as many; "
+            f"found: {learner.workers}; expected: {checkpoint.world_size}, or --fresh"
+        )
+    batch = int(run.training.get("per_device_train_batch_size", 8)) * int(
+        run.training.get("gradient_accumulation_steps", 1)
+    )
+    return [
+        f"the checkpoint was written by {checkpoint.world_size} workers: with {learner.workers} a step takes "
+        f"{batch * learner.max_workers} rows instead of {batch * checkpoint.world_size}, an epoch has accordingly more or "
+        f"fewer steps, and the result is not the one of {checkpoint.world_size} workers"
+    ]

@@ -1,0 +1,157 @@
+"""A supervised run on Ray Train: checks, starts, watches, finishes."""
+
+import importlib.metadata
+import os
+import platform
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import yaml
+
+from raytrl.config.load import LoadedRun
+from raytrl.config.runs import SupervisedRun
+from raytrl.launch.preflight import amounts, describe, preflight
+from raytrl.launch.resume import inspect_run
+from raytrl.launch.session import Need, check_fits, joins_cluster, machine_resources, prepare_environment, ray_session
+from raytrl.records import Progress
+from raytrl.roles.job import SupervisedJob
+from raytrl.rundir import RunDirectory, now
+
+_LIBRARIES = ("raytrl", "ray", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "deepspeed")
+
+
+def train(loaded: LoadedRun, command: str, fresh: bool, show: Callable[[Progress], None]) -> dict[str, Any]:
+    """Runs SFT, reward modelling or DPO to its end, from wherever the run stands.
+
+    Args:
+        loaded: the checked run file.
+        command: what the user typed, for the manifest and the model card.
+        fresh: throw away what the run directory holds.
+        show: called in this thread with each piece of progress.
+
+    Returns:
+        The manifest's final values: model path, steps, metrics, seconds by phase of the start.
+
+    Raises:
+        ConfigError: the request cannot be run; nothing was started.
+        RunError: it was started and failed.
+    """
+    run = loaded.run
+    assert isinstance(run, SupervisedRun)
+    prepare_environment()
+    started = time.time()
+    run_dir = RunDirectory(run.output_dir, run.name)
+    with run_dir.locked():
+        if fresh:
+            run_dir.clear()
+        standing = inspect_run(run, run_dir)
+        if standing.state == "done":
+            return run_dir.manifest() | {"already_done": True}
+        for notice in standing.notices:
+            show(Progress("notice", text=notice))
+        need = _need(run)
+        if not joins_cluster(run):
+            check_fits(need, machine_resources(), "this machine")
+        if standing.state == "fresh":
+            for leftover in ("tokenizer", "base"):  # of a start that ended before its first checkpoint
+                run_dir.delete(leftover)
+        rows, has_tokenizer = preflight(run, run_dir)
+        clock = {"checks_s": time.time() - started}
+        show(Progress("plan", text=describe(run, run_dir, rows, standing)))
+        _write_start(loaded, run_dir, command)
+        job = SupervisedJob(run, command, versions(), has_tokenizer)
+        metrics = _run_on_ray(job, run_dir, need, clock, show)
+        run_dir.update_manifest(state="done", finished=now(), model=f"{run_dir}/model", metrics=metrics, startup=clock)
+        run_dir.delete(".scratch")
+        return run_dir.manifest()
+
+
+def _need(run: SupervisedRun) -> Need:
+    workers, resources = run.learner.min_workers, run.learner.resources
+    total = {name: amount * workers for name, amount in resources.items()}
+    return Need(total, f"learner.workers: {workers} x {amounts(resources)}")
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the libraries that decide a run's numbers."""
+    found = {"python": platform.python_version()}
+    for name in _LIBRARIES:
+        found[name] = importlib.metadata.version(name)
+    return found
+
+
+def _write_start(loaded: LoadedRun, run_dir: RunDirectory, command: str) -> None:
+    run_dir.write(
+        "config.yaml", yaml.safe_dump(loaded.run.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    )
+    earlier = run_dir.manifest()
+    run_dir.update_manifest(
+        state="running",
+        kind=loaded.run.kind,
+        command=command,
+        seed=loaded.run.seed,
+        versions=versions(),
+        origins={key: origin for key, _, origin in loaded.values() if origin != "default"},
+        started=earlier.get("started", now()),
+        starts=earlier.get("starts", 0) + 1,
+    )
+
+
+def _run_on_ray(
+    job: SupervisedJob, run_dir: RunDirectory, need: Need, clock: dict[str, float], show: Callable[[Progress], None]
+) -> dict[str, float]:
+    learner = job.run.learner
+    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(learner.start_timeout_s)
+    os.environ["RAY_TRAIN_COLLECTIVE_TIMEOUT_S"] = str(learner.stall_timeout_s)
+    show(Progress("phase", text="starting Ray"))
+    # The driver needs Ray Train's torch backend, whose import takes as long as Ray's own start: do both at once.
+    importer = threading.Thread(target=_import_train, daemon=True)
+    importer.start()
+    mark = time.time()
+    with ray_session(job.run, need):
+        importer.join()
+        clock["ray_s"] = time.time() - mark
+        from raytrl.launch.watch import Watch, start_board
+
+        board = start_board()
+        trainer = _trainer(job, run_dir, board)
+        show(Progress("phase", text="starting workers"))
+        return Watch(job.run, run_dir, board, clock, show).until_done(trainer)
+
+
+def _import_train() -> None:
+    import ray.train.torch  # noqa: F401
+
+
+def _trainer(job: SupervisedJob, run_dir: RunDirectory, board: Any) -> Any:
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    from raytrl.launch.worker import supervised_worker
+
+    run = job.run
+    local = run_dir.path if run_dir.is_local else os.path.join(tempfile.gettempdir(), f"raytrl-{run.name}")
+    return TorchTrainer(
+        supervised_worker,
+        train_loop_config={
+            "job": job,
+            "board": board,
+            "scratch": os.path.join(local, ".scratch"),
+            "tensorboard": os.path.join(local, "tensorboard"),
+        },
+        torch_config=TorchConfig(timeout_s=int(run.learner.stall_timeout_s)),
+        scaling_config=ScalingConfig(
+            num_workers=run.learner.workers,
+            use_gpu=run.learner.uses_gpu,
+            resources_per_worker=run.learner.resources,
+        ),
+        run_config=RunConfig(
+            name="checkpoints",
+            storage_path=run_dir.uri,
+            failure_config=FailureConfig(max_failures=run.learner.max_failures, controller_failure_limit=2),
+            checkpoint_config=CheckpointConfig(num_to_keep=run.checkpoint.keep),
+        ),
+    )

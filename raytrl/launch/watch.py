@@ -1,0 +1,144 @@
+"""The driver's side of a running fit(): shows progress, keeps metrics.jsonl, notices failures and standstill."""
+
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import ray
+
+from raytrl.config.runs import SupervisedRun
+from raytrl.errors import RunError, StalledError, WorkerError
+from raytrl.records import Progress
+from raytrl.rundir import MetricsLog, RunDirectory, now
+
+_POLL_S = 0.2
+
+
+class Board:
+    """An actor that holds what workers have told until the driver fetches it."""
+
+    def __init__(self) -> None:
+        self._events: list[Progress] = []
+
+    def post(self, event: Progress) -> None:
+        self._events.append(event)
+
+    def take(self) -> list[Progress]:
+        events, self._events = self._events, []
+        return events
+
+
+def start_board() -> Any:
+    """The board's actor; it belongs to this driver and ends with it."""
+    return ray.remote(num_cpus=0)(Board).options(scheduling_strategy="DEFAULT").remote()
+
+
+class Watch:
+    """Runs one `TorchTrainer.fit()` in a thread and answers for it in this one."""
+
+    def __init__(
+        self,
+        run: SupervisedRun,
+        run_dir: RunDirectory,
+        board: Any,
+        clock: dict[str, float],
+        show: Callable[[Progress], None],
+    ) -> None:
+        self._run, self._run_dir, self._board, self._show = run, run_dir, board, show
+        self._clock = clock
+        self._log = MetricsLog(run_dir)
+        self._began = time.time()
+        self._last_event = time.monotonic()
+        self._last: Progress | None = None
+        self._attempts = 0
+        self._stepped = False
+        self._failure: Progress | None = None
+
+    def until_done(self, trainer: Any) -> dict[str, float]:
+        outcome: dict[str, Any] = {}
+
+        def fit() -> None:
+            try:
+                outcome["result"] = trainer.fit()
+            except BaseException as error:  # handed to the main thread below
+                outcome["error"] = error
+
+        thread = threading.Thread(target=fit, name="ray-train-fit", daemon=True)
+        thread.start()
+        while thread.is_alive():
+            thread.join(_POLL_S)
+            self._take()
+            self._check_stall()
+        self._take()
+        self._log.flush()
+        if "error" in outcome:
+            raise self._readable(outcome["error"])
+        value = outcome["result"].return_value
+        return dict(value) if isinstance(value, dict) else {}
+
+    def _take(self) -> None:
+        try:
+            events = ray.get(self._board.take.remote(), timeout=30)
+        except ray.exceptions.RayError:
+            return  # the board died with its node; fit() itself says what became of the run
+        for event in events:
+            self._last_event, self._last = time.monotonic(), event
+            self._handle(event)
+
+    def _handle(self, event: Progress) -> None:
+        if event.kind == "start":
+            if self._attempts == 0:
+                self._clock["workers_s"] = time.time() - self._began
+            self._attempts += 1
+            self._log.rewind(event.step)
+        elif event.kind in ("step", "eval"):
+            if not self._stepped:
+                self._stepped = True
+                self._clock["first_step_s"] = time.time() - self._began
+            self._log.append({"step": event.step, **event.metrics})
+        elif event.kind == "checkpoint" and not self._run_dir.is_local:
+            self._log.flush()
+        elif event.kind == "failure":
+            self._note_failure(event)
+        self._show(event)
+
+    def _note_failure(self, event: Progress) -> None:
+        self._failure = self._failure if self._failure and self._attempts == 0 else event
+        text = (self._run_dir.read("failures.log") or "") + f"{now()} {event.text}\n{event.details}\n"
+        self._run_dir.write("failures.log", text)
+        if self._attempts == 0:
+            # Nothing was trained yet: the same inputs would fail the same way at every restart.
+            raise self._worker_error(event)
+
+    def _worker_error(self, event: Progress) -> RunError:
+        return WorkerError(f"{event.text}; traceback: {self._run_dir}/failures.log")
+
+    def _check_stall(self) -> None:
+        limit = self._run.learner.stall_timeout_s
+        if time.monotonic() - self._last_event > limit:
+            last = (
+                f"{self._last.kind} {self._last.text or self._last.step}"
+                if self._last
+                else "none: no worker has started"
+            )
+            raise StalledError(
+                f"the driver has waited {limit:g} s (learner.stall_timeout_s) for progress of worker 0; last: {last}"
+            )
+
+    def _readable(self, error: BaseException) -> BaseException:
+        if isinstance(error, KeyboardInterrupt):
+            return error
+        if self._failure is not None:
+            return self._worker_error(self._failure)
+        causes = getattr(error, "worker_failures", None)
+        if causes:
+            rank, cause = next(iter(causes.items()))
+            return WorkerError(f"worker {rank}: {_first_line(cause)}")
+        cause = getattr(error, "controller_failure", error)
+        return RunError(f"Ray Train: {_first_line(cause)}")
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"

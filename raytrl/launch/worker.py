@@ -1,0 +1,105 @@
+"""The Ray Train side of a training process: its context, its checkpoints, its failures."""
+
+import contextlib
+import logging
+import os
+import posixpath
+import shutil
+import sys
+import traceback
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import ray
+import ray.train
+import ray.train.collective
+
+from raytrl.errors import RaytrlError, WorkerError
+from raytrl.launch.session import QUIET_LIBRARIES
+from raytrl.records import Progress
+
+# A peer's death seen from another rank: a consequence, not a cause, so never the message a user should read.
+_PEER_DEATH = ("connection closed by peer", "connection reset", "nccl", "gloo", "broken pipe", "timed out waiting")
+
+
+class RayWorkerContext:
+    """`roles.worker.WorkerContext` on Ray Train."""
+
+    def __init__(self, board: Any, scratch: str) -> None:
+        context = ray.train.get_context()
+        self.rank: int = context.get_world_rank()
+        self.local_rank: int = context.get_local_rank()
+        self.world_size: int = context.get_world_size()
+        self.scratch = scratch
+        self._board = board
+        if self.local_rank == 0:
+            shutil.rmtree(scratch, ignore_errors=True)  # of a killed attempt
+            os.makedirs(scratch)
+        self.barrier()
+
+    @contextlib.contextmanager
+    def restored(self) -> Iterator[str | None]:
+        checkpoint = ray.train.get_checkpoint()
+        if checkpoint is None:
+            yield None
+            return
+        with checkpoint.as_directory() as folder:
+            yield folder
+
+    def commit(self, step: int, folder: str | None) -> None:
+        ray.train.report(
+            {"step": step, "world_size": self.world_size},
+            checkpoint=ray.train.Checkpoint.from_directory(folder) if folder else None,
+            checkpoint_upload_fn=_move if folder else None,
+            delete_local_checkpoint_after_upload=True,
+        )
+
+    def progress(self, event: Progress) -> None:
+        self._board.post.remote(event)
+
+    def barrier(self) -> None:
+        ray.train.collective.barrier()
+
+
+def _move(checkpoint: Any, name: str) -> Any:
+    """Stores a checkpoint with each byte written once: files are moved where scratch and storage share a disk."""
+    storage = ray.train.get_context().get_storage()
+    target = storage.build_checkpoint_path_from_name(name)
+    if type(storage.storage_filesystem).__name__ != "LocalFileSystem":
+        return storage.persist_current_checkpoint(checkpoint, name)
+    for folder, _, files in os.walk(checkpoint.path):
+        place = posixpath.join(target, os.path.relpath(folder, checkpoint.path))
+        os.makedirs(place, exist_ok=True)  # several nodes put their files into one checkpoint
+        for file in files:
+            shutil.move(os.path.join(folder, file), os.path.join(place, file))
+    return ray.train.Checkpoint(path=target, filesystem=storage.storage_filesystem)
+
+
+def supervised_worker(config: dict[str, Any]) -> dict[str, float]:
+    """The train function that Ray Train runs in each worker."""
+    for name, value in QUIET_LIBRARIES.items():  # a cluster's nodes do not have the driver's environment
+        os.environ.setdefault(name, value)
+    # A virtual environment's bin holds ninja, which DeepSpeed's compiler calls by name.
+    os.environ["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", "")])
+    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", config["tensorboard"])
+    _quiet()
+    context = RayWorkerContext(config["board"], config["scratch"])
+    try:
+        from raytrl.roles.supervised import train
+
+        return train(config["job"], context)
+    except Exception as error:
+        node = ray.util.get_node_ip_address()
+        cause = str(error) if isinstance(error, RaytrlError) else f"{type(error).__name__}: {error}"
+        text = f"worker {context.rank} on node {node}: {cause}"
+        if not any(word in str(error).lower() for word in _PEER_DEATH):
+            failure = Progress("failure", text=text, details=traceback.format_exc())
+            ray.get(config["board"].post.remote(failure), timeout=30)  # before this process may be ended
+        raise WorkerError(text) from None
+
+
+def _quiet() -> None:
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=UserWarning, module="torch|transformers|accelerate|deepspeed|peft")
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)

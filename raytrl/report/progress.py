@@ -1,0 +1,106 @@
+"""A run on the terminal: the plan, a bar with loss and time left (or a line a step where there is no terminal)."""
+
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.panel import Panel
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from raytrl.records import Progress as Event
+
+
+class Display:
+    """Shows what the driver passes to it; use as a context manager around the run."""
+
+    def __init__(self, console: Console, title: str) -> None:
+        self._console, self._title = console, title
+        self._bar = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=30),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[loss]}"),
+            TimeRemainingColumn(compact=True),
+            console=console,
+            transient=True,
+        )
+        self._task: TaskID | None = None
+        self._first_step = 0
+        self._line_due = 0.0
+
+    def __enter__(self) -> "Display":
+        if self._console.is_terminal:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def show(self, event: Event) -> None:
+        """Renders one piece of progress."""
+        handler = getattr(self, f"_on_{event.kind}", None)
+        if handler is not None:
+            handler(event)
+
+    def _on_plan(self, event: Event) -> None:
+        self._console.print(Panel(event.text, title=self._title, title_align="left", expand=False, highlight=False))
+
+    def _on_notice(self, event: Event) -> None:
+        self._console.print(f"[yellow]note:[/] {event.text}", highlight=False)
+
+    def _on_phase(self, event: Event) -> None:
+        self._describe(event.text)
+
+    def _describe(self, text: str, **values: Any) -> None:
+        if not self._console.is_terminal:
+            return
+        if self._task is None:
+            self._task = self._bar.add_task(text, total=None, loss="")
+        self._bar.update(self._task, description=text, **values)
+
+    def _on_start(self, event: Event) -> None:
+        if event.step:
+            self._console.print(f"continues from step {event.step} of {event.total_steps}", highlight=False)
+        self._first_step = event.step
+        if self._task is not None:  # time left is worked out from this attempt's steps alone
+            self._bar.remove_task(self._task)
+            self._task = None
+        self._describe("training", total=event.total_steps, completed=event.step)
+
+    def _on_step(self, event: Event) -> None:
+        text = f"loss {event.metrics['loss']:.4f}"
+        self._describe("training", completed=event.step, loss=text)
+        due = time.monotonic() >= self._line_due or event.step == event.total_steps
+        if not self._console.is_terminal and due:
+            self._line_due = time.monotonic() + 5  # a log file wants a sign of life, not every step
+            seconds = event.metrics.get("time/step_s", 0.0)
+            self._console.print(f"step {event.step}/{event.total_steps}  {text}  {seconds:.2f} s", highlight=False)
+
+    def _on_eval(self, event: Event) -> None:
+        shown = {k.removeprefix("eval_"): v for k, v in event.metrics.items() if k in ("eval_loss", "eval_accuracy")}
+        text = "  ".join(f"{name} {value:.4f}" for name, value in shown.items())
+        self._console.print(f"step {event.step}  evaluation: {text}", highlight=False)
+
+    def _on_failure(self, event: Event) -> None:
+        self._console.print(f"[yellow]failed:[/] {event.text}", highlight=False)
+
+
+def summary(manifest: dict[str, Any], run_dir: str) -> Table:
+    """The closing table of a finished run."""
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    for key, value in manifest.get("metrics", {}).items():
+        if key in ("loss", "eval_loss", "eval_accuracy", "eval_mean_token_accuracy", "eval_margin"):
+            table.add_row(key, f"{value:.4f}")
+    table.add_row("model", manifest["model"])
+    table.add_row("metrics", f"{run_dir}/metrics.jsonl")
+    return table

@@ -1,0 +1,15 @@
+"""What a driver hands to its workers. Imports nothing heavy, so that a driver can make it at once."""
+
+from dataclasses import dataclass
+
+from raytrl.config.runs import SupervisedRun
+
+
+@dataclass(frozen=True)
+class SupervisedJob:
+    """A supervised run as a worker needs it; pickled once, the same for every attempt."""
+
+    run: SupervisedRun
+    command: str
+    versions: dict[str, str]
+    has_tokenizer: bool  # the driver trained one: it lies in the run directory

@@ -1,0 +1,237 @@
+"""SFT, reward modelling and DPO: one TRL trainer in a training process, the same code for every kind."""
+
+import importlib
+import os
+import time
+from contextlib import ExitStack
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from raytrl.config.runs import SupervisedRun
+from raytrl.data import load_data
+from raytrl.errors import NonFiniteError
+from raytrl.records import Progress
+from raytrl.roles.device import check_cpu
+from raytrl.roles.job import SupervisedJob
+from raytrl.roles.model_card import write_model_card
+from raytrl.roles.models import make_base, merge_adapter, needs_base, torch_dtype
+from raytrl.roles.tokenizer import load_tokenizer
+from raytrl.roles.worker import WorkerContext
+from raytrl.rundir import RunDirectory
+
+_TRAINERS = {
+    "sft": ("SFTConfig", "SFTTrainer"),
+    "reward": ("RewardConfig", "RewardTrainer"),
+    "dpo": ("DPOConfig", "DPOTrainer"),
+}
+
+
+class StepReporter(TrainerCallback):  # type: ignore[misc]  # transformers' class is untyped
+    """Sends each logged step to the driver, and hands each checkpoint to the context as soon as all ranks wrote it."""
+
+    def __init__(self, context: WorkerContext) -> None:
+        self._context = context
+        self._since = 0.0
+        self._since_step = 0
+        self.last_loss = float("nan")
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._context.progress(Progress("start", state.global_step, state.max_steps))
+        self._restart_clock(state)
+
+    def _restart_clock(self, state: TrainerState) -> None:
+        self._since, self._since_step = time.perf_counter(), state.global_step
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **_: Any
+    ) -> None:
+        metrics = {key: float(value) for key, value in logs.items() if isinstance(value, int | float)}
+        if "loss" in metrics:
+            if not all(map(_is_finite, (metrics["loss"], metrics.get("grad_norm", 0.0)))):
+                raise NonFiniteError(
+                    f"step {state.global_step}: the loss or its gradient is not finite; found: loss {metrics['loss']}, "
+                    f"grad_norm {metrics.get('grad_norm')}; the checkpoint before it is kept; "
+                    f"expected: a lower training.learning_rate, or rows without extreme values"
+                )
+            steps = max(1, state.global_step - self._since_step)
+            metrics["time/step_s"] = (time.perf_counter() - self._since) / steps
+            self.last_loss = metrics["loss"]
+            self._restart_clock(state)
+            self._send("step", state, metrics)
+        elif any(key.startswith("eval_") for key in metrics):
+            self._send("eval", state, {key: value for key, value in metrics.items() if not key.endswith("_per_second")})
+            self._restart_clock(state)
+
+    def _send(self, kind: str, state: TrainerState, metrics: dict[str, float]) -> None:
+        if self._context.rank == 0:
+            self._context.progress(Progress(kind, state.global_step, state.max_steps, metrics=metrics))
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._context.barrier()  # every rank's files of this step are on disk
+        folder = os.path.join(str(args.output_dir), f"checkpoint-{state.global_step}")
+        self._context.commit(state.global_step, folder if self._context.local_rank == 0 else None)
+        self._send("checkpoint", state, {})
+        self._restart_clock(state)
+
+
+def _is_finite(value: float) -> bool:
+    return value - value == 0.0
+
+
+def train(job: SupervisedJob, context: WorkerContext) -> dict[str, float]:
+    """Runs one rank from the last committed checkpoint to the finished model.
+
+    Returns:
+        The metrics of the last log line and of the final evaluation (the same on every rank).
+    """
+    run = job.run
+    run_dir = RunDirectory(run.output_dir, run.name)
+    on_gpu = run.learner.uses_gpu
+    if not on_gpu:
+        check_cpu(run)
+    _phase(context, "loading libraries")
+    config_class, trainer_class = (getattr(importlib.import_module("trl"), name) for name in _TRAINERS[run.kind])
+    if run.learner.deepspeed is not None:
+        _prepare_deepspeed(on_gpu)
+    _phase(context, "loading model and data")
+    with ExitStack() as stack:
+        arguments = config_class(**training_arguments(run, run_dir, context.scratch, on_gpu))
+        tokenizer = _tokenizer(job, run_dir, stack)
+        base = _base(job, run_dir, tokenizer, context, stack)
+        arguments.model_init_kwargs = _model_init(run, base, on_gpu)
+        reporter = StepReporter(context)
+        trainer = trainer_class(
+            model=base,
+            args=arguments,
+            train_dataset=load_data(run.data.train, "data.train"),
+            eval_dataset=load_data(run.data.eval, "data.eval") if run.data.eval else None,
+            processing_class=tokenizer,
+            peft_config=_lora(run),
+            callbacks=[reporter],
+        )
+        _drop_printing(trainer)
+        _phase(context, "starting")
+        checkpoint = stack.enter_context(context.restored())
+        trainer.train(resume_from_checkpoint=checkpoint)
+        metrics = {"loss": reporter.last_loss}
+        if run.data.eval is not None:
+            metrics |= {k: float(v) for k, v in trainer.evaluate().items() if not k.endswith("_per_second")}
+        _save(job, run_dir, trainer, base, metrics, context)
+        context.barrier()  # no rank leaves before the model is in place
+    return {key: value for key, value in metrics.items() if _is_finite(value)}
+
+
+def _phase(context: WorkerContext, text: str) -> None:
+    if context.rank == 0:
+        context.progress(Progress("phase", text=text))
+
+
+def training_arguments(run: SupervisedRun, run_dir: RunDirectory, scratch: str, on_gpu: bool) -> dict[str, Any]:
+    """Keyword arguments of TRL's config class: the run file's `training`, and what raytrl owns."""
+    values: dict[str, Any] = {"logging_steps": 1, "bf16": on_gpu and not run.training.get("fp16", False)}
+    if not on_gpu:
+        values |= {"use_cpu": True, "dataloader_pin_memory": False}
+    # TRL's own default is the deprecated name of the same switch, which warns in every run.
+    recompute = run.training.get("activation_checkpointing", run.training.get("gradient_checkpointing", True))
+    values |= {key: value for key, value in run.training.items() if key != "model_init_kwargs"}
+    values |= {"activation_checkpointing": recompute, "gradient_checkpointing": recompute}
+    values |= {
+        "output_dir": scratch,
+        "seed": run.seed,
+        "run_name": run.name,
+        "report_to": run.report_to,
+        "save_strategy": "steps",
+        "save_steps": run.checkpoint.every,
+        "disable_tqdm": True,
+        "trust_remote_code": run.model.trust_remote_code,
+    }
+    if run.learner.deepspeed is not None:
+        values["deepspeed"] = run.learner.deepspeed
+    return values
+
+
+def _prepare_deepspeed(on_gpu: bool) -> None:
+    if on_gpu:
+        return
+    import deepspeed.ops
+
+    # On CPU DeepSpeed compiles a shared-memory all-reduce (55 s, needs a compiler) that only its inference
+    # engine calls; training reduces through gloo.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def _tokenizer(job: SupervisedJob, run_dir: RunDirectory, stack: ExitStack) -> PreTrainedTokenizerBase:
+    model = job.run.model
+    if job.has_tokenizer:
+        place = stack.enter_context(run_dir.local_copy("tokenizer"))
+    else:
+        place = model.tokenizer if isinstance(model.tokenizer, str) else str(model.path)
+    tokenizer = load_tokenizer(place, model.revision, model.trust_remote_code)
+    if model.pad_token is not None:
+        tokenizer.add_special_tokens({"pad_token": model.pad_token})
+    return tokenizer
+
+
+def _base(job: SupervisedJob, run_dir: RunDirectory, tokenizer: Any, context: WorkerContext, stack: ExitStack) -> str:
+    run = job.run
+    if not needs_base(run):
+        return str(run.model.path)
+    if context.rank == 0 and not run_dir.exists("base/tokenizer_config.json"):
+        folder = os.path.join(context.scratch, "base")
+        make_base(run, tokenizer, folder)
+        run_dir.store(folder, "base")
+    context.barrier()
+    return stack.enter_context(run_dir.local_copy("base"))
+
+
+def _model_init(run: SupervisedRun, base: str, on_gpu: bool) -> dict[str, Any]:
+    values: dict[str, Any] = {"dtype": torch_dtype(run.model.dtype, on_gpu)} | dict(run.training.get("model_init_kwargs") or {})
+    if run.model.revision is not None and base == run.model.path:
+        values["revision"] = run.model.revision
+    return values
+
+
+def _lora(run: SupervisedRun) -> Any:
+    if run.lora is None:
+        return None
+    from peft import LoraConfig
+
+    return LoraConfig(task_type="SEQ_CLS" if run.kind == "reward" else "CAUSAL_LM", **run.lora)
+
+
+def _drop_printing(trainer: Any) -> None:
+    """Logs reach the terminal through the driver's progress display, once."""
+    from transformers import PrinterCallback
+
+    trainer.remove_callback(PrinterCallback)
+
+
+def _save(
+    job: SupervisedJob,
+    run_dir: RunDirectory,
+    trainer: Any,
+    base: str,
+    metrics: dict[str, float],
+    context: WorkerContext,
+) -> None:
+    """Stores model/ (and merged/ beside an adapter). All ranks call it: ZeRO-3 gathers the weights from all."""
+    _phase(context, "saving model")
+    folder = os.path.join(context.scratch, "model")
+    trainer.save_model(folder)
+    context.barrier()
+    if context.rank != 0:
+        return
+    tokenizer = trainer.processing_class
+    if job.run.lora is not None:
+        merge_adapter(job.run, base, folder, tokenizer, os.path.join(folder, "merged"))
+    _drop_leftovers(folder)
+    write_model_card(folder, job.run, job.command, job.versions, trainer.state.global_step, metrics)
+    run_dir.store(folder, "model")
+
+
+def _drop_leftovers(folder: str) -> None:
+    for name in ("training_args.bin", "optimizer.pt"):
+        path = os.path.join(folder, name)
+        if os.path.exists(path):
+            os.remove(path)

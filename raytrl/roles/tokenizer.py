@@ -1,0 +1,107 @@
+"""Tokenizers: train one on a run's text, and check one before a run starts. Imports no torch."""
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from raytrl.config.runs import SupervisedRun, TokenizerSpec
+from raytrl.errors import ConfigError
+
+
+def train_tokenizer(texts: Iterator[str], spec: TokenizerSpec) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer: any text can be encoded, none needs an unknown token.
+
+    Raises:
+        ConfigError: the text is too small for the vocabulary asked for.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=spec.vocab_size,
+        special_tokens=[spec.pad_token, spec.eos_token, *spec.special_tokens],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    if tokenizer.get_vocab_size() < spec.vocab_size:
+        raise ConfigError(
+            f"model.tokenizer.vocab_size: the training text gives only {tokenizer.get_vocab_size()} entries; "
+            f"found: {spec.vocab_size}; expected: at most that"
+        )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token=spec.eos_token,
+        pad_token=spec.pad_token,
+        extra_special_tokens=spec.special_tokens,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def load_tokenizer(place: str, revision: str | None, trust_remote_code: bool) -> Any:
+    """The tokenizer of a folder or hub id, without importing torch where its files allow that."""
+    if os.path.isfile(os.path.join(place, "tokenizer.json")) and not trust_remote_code:
+        return PreTrainedTokenizerFast.from_pretrained(place)
+    from transformers import AutoTokenizer  # imports torch: 2 s more, so only for the tokenizers that need it
+
+    return AutoTokenizer.from_pretrained(place, revision=revision, trust_remote_code=trust_remote_code)
+
+
+def check_tokenizer(tokenizer: Any, run: SupervisedRun, conversation: list[dict[str, Any]] | None) -> None:
+    """Refuses what would train silently wrong: no template, a template that ends no turn, padding that hides the end.
+
+    Args:
+        tokenizer: the run's own.
+        run: the run; its `training` may name another template or end token.
+        conversation: the messages of the first training row; None where rows are plain text.
+
+    Raises:
+        ConfigError: with the token or the rendered text.
+    """
+    eos = run.training.get("eos_token") or tokenizer.eos_token
+    if eos is None:
+        raise ConfigError("model.tokenizer: has no end token; set training.eos_token to one of its tokens")
+    if run.training.get("eos_token") and eos not in tokenizer.get_vocab():
+        raise ConfigError(f"training.eos_token: found: {eos!r}, which is not in the tokenizer's vocabulary")
+    pad = run.model.pad_token or tokenizer.pad_token
+    if run.kind == "reward" and (pad is None or pad == eos):
+        raise ConfigError(
+            f"model.pad_token: a reward model reads its score at the last token that is not padding, so padding and "
+            f"end token must differ; found: pad {pad!r}, end {eos!r}; expected: model.pad_token set to another token, "
+            f"such as '<|pad|>' (it is added to the tokenizer)"
+        )
+    if conversation is not None:
+        _check_template(tokenizer, run, conversation, eos)
+
+
+def _check_template(tokenizer: Any, run: SupervisedRun, conversation: list[dict[str, Any]], eos: str) -> None:
+    key = "training.chat_template_path"
+    template = tokenizer.chat_template
+    if path := run.training.get("chat_template_path"):
+        if str(path).endswith((".jinja", ".j2")):
+            if not os.path.isfile(path):
+                raise ConfigError(f"{key}: no such file; found: {path!r}")
+            with open(path, encoding="utf-8") as file:
+                template = file.read()
+        elif os.path.isdir(path):
+            template = load_tokenizer(path, None, False).chat_template
+        else:
+            return  # a hub id: TRL fetches it in the worker
+    if template is None:
+        raise ConfigError(f"{key}: the rows are conversations, but the tokenizer has no chat template; set one")
+    if not any(message["role"] == "assistant" for message in conversation):
+        raise ConfigError("data.train: row 1: the conversation has no assistant turn; nothing to train on")
+    try:
+        text = tokenizer.apply_chat_template(conversation, chat_template=template, tokenize=False)
+    except Exception as error:  # a template is a program; it may raise anything
+        raise ConfigError(f"{key}: the template cannot render the first row: {error}") from error
+    content = next(m["content"] for m in reversed(conversation) if m["role"] == "assistant")
+    after = text[text.rfind(str(content)) + len(str(content)) :]
+    if eos not in after:
+        raise ConfigError(
+            f"{key}: the template ends no turn: a model trained on it never learns to stop; found: {after!r} after the "
+            f"assistant's text; expected: the end token {eos!r} there, or training.eos_token naming what does end it"
+        )

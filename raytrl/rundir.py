@@ -1,0 +1,168 @@
+"""A run directory: config.yaml, manifest.json, metrics.jsonl, checkpoints/, model/ on a local path or a URI."""
+
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import filelock
+from pyarrow import fs
+
+from raytrl.errors import ConfigError
+
+
+class RunDirectory:
+    """Files of one run, by names relative to it, wherever it is stored."""
+
+    def __init__(self, output_dir: str, name: str) -> None:
+        base, query, options = output_dir.partition("?")
+        self.uri = f"{base.rstrip('/')}/{name}{query}{options}"
+        self.is_local = "://" not in output_dir
+        if self.is_local:
+            self.uri = os.path.abspath(self.uri)
+            self.filesystem, self.path = fs.LocalFileSystem(), self.uri
+        else:
+            self.filesystem, self.path = fs.FileSystem.from_uri(self.uri)
+
+    def __str__(self) -> str:
+        return os.path.relpath(self.path) if self.is_local else self.uri.partition("?")[0]
+
+    def at(self, name: str) -> str:
+        """The path of a file within the run's filesystem."""
+        return f"{self.path}/{name}"
+
+    def exists(self, name: str) -> bool:
+        return bool(self.filesystem.get_file_info(self.at(name)).type != fs.FileType.NotFound)
+
+    def folders(self, name: str) -> list[str]:
+        """Names of the folders directly below a folder; empty where it does not exist."""
+        selector = fs.FileSelector(self.at(name), allow_not_found=True)
+        return [
+            info.base_name for info in self.filesystem.get_file_info(selector) if info.type == fs.FileType.Directory
+        ]
+
+    def read(self, name: str) -> str | None:
+        if not self.exists(name):
+            return None
+        with self.filesystem.open_input_stream(self.at(name)) as stream:
+            return bytes(stream.readall()).decode()
+
+    def write(self, name: str, text: str) -> None:
+        """Writes a small file so that a reader sees the old text or the new, never half of it."""
+        target = self.at(name)
+        if self.is_local:
+            os.makedirs(os.path.dirname(target), exist_ok=True)
+            partial = f"{target}.partial"
+            Path(partial).write_text(text, encoding="utf-8")
+            os.replace(partial, target)
+        else:  # an object store shows an object only once it is whole
+            with self.filesystem.open_output_stream(target) as stream:
+                stream.write(text.encode())
+
+    def delete(self, name: str) -> None:
+        info = self.filesystem.get_file_info(self.at(name))
+        if info.type == fs.FileType.Directory:
+            self.filesystem.delete_dir(info.path)
+        elif info.type == fs.FileType.File:
+            self.filesystem.delete_file(info.path)
+
+    def store(self, folder: str, name: str) -> None:
+        """Puts a finished local folder in place, replacing what was there."""
+        self.delete(name)
+        if self.is_local:
+            os.makedirs(os.path.dirname(self.at(name)), exist_ok=True)
+            shutil.move(folder, self.at(name))
+        else:
+            self.filesystem.create_dir(self.at(name), recursive=True)
+            fs.copy_files(folder, self.at(name), destination_filesystem=self.filesystem, use_threads=False)
+
+    @contextmanager
+    def local_copy(self, name: str) -> Iterator[str]:
+        """A local path of a stored folder: the folder itself where it is local, else a download."""
+        if self.is_local:
+            yield self.at(name)
+            return
+        with tempfile.TemporaryDirectory(prefix="raytrl-") as folder:
+            fs.copy_files(self.at(name), folder, source_filesystem=self.filesystem)
+            yield folder
+
+    def clear(self) -> None:
+        """Removes all that a run wrote (`--fresh`)."""
+        for info in self.filesystem.get_file_info(fs.FileSelector(self.path, allow_not_found=True)):
+            if info.base_name != ".lock":
+                self.delete(info.base_name)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keeps a second driver out; the lock ends with the process, however that ends. URIs have no locks.
+
+        Raises:
+            ConfigError: another process is running this run.
+        """
+        if not self.is_local:
+            yield
+            return
+        os.makedirs(self.path, exist_ok=True)
+        lock = filelock.FileLock(self.at(".lock"), timeout=0)
+        try:
+            lock.acquire()
+        except filelock.Timeout:
+            raise ConfigError(
+                f"{self}: another process is running this run; wait for it, or choose another name"
+            ) from None
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def manifest(self) -> dict[str, Any]:
+        text = self.read("manifest.json")
+        return json.loads(text) if text else {}
+
+    def update_manifest(self, **values: Any) -> None:
+        self.write("manifest.json", json.dumps(self.manifest() | values, indent=2) + "\n")
+
+
+class MetricsLog:
+    """metrics.jsonl: one object a step. A redone step replaces its line, so that each step stands once."""
+
+    def __init__(self, run_dir: RunDirectory) -> None:
+        self._run_dir = run_dir
+        self._lines = (run_dir.read("metrics.jsonl") or "").splitlines()
+
+    def rewind(self, step: int) -> None:
+        """Forgets what was logged after a step: the run goes on from there."""
+        self._lines = [line for line in self._lines if _step_of(line) <= step]
+        self.flush()
+
+    def append(self, metrics: dict[str, Any]) -> None:
+        """Adds a step's line; what else is known of the same step (an evaluation after it) joins that line."""
+        if self._lines and _step_of(self._lines[-1]) == metrics["step"]:
+            self._lines[-1] = json.dumps(json.loads(self._lines[-1]) | metrics)
+            self.flush()
+            return
+        self._lines.append(json.dumps(metrics))
+        if self._run_dir.is_local:
+            with open(self._run_dir.at("metrics.jsonl"), "a", encoding="utf-8") as file:
+                file.write(self._lines[-1] + "\n")
+
+    def flush(self) -> None:
+        """Writes the whole file; object stores cannot append, so there this is called at checkpoints and at the end."""
+        self._run_dir.write("metrics.jsonl", "".join(f"{line}\n" for line in self._lines))
+
+
+def _step_of(line: str) -> int:
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError):  # the last line of a killed driver may be half written: drop it
+        return 1 << 62
+
+
+def now() -> str:
+    """This moment as ISO 8601, with the zone."""
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z")

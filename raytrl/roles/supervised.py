@@ -186,7 +186,9 @@ def _base(job: SupervisedJob, run_dir: RunDirectory, tokenizer: Any, context: Wo
 
 
 def _model_init(run: SupervisedRun, base: str, on_gpu: bool) -> dict[str, Any]:
-    values: dict[str, Any] = {"dtype": torch_dtype(run.model.dtype, on_gpu)} | dict(run.training.get("model_init_kwargs") or {})
+    values: dict[str, Any] = {"dtype": torch_dtype(run.model.dtype, on_gpu)} | dict(
+        run.training.get("model_init_kwargs") or {}
+    )
     if run.model.revision is not None and base == run.model.path:
         values["revision"] = run.model.revision
     return values

@@ -96,9 +96,10 @@ def train(job: SupervisedJob, context: WorkerContext) -> dict[str, float]:
         _prepare_deepspeed(on_gpu)
     _phase(context, "loading model and data")
     with ExitStack() as stack:
-        arguments = config_class(**training_arguments(run, run_dir, context.scratch, on_gpu))
         tokenizer = _tokenizer(job, run_dir, stack)
         base = _base(job, run_dir, tokenizer, context, stack)
+        # After the base model is made: under ZeRO-3 the arguments switch on partitioned construction for all models.
+        arguments = config_class(**training_arguments(run, context.scratch, on_gpu))
         arguments.model_init_kwargs = _model_init(run, base, on_gpu)
         reporter = StepReporter(context)
         trainer = trainer_class(
@@ -127,7 +128,7 @@ def _phase(context: WorkerContext, text: str) -> None:
         context.progress(Progress("phase", text=text))
 
 
-def training_arguments(run: SupervisedRun, run_dir: RunDirectory, scratch: str, on_gpu: bool) -> dict[str, Any]:
+def training_arguments(run: SupervisedRun, scratch: str, on_gpu: bool) -> dict[str, Any]:
     """Keyword arguments of TRL's config class: the run file's `training`, and what raytrl owns."""
     values: dict[str, Any] = {"logging_steps": 1, "bf16": on_gpu and not run.training.get("fp16", False)}
     if not on_gpu:

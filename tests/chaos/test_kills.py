@@ -1,0 +1,78 @@
+"""A run that was killed and started again ends with the very weights of a run that was not."""
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.runs import (
+    kill_everything,
+    last_step,
+    metrics,
+    raytrl,
+    run_file,
+    start,
+    text_rows,
+    wait_for,
+    weights_hash,
+    worker_pids,
+    write_rows,
+)
+
+KINDS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "lora": {"lora": {"r": 4, "target_modules": "all-linear"}},
+    "zero2": {"learner": {"workers": 2, "deepspeed": {"zero_optimization": {"stage": 2}, "train_batch_size": "auto"}}},
+}
+# Each kind of run and each kind of death once in CI; the whole table with `-m slow`.
+IN_CI = {("plain", "everything"), ("lora", "driver"), ("zero2", "worker")}
+CASES = [
+    pytest.param(kind, victim, marks=() if (kind, victim) in IN_CI else pytest.mark.slow)
+    for kind in KINDS
+    for victim in ("worker", "driver", "everything")
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("kills")
+    write_rows(path / "train.jsonl", text_rows(80))
+    return path
+
+
+@pytest.fixture(scope="module")
+def undisturbed(folder: Path) -> Any:
+    hashes: dict[str, str] = {}
+
+    def of(kind: str) -> str:
+        if kind not in hashes:
+            raytrl("sft", run_file(folder, f"{kind}-whole", **KINDS[kind]))
+            hashes[kind] = weights_hash(folder / f"runs/{kind}-whole/model")
+        return hashes[kind]
+
+    return of
+
+
+@pytest.mark.parametrize(("kind", "victim"), CASES)
+def test_same_weights(folder: Path, undisturbed: Any, kind: str, victim: str) -> None:
+    name = f"{kind}-{victim}"
+    file, run = run_file(folder, name, **KINDS[kind]), folder / "runs" / name
+    process = start("sft", file)
+    wait_for("step 5", lambda: last_step(run) >= 5, process)
+    if victim == "worker":
+        os.kill(worker_pids(process)[1], signal.SIGKILL)
+        output, _ = process.communicate(timeout=240)
+        assert process.returncode == 0, output
+    elif victim == "driver":
+        process.kill()
+        process.communicate()
+        output = raytrl("sft", file)
+    else:
+        kill_everything(process)
+        output = raytrl("sft", file)
+    assert "continues from step" in output
+    assert [row["step"] for row in metrics(run)] == list(range(1, 9))
+    assert weights_hash(run / "model") == undisturbed(kind)
+    assert len(list((run / "checkpoints").glob("checkpoint_2*"))) == 2

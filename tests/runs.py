@@ -1,0 +1,139 @@
+"""Starting real `raytrl` runs on small data, as a user does: the command, in a process of its own."""
+
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import yaml
+
+WORDS = ["a", "the", "film", "story", "actor", "scene", "plot", "ending", "is", "was", "feels", "looks", "good", "bad", "slow", "bright", "dull", "warm", "cold", "true"]
+TINY_LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+}
+ENVIRONMENT = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "COLUMNS": "200",
+}
+
+
+def sentence(rng: random.Random) -> str:
+    return " ".join(rng.choices(WORDS, k=rng.randint(5, 12))) + " ."
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def text_rows(count: int, seed: int = 0) -> list[dict[str, Any]]:
+    rng = random.Random(seed)
+    return [{"text": sentence(rng)} for _ in range(count)]
+
+
+def pair_rows(count: int, seed: int = 0) -> list[dict[str, Any]]:
+    rng = random.Random(seed)
+    return [
+        {"prompt": sentence(rng), "chosen": " the film is good .", "rejected": " the film is bad ."}
+        for _ in range(count)
+    ]
+
+
+def run_file(folder: Path, name: str, **sections: Any) -> str:
+    """Writes a small SFT run file (2 workers, 8 steps); keyword arguments replace or, as dicts, extend its sections."""
+    values: dict[str, Any] = {
+        "kind": "sft",
+        "name": name,
+        "output_dir": str(folder / "runs"),
+        "model": {"config": TINY_LLAMA, "tokenizer": {"vocab_size": 300}},
+        "data": {"train": str(folder / "train.jsonl")},
+        "training": {"max_steps": 8, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "max_length": 32},
+        "learner": {"workers": 2},
+        "checkpoint": {"every": 2},
+        "report_to": [],
+    }
+    for key, value in sections.items():
+        both = isinstance(value, dict) and isinstance(values.get(key), dict)
+        values[key] = values[key] | value if both else value
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return str(path)
+
+
+def start(*words: str, cwd: Path | None = None, **environment: str) -> subprocess.Popen[str]:
+    """Starts `raytrl WORDS…` without waiting for it."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "raytrl", *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=cwd,
+        env=os.environ | ENVIRONMENT | environment,
+    )
+
+
+def raytrl(*words: str, status: int = 0, cwd: Path | None = None, **environment: str) -> str:
+    """Runs `raytrl WORDS…` to its end, checks its exit status, and returns all it printed."""
+    process = start(*words, cwd=cwd, **environment)
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == status, output
+    return output
+
+
+def wait_for(what: str, condition: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 120) -> None:
+    """Returns as soon as the condition holds; fails when the process ends or the time is up before that."""
+    limit = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, f"ended before {what}: {process.communicate()[0]}"
+        assert time.monotonic() < limit, f"{what}: not within {seconds} s"
+        time.sleep(0.05)
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    file = run / "metrics.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines() if line.endswith("}")] if file.exists() else []
+
+
+def last_step(run: Path) -> int:
+    return max((row["step"] for row in metrics(run)), default=0)
+
+
+def worker_pids(process: subprocess.Popen[str]) -> list[int]:
+    """The training processes below a driver."""
+    children = psutil.Process(process.pid).children(recursive=True)
+    return [c.pid for c in children if "RayTrainWorker" in " ".join(c.cmdline())]
+
+
+def kill_everything(process: subprocess.Popen[str]) -> None:
+    """kill -9 of the driver and of every process of its Ray, the driver first."""
+    family = [process.pid, *(child.pid for child in psutil.Process(process.pid).children(recursive=True))]
+    for pid in family:
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+    process.communicate()
+
+
+def weights_hash(model: Path) -> str:
+    """One hash over all weight files of a Hugging Face folder."""
+    digest = hashlib.sha256()
+    for file in sorted(model.glob("*.safetensors")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()

@@ -69,6 +69,9 @@ def _labels(run: SupervisedRun) -> dict[str, Any]:
 def merge_adapter(run: SupervisedRun, base: str, adapter: str, tokenizer: Any, folder: str) -> None:
     """Writes the base model with the adapter's weights folded in, as a plain Hugging Face folder."""
     from peft import PeftModel  # 5 s to import: only where there is an adapter
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    unset_hf_deepspeed_config()  # else, under ZeRO-3, this rank alone would wait for all to partition the model
 
     model = auto_class(run.kind).from_pretrained(
         base, dtype="auto", trust_remote_code=run.model.trust_remote_code, **_labels(run)

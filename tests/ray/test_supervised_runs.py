@@ -1,0 +1,164 @@
+"""Whole runs by the command a user types: real Ray, real TRL, two workers, and what they leave behind."""
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.runs import (
+    kill_everything,
+    last_step,
+    metrics,
+    raytrl,
+    run_file,
+    start,
+    text_rows,
+    wait_for,
+    weights_hash,
+    write_rows,
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("runs")
+    write_rows(path / "train.jsonl", text_rows(64))
+    write_rows(path / "test.jsonl", text_rows(16, seed=1))
+    return path
+
+
+def test_a_run_from_nothing_and_again(folder: Path) -> None:
+    """One run file: trained, evaluated, recorded; not trained twice; refused with other settings; anew with --fresh."""
+    file = run_file(folder, "whole", data={"eval": str(folder / "test.jsonl")}, report_to=["tensorboard"])
+    output = raytrl("sft", file)
+    run = folder / "runs/whole"
+    assert "2 x CPU 1, DDP" in output
+    assert "Traceback" not in output
+    assert "Warning" not in output
+    rows = metrics(run)
+    assert [row["step"] for row in rows] == list(range(1, 9))
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    assert rows[-1]["eval_loss"] > 0
+    assert all(row["time/step_s"] > 0 for row in rows)
+    manifest = json.loads((run / "manifest.json").read_text())
+    assert manifest["state"] == "done"
+    assert manifest["versions"]["trl"]
+    assert "whole.yaml:" in manifest["origins"]["training.max_steps"]
+    assert len(list((run / "checkpoints").glob("checkpoint_2*"))) == 2
+    assert list((run / "tensorboard").glob("events*"))
+    assert not (run / ".scratch").exists()
+
+    before = weights_hash(run / "model")
+    assert "finished already" in raytrl("sft", file)
+    refused = raytrl("sft", file, "training.learning_rate=1e-3", status=2)
+    assert "training.learning_rate was 0.01, now 0.001" in refused
+    assert weights_hash(run / "model") == before
+    raytrl("sft", file, "training.learning_rate=1e-3", "--fresh")
+    assert weights_hash(run / "model") != before
+
+
+def test_a_failure_in_a_worker_is_one_message(folder: Path) -> None:
+    output = raytrl("sft", run_file(folder, "broken", training={"optim": "no_such_optimizer"}), status=1)
+    errors = [line for line in output.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1, output
+    assert "worker" in errors[0]
+    assert "on node" in errors[0]
+    assert "no_such_optimizer" in errors[0]
+    assert "Traceback" not in output
+    assert "Traceback" in (folder / "runs/broken/failures.log").read_text()
+
+
+def test_fewer_workers_go_on_and_say_what_changes(folder: Path) -> None:
+    file = run_file(folder, "shrunk")
+    process = start("sft", file)
+    wait_for("step 3", lambda: last_step(folder / "runs/shrunk") >= 3, process)
+    kill_everything(process)
+    output = raytrl("sft", file, "learner.workers=1")
+    assert "with 1 a step takes 4 rows instead of 8" in output
+    assert [row["step"] for row in metrics(folder / "runs/shrunk")] == list(range(1, 9))
+
+
+def test_zero_checkpoints_keep_their_worker_count(folder: Path) -> None:
+    learner = {"workers": 2, "deepspeed": {"zero_optimization": {"stage": 3}, "train_batch_size": "auto"}}
+    file = run_file(folder, "zero3", learner=learner)
+    process = start("sft", file)
+    wait_for("step 3", lambda: last_step(folder / "runs/zero3") >= 3, process)
+    kill_everything(process)
+    output = raytrl("sft", file, "learner.workers=1", status=2)
+    assert "was written by 2 workers under ZeRO-3" in output
+    output = raytrl("sft", file)
+    assert "continues from step" in output
+    assert (folder / "runs/zero3/model/model.safetensors").stat().st_size > 50_000
+
+
+def test_interrupted_by_sigterm(folder: Path) -> None:
+    """A stopped job ends its Ray and keeps its checkpoints."""
+    process = start("sft", run_file(folder, "stopped", training={"max_steps": 500}))
+    wait_for("step 2", lambda: last_step(folder / "runs/stopped") >= 2, process)
+    family = _descendants(process.pid)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, output
+    assert "continues from the last checkpoint" in output
+    assert not [pid for pid in family if _alive(pid)]
+
+
+def _descendants(pid: int) -> list[int]:
+    import psutil
+
+    return [child.pid for child in psutil.Process(pid).children(recursive=True)]
+
+
+def _alive(pid: int) -> bool:
+    import psutil
+
+    try:
+        psutil.Process(pid).wait(timeout=20)
+    except psutil.NoSuchProcess:
+        return False
+    except psutil.TimeoutExpired:
+        return True
+    return False
+
+
+@pytest.fixture
+def s3(tmp_path: Path) -> Any:
+    """A local S3 server with a bucket; yields the part of a URI behind the path."""
+    server = subprocess.Popen(
+        [sys.executable, "-m", "moto.server", "-p", "0"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    assert server.stdout is not None
+    port = next(line.rsplit(":", 1)[1].strip() for line in server.stdout if "Running on http" in line)
+    yield f"?endpoint_override=127.0.0.1:{port}&scheme=http&region=us-east-1&allow_bucket_creation=true"
+    server.terminate()
+    server.communicate()
+
+
+def test_a_run_stored_on_s3(folder: Path, s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pyarrow import fs
+
+    keys = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test"}
+    file = run_file(folder, "remote", output_dir=f"s3://runs/here{s3}")
+    for name, value in keys.items():
+        monkeypatch.setenv(name, value)
+    bucket, path = fs.FileSystem.from_uri(f"s3://runs/here/remote{s3}")
+    bucket.create_dir("runs")
+
+    def names(below: str = "") -> set[str]:
+        selector = fs.FileSelector(f"{path}/{below}", allow_not_found=True)
+        return {info.base_name for info in bucket.get_file_info(selector)}
+
+    process = start("sft", file)
+    wait_for("a checkpoint", lambda: "checkpoint_manager_snapshot.json" in names("checkpoints"), process)
+    kill_everything(process)
+    output = raytrl("sft", file)
+    assert "continues from step" in output
+    assert {"config.yaml", "manifest.json", "metrics.jsonl", "model", "checkpoints"} <= names()
+    assert {"model.safetensors", "tokenizer.json", "README.md"} <= names("model")
+    with bucket.open_input_stream(f"{path}/metrics.jsonl") as stream:
+        steps = [json.loads(line)["step"] for line in stream.readall().decode().splitlines()]
+    assert steps[-1] == 8

@@ -68,8 +68,8 @@ def samples_of(
     if len(found) != len(wanted) or set(found) != wanted or by_key.keys() != wanted:
         raise RunError(
             f"learner: step {step}: responses and scores do not match the prompts; found {len(found)} responses "
-            f"({len(set(found) ^ wanted)} unmatched) and {len(by_key)} scores ({len(by_key.keys() ^ wanted)} unmatched); "
-            f"expected {len(wanted)} of each; this is a fault in raytrl, please report it"
+            f"({len(set(found) ^ wanted)} unmatched) and {len(by_key)} scores ({len(by_key.keys() ^ wanted)} "
+            f"unmatched); expected {len(wanted)} of each; this is a fault in raytrl, please report it"
         )
     for response in responses:
         if not 0 <= step - response.policy_version <= config.max_lag or response.step != step:

@@ -99,8 +99,9 @@ class PpoLearner:
                     target_BR[rows_B, :width] = source_BR
         named = {"log-probs of the policy": old_BR, "log-probs of the reference": ref_BR, "values": values_BR}
         refuse_non_finite(named, samples, self._step)
+        kl_coef = self._controller.coef
         credit = advantages_of(
-            samples, old_BR, ref_BR, values_BR, config=self._config, kl_coef=self._controller.coef, running=self._running
+            samples, old_BR, ref_BR, values_BR, config=self._config, kl_coef=kl_coef, running=self._running
         )
         self._check_first_kl(credit.kl)
         importance_BR = None

@@ -45,7 +45,7 @@ class Networks(nn.Module):
         if reference is not None:
             reference.requires_grad_(False)
         self._mark_trainable()
-        for name, parameter in self.named_parameters():
+        for parameter in self.parameters():
             if parameter.requires_grad and parameter.dtype != torch.float32:
                 # At a learning rate of 1e-5 a bfloat16 weight would round every update away.
                 parameter.data = parameter.data.float()
@@ -213,9 +213,13 @@ def disable_dropout(model: nn.Module) -> None:
     """Probability 0 everywhere, and evaluation mode: PPO compares forward passes with each other."""
     for module in model.modules():
         for name, value in list(vars(module).items()):
-            if isinstance(value, float) and (name == "p" and "Dropout" in type(module).__name__ or "dropout" in name):
+            if isinstance(value, float) and _is_dropout(module, name):
                 setattr(module, name, 0.0)
     model.eval()
+
+
+def _is_dropout(module: nn.Module, name: str) -> bool:
+    return "dropout" in name or (name == "p" and "Dropout" in type(module).__name__)
 
 
 def _inputs(batch: Sequences) -> dict[str, Any]:

@@ -20,7 +20,9 @@ class Sequences:
     prompt_width: int
 
     @classmethod
-    def of(cls, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], device: torch.device) -> "Sequences":
+    def of(
+        cls, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], device: torch.device
+    ) -> "Sequences":
         """Padded from token ids; without any row, widths are 1."""
         prompt_width = max([len(ids) for ids in prompts], default=1)
         response_width = max([len(ids) for ids in responses], default=1)

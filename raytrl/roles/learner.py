@@ -247,8 +247,8 @@ class PpoLearner:
         if not bool(loss.isfinite()):
             rows = sorted(experience.samples.global_rows[i] for i in rows_B.tolist())
             raise NonFiniteError(
-                f"learner: step {self._step}: the {name} loss is {float(loss)}; the micro-batch held rows "
-                f"{rows[:8]} of the global batch ({len(rows)} in all); nothing was updated"
+                f"learner: step {self._step}: the {name} loss is {float(loss.detach())}; the micro-batch held rows "
+                f"{rows[:8]} of the global batch ({len(rows)} in all), which was not applied"
             )
 
     def _check_first_kl(self, kl: float) -> None:

@@ -99,4 +99,3 @@ def truncated_importance(old_logprobs_BR: Tensor, sampling_logprobs_BR: Tensor, 
     """min(π_old / π_sampling, cap) a token, detached; 1 on padding (Espeholt et al. 2018, ρ-bar of V-trace)."""
     log_ratio_BR = torch.where(mask_BR, old_logprobs_BR - sampling_logprobs_BR, torch.zeros_like(old_logprobs_BR))
     return log_ratio_BR.detach().clamp(max=MAX_LOG_RATIO).exp().clamp(max=cap)
-

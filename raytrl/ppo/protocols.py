@@ -12,6 +12,7 @@ from raytrl.records import Prompt, Response, Score
 
 E = TypeVar("E")
 W = TypeVar("W")
+W_co = TypeVar("W_co", covariant=True)
 W_contra = TypeVar("W_contra", contravariant=True)
 
 
@@ -64,7 +65,7 @@ class Scorer(Protocol):
         ...
 
 
-class Learner(Protocol[E, W]):
+class Learner(Protocol[E, W_co]):
     """The networks that learn; calls are collective over the learner workers."""
 
     @property
@@ -72,15 +73,21 @@ class Learner(Protocol[E, W]):
         """Steps done, which is also the version of the current weights; a loaded checkpoint sets it."""
         ...
 
-    def experience(self, rollout: Rollout) -> E: ...
+    def experience(self, rollout: Rollout) -> E:
+        """What `update` learns from; the rollout is this worker's share."""
+        ...
 
     def update(self, experience: E) -> Mapping[str, float]:
         """Learn from one step's experience; `step` grows by one. Metrics are the same on every worker."""
         ...
 
-    def weights(self) -> W: ...
+    def weights(self) -> W_co:
+        """The policy under the current version. Collective."""
+        ...
 
-    def save(self, folder: Path) -> None: ...
+    def save(self, folder: Path) -> None:
+        """A checkpoint that a run goes on from exactly."""
+        ...
 
     def mean_score(self, scores: Sequence[Score]) -> float:
         """Mean score over all workers, dropped ones left out; NaN where there is none."""

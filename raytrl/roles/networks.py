@@ -75,7 +75,7 @@ class Networks(nn.Module):
         self.policy.save_pretrained(str(folder), selected_adapters=[POLICY_ADAPTER])
         merged = deepcopy(self.policy)
         merged.delete_adapter(VALUE_ADAPTER) if VALUE_ADAPTER in merged.peft_config else None
-        merged.merge_and_unload().save_pretrained(folder / "merged")  # type: ignore[operator]
+        merged.merge_and_unload().save_pretrained(folder / "merged")
 
     def save_value(self, folder: Path) -> None:
         """A sequence classifier's folder; with LoRA the adapter and `value_head.pt`."""
@@ -181,7 +181,7 @@ def assemble(
 
 def add_policy_adapter(model: nn.Module, lora: Mapping[str, Any]) -> PeftModel:
     """The model with a fresh adapter "policy"; a rollout engine calls it too, so that parameter names agree."""
-    adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **lora), adapter_name=POLICY_ADAPTER)  # type: ignore[arg-type]
+    adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **lora), adapter_name=POLICY_ADAPTER)
     assert isinstance(adapted, PeftModel)
     return adapted
 
@@ -190,7 +190,7 @@ def value_from_policy(policy: nn.Module) -> nn.Module:
     """A sequence classifier of the policy's family with its backbone's weights and a zero head."""
     config = deepcopy(policy.config)
     config.num_labels = 1  # type: ignore[union-attr]
-    value: nn.Module = AutoModelForSequenceClassification.from_config(config)
+    value: nn.Module = AutoModelForSequenceClassification.from_config(config)  # type: ignore[no-untyped-call]
     _check_head(value, "the policy")
     _backbone(value).load_state_dict(_backbone(policy).state_dict())
     nn.init.zeros_(value.score.weight)  # type: ignore[union-attr, arg-type]

@@ -113,12 +113,8 @@ def test_microbatches_add_up_to_the_same_gradient(rng: torch.Generator, rows: in
         logprobs, values = start.clone().requires_grad_(), start.clone().requires_grad_()
         for i in range(0, B, size):
             s = slice(i, i + size)
-            policy_loss(
-                logprobs[s], old[s], advantages[s], mask[s], clip_range=0.2, num_tokens=tokens
-            ).loss.backward()  # type: ignore[no-untyped-call]
-            value_loss(
-                values[s], old_values[s], returns[s], mask[s], clip_range=0.2, num_tokens=tokens
-            ).loss.backward()  # type: ignore[no-untyped-call]
+            policy_loss(logprobs[s], old[s], advantages[s], mask[s], clip_range=0.2, num_tokens=tokens).loss.backward()  # type: ignore[no-untyped-call]
+            value_loss(values[s], old_values[s], returns[s], mask[s], clip_range=0.2, num_tokens=tokens).loss.backward()  # type: ignore[no-untyped-call]
         assert logprobs.grad is not None and values.grad is not None
         return logprobs.grad, values.grad
 

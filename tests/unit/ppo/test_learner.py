@@ -130,7 +130,9 @@ def test_with_lora_the_reference_is_the_base(family: Any) -> None:
             if "lora_B" in name:
                 value.normal_(std=0.2)
     rollout = a_rollout()
-    batch = Sequences.of([p.token_ids for p in rollout.prompts], [r.token_ids for r in rollout.responses], torch.device("cpu"))
+    batch = Sequences.of(
+        [p.token_ids for p in rollout.prompts], [r.token_ids for r in rollout.responses], torch.device("cpu")
+    )
     inputs = {
         "input_ids": batch.input_ids_BT,
         "attention_mask": batch.attention_mask_BT,
@@ -156,7 +158,9 @@ def test_dropout_is_off_everywhere() -> None:
     networks = assemble(gpt2(width=16, dropout=0.5), lora=LORA)
     networks.train()
     rollout = a_rollout()
-    batch = Sequences.of([p.token_ids for p in rollout.prompts], [r.token_ids for r in rollout.responses], torch.device("cpu"))
+    batch = Sequences.of(
+        [p.token_ids for p in rollout.prompts], [r.token_ids for r in rollout.responses], torch.device("cpu")
+    )
     for network in ("policy", "value", "reference"):
         assert torch.equal(networks(network, batch), networks(network, batch))
 

@@ -167,7 +167,9 @@ def make_learner(
     return PpoLearner(backend, ppo, temperature=temperature, seed=seed)
 
 
-def make_engine(model: nn.Module, *, lora: bool = False, seed: int = 0, chunk: int = 8, **sampling: Any) -> TransformersEngine:
+def make_engine(
+    model: nn.Module, *, lora: bool = False, seed: int = 0, chunk: int = 8, **sampling: Any
+) -> TransformersEngine:
     policy = add_policy_adapter(model, LORA) if lora else model
     return TransformersEngine(
         policy,

@@ -9,7 +9,7 @@ import deepspeed  # type: ignore[import-untyped]
 import torch
 from torch import Tensor
 
-from raytrl.errors import NonFiniteError, RunError
+from raytrl.errors import ConfigError, NonFiniteError, RunError
 from raytrl.roles.backends import Backend
 from raytrl.roles.collectives import num_workers, wait_for_all
 from raytrl.roles.networks import Network, Networks
@@ -41,6 +41,12 @@ class DeepSpeedBackend(Backend):
         """
         super().__init__(networks)
         self._rates = (learning_rate, value_learning_rate)
+        stage = config.get("zero_optimization", {}).get("stage", 0)
+        if stage not in (1, 2, 3):
+            raise ConfigError(
+                f"learner.deepspeed: zero_optimization.stage must be 1, 2 or 3; found {stage}; for stage 0, which is "
+                f"plain data parallelism, leave learner.deepspeed out"
+            )
         if not torch.cuda.is_available():
             # Its shared-memory extension would be compiled at start; gloo does without.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -196,23 +196,21 @@ class PpoLearner:
         microbatches = list(self._microbatches(experience.samples.sequences, rows))
         for i, (rows_B, batch) in enumerate(microbatches):
             last = i == len(microbatches) - 1
-            # One backward pass after each forward pass: it frees the first's memory before the second begins, and
-            # with LoRA the adapter that a pass ran with is still the active one when it is run backwards.
             logits_BRV = self._backend.forward("policy", batch)
+            values_BR = self._backend.forward("value", batch)
             if rows_B is None:
-                self._backend.backward(0.0 * logits_BRV.sum(), last=False)
-                self._backend.backward(0.0 * self._backend.forward("value", batch).sum(), last=last)
+                self._backend.backward(0.0 * (logits_BRV.sum() + values_BR.sum()), last=last)
                 continue
             part = _Part(experience, rows_B, batch.response_width, num_tokens, self._config)
             policy = part.policy_loss(token_logprobs(logits_BRV, batch.tokens_BR, self._temperature))
+            value = part.value_loss(values_BR)
             with torch.no_grad():
                 entropy_sum = masked_sum(token_entropy(logits_BRV, self._temperature), part.mask_BR)
-            del logits_BRV
             self._refuse_non_finite_loss(policy.loss, "policy", experience, rows_B)
-            self._backend.backward(policy.loss, last=False)
-            value = part.value_loss(self._backend.forward("value", batch))
             self._refuse_non_finite_loss(value.loss, "value", experience, rows_B)
-            self._backend.backward(self._config.value_coef * value.loss, last=last)
+            # One backward pass for both: ZeRO-3 overwrites gradients in a minibatch's first pass and adds in the
+            # later ones, for all parameters alike, so a first pass without some would add to the last step's.
+            self._backend.backward(policy.loss + self._config.value_coef * value.loss, last=last)
             totals.add_part(policy, value, entropy_sum)
 
     def _microbatches(self, sequences: Sequences, rows: Sequence[int]) -> Iterator[tuple[Tensor | None, Sequences]]:

@@ -2,11 +2,14 @@
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from raytrl.config.ppo import PpoConfig
 from raytrl.errors import NonFiniteError
 from raytrl.roles.collectives import copy_from_first, sum_over_workers, wait_for_all, worker_rank
 from raytrl.roles.networks import Network, Networks
@@ -117,3 +120,26 @@ class TorchBackend(Backend):
 
     def _trainable(self) -> dict[str, Tensor]:
         return {name: value.data for name, value in self.networks.named_parameters() if value.requires_grad}
+
+
+def build_backend(
+    networks: Networks, config: PpoConfig, *, deepspeed: Mapping[str, Any] | None = None, device: str = "cpu"
+) -> Backend:
+    """The backend of one learner worker; torch.distributed, where used, must be initialised before.
+
+    Args:
+        deepspeed: a DeepSpeed dictionary; None is plain data parallelism.
+        device: of this worker, e.g. "cuda:0".
+    """
+    rates = {
+        "learning_rate": config.learning_rate,
+        "value_learning_rate": config.value_learning_rate or config.learning_rate,
+        "epsilon": config.adam_epsilon,
+        "max_norm": config.max_grad_norm,
+    }
+    networks.to(device)
+    if deepspeed is None:
+        return TorchBackend(networks, **rates)
+    from raytrl.roles.deepspeed_backend import DeepSpeedBackend  # an optional extra, and seconds to import
+
+    return DeepSpeedBackend(networks, deepspeed, **rates)

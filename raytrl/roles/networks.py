@@ -18,7 +18,7 @@ from raytrl.errors import ConfigError
 from raytrl.roles.sequences import Sequences
 from raytrl.roles.weights import POLICY_ADAPTER
 
-VALUE_ADAPTER = "value"
+VALUE_ADAPTER = "value_function"  # "value" is what some attention layers call a projection
 Network = Literal["policy", "reference", "value"]
 
 
@@ -30,8 +30,8 @@ class Networks(nn.Module):
     ) -> None:
         """
         Args:
-            policy: a causal language model, or a `PeftModel` with the adapter "policy".
-            value: a sequence classifier with one output, or None: adapter "value" and a new head on the policy's base.
+            policy: a causal language model, or a `PeftModel` with the adapter `POLICY_ADAPTER`.
+            value: a sequence classifier with one output, or None: an adapter and a new head on the policy's base.
             reference: a causal language model, or None: the policy's base with adapters off.
             dtype: what the forward passes compute in, and what rollout engines hold.
         """
@@ -84,6 +84,9 @@ class Networks(nn.Module):
             return
         assert isinstance(self.policy, PeftModel) and self.value_head is not None
         self.policy.save_pretrained(str(folder), selected_adapters=[VALUE_ADAPTER])
+        for file in (folder / VALUE_ADAPTER).iterdir():  # PEFT puts an adapter of another name than its default there
+            file.replace(folder / file.name)
+        (folder / VALUE_ADAPTER).rmdir()
         torch.save(self.value_head.state_dict(), folder / "value_head.pt")
 
     def _logits(self, network: Network, batch: Sequences) -> Tensor:
@@ -180,7 +183,7 @@ def assemble(
 
 
 def add_policy_adapter(model: nn.Module, lora: Mapping[str, Any]) -> PeftModel:
-    """The model with a fresh adapter "policy"; a rollout engine calls it too, so that parameter names agree."""
+    """The model with a fresh policy adapter; a rollout engine calls it too, so that parameter names agree."""
     adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **lora), adapter_name=POLICY_ADAPTER)
     assert isinstance(adapted, PeftModel)
     return adapted

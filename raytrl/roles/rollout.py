@@ -2,17 +2,19 @@
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from raytrl.algo.logprobs import token_logprobs
-from raytrl.config.ppo import SamplingConfig
+from raytrl.config.ppo import RolloutConfig, SamplingConfig
 from raytrl.errors import NonFiniteError, WeightsVersionError
 from raytrl.records import Prompt, Response, chunks
+from raytrl.roles.networks import add_policy_adapter
 from raytrl.roles.weights import Weights, copy_into
 
 
@@ -106,6 +108,40 @@ class TransformersEngine(RolloutEngine):
         own = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
         self._stop_token_ids = torch.tensor(sorted({*own, *stop_token_ids}), dtype=torch.long)
         self._chunk_prompts = chunk_prompts
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model_path: str,
+        tokenizer_path: str,
+        rollout: RolloutConfig,
+        *,
+        seed: int,
+        lora: Mapping[str, Any] | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: str = "cpu",
+        trust_remote_code: bool = False,
+    ) -> "TransformersEngine":
+        """An engine for the learner's model; `lora` and `dtype` must be the learner's, or no weights will fit.
+
+        `rollout.engine_args` go to the model's `from_pretrained`. End tokens are the tokenizer's and those of the
+        model's generation config.
+        """
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            model_path, dtype=dtype, trust_remote_code=trust_remote_code, **rollout.engine_args
+        )
+        ends = model.generation_config.eos_token_id
+        stop_token_ids = ends if isinstance(ends, list) else [] if ends is None else [ends]
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer_path, trust_remote_code=trust_remote_code)
+        policy = model if lora is None else add_policy_adapter(model, lora)
+        return cls(
+            policy.to(device),
+            tokenizer,
+            rollout.sampling,
+            seed=seed,
+            stop_token_ids=stop_token_ids,
+            chunk_prompts=rollout.chunk_prompts,
+        )
 
     def _load(self, weights: Weights) -> None:
         copy_into(self._model, weights)

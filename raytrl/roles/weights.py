@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from raytrl.errors import WeightsVersionError
 
-POLICY_ADAPTER = "policy"
+POLICY_ADAPTER = "default"  # the name that PEFT saves at the top of a folder, where `from_pretrained` looks
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ from itertools import product
 
 import torch
 from torch import Tensor, nn
-
 from toy import EOS, PROMPTS, VOCABULARY, reward
 
 

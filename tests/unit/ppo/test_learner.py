@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from toy import (
     LORA,
     LocalGenerator,
@@ -21,16 +22,18 @@ from toy import (
     make_learner,
     prompt_batch,
 )
-from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from raytrl.errors import NonFiniteError, RewardError, RunError, WeightsVersionError
 from raytrl.ppo.loop import Schedule, run
 from raytrl.ppo.protocols import Rollout
 from raytrl.records import Response
 from raytrl.roles.learner import PpoLearner
-from raytrl.roles.networks import assemble
+from raytrl.roles.networks import Networks, assemble, build_networks
 from raytrl.roles.sequences import Sequences
 from raytrl.roles.weights import checksum
+
+CPU = torch.device("cpu")
 
 
 def train(
@@ -130,9 +133,7 @@ def test_with_lora_the_reference_is_the_base(family: Any) -> None:
             if "lora_B" in name:
                 value.normal_(std=0.2)
     rollout = a_rollout()
-    batch = Sequences.of(
-        [p.token_ids for p in rollout.prompts], [r.token_ids for r in rollout.responses], torch.device("cpu")
-    )
+    batch = Sequences.of([p.token_ids for p in rollout.prompts], [r.token_ids for r in rollout.responses], CPU)
     inputs = {
         "input_ids": batch.input_ids_BT,
         "attention_mask": batch.attention_mask_BT,
@@ -151,16 +152,14 @@ def test_with_lora_the_reference_is_the_base(family: Any) -> None:
 
 def test_with_lora_only_adapters_travel() -> None:
     names = make_learner(gpt2(width=16), config(), lora=True).weights().tensors
-    assert names and all("lora_" in name and ".policy." in name for name in names)
+    assert names and all("lora_" in name and ".default." in name for name in names)
 
 
 def test_dropout_is_off_everywhere() -> None:
     networks = assemble(gpt2(width=16, dropout=0.5), lora=LORA)
     networks.train()
     rollout = a_rollout()
-    batch = Sequences.of(
-        [p.token_ids for p in rollout.prompts], [r.token_ids for r in rollout.responses], torch.device("cpu")
-    )
+    batch = Sequences.of([p.token_ids for p in rollout.prompts], [r.token_ids for r in rollout.responses], CPU)
     for network in ("policy", "value", "reference"):
         assert torch.equal(networks(network, batch), networks(network, batch))
 
@@ -324,3 +323,39 @@ def test_the_engine_holds_exactly_the_learners_weights() -> None:
 def test_another_sampling_temperature_is_seen() -> None:
     _, log = train(1, engine_temperature=0.7)
     assert log.metrics[0]["rollout/logprob_gap_max"] > 0.05
+
+
+def test_networks_and_engine_from_folders(tmp_path: Path) -> None:
+    """Save, build from folders, and score a reward model's folder as the value function's start."""
+    gpt2(width=16).save_pretrained(tmp_path / "policy")  # type: ignore[operator]
+    trained, _ = train(1)
+    networks = trained._backend.networks
+    networks.save_policy(tmp_path / "out")
+    networks.save_value(tmp_path / "value")
+    built = build_networks(str(tmp_path / "out"), value_init=str(tmp_path / "value"))
+    for mine, other in ((built.policy, networks.policy), (built.value, networks.value)):
+        assert mine is not None and other is not None
+        assert checksum(dict(mine.named_parameters())) == checksum(dict(other.named_parameters()))
+    assert float(built.value.score.weight.abs().sum()) > 0  # type: ignore[union-attr, arg-type, operator]
+    fresh = build_networks(str(tmp_path / "policy"), value_init=str(tmp_path / "policy"))
+    assert float(fresh.value.score.weight.abs().sum()) == 0  # type: ignore[union-attr, arg-type, operator]
+
+
+def test_a_saved_lora_policy_loads_as_adapter_and_merged(tmp_path: Path) -> None:
+    base = gpt2(width=16)
+    base.save_pretrained(tmp_path / "base")  # type: ignore[operator]
+    learner = make_learner(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), config(), lora=True)
+    train(2, lora=True, learner=learner)
+    networks = learner._backend.networks
+    networks.save_policy(tmp_path / "out")
+    networks.save_value(tmp_path / "value")
+    rollout = a_rollout()
+    batch = Sequences.of([p.token_ids for p in rollout.prompts], [r.token_ids for r in rollout.responses], CPU)
+    mask = batch.response_mask_BR
+    for folder in (tmp_path / "out", tmp_path / "out" / "merged"):
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        with torch.no_grad():
+            logits = Networks(model, gpt2(), gpt2(), dtype=torch.float32)("policy", batch)
+            torch.testing.assert_close(logits[mask], networks("policy", batch)[mask], atol=1e-5, rtol=0)
+            assert float((logits - networks("reference", batch))[mask].abs().max()) > 1e-4
+    assert (tmp_path / "value" / "adapter_model.safetensors").exists()

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from toy import EOS, PROMPTS, LocalGenerator, gpt2, llama, make_engine, prompt_batch
 from torch import nn
+from toy import EOS, PROMPTS, LocalGenerator, gpt2, llama, make_engine, prompt_batch
 
 from raytrl.algo.logprobs import token_logprobs
 from raytrl.errors import NonFiniteError, WeightsVersionError

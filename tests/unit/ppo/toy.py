@@ -11,7 +11,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from raytrl.config.ppo import PpoConfig, SamplingConfig
 from raytrl.ppo.protocols import Rollout
 from raytrl.records import Prompt, Response, Score, chunks
-from raytrl.roles.backends import TorchBackend
+from raytrl.roles.backends import build_backend
 from raytrl.roles.learner import PpoLearner
 from raytrl.roles.networks import add_policy_adapter, assemble
 from raytrl.roles.rollout import TransformersEngine
@@ -157,13 +157,7 @@ def make_learner(
 ) -> PpoLearner:
     torch.manual_seed(seed)
     networks = assemble(model, lora=LORA if lora else None)
-    backend = TorchBackend(
-        networks,
-        learning_rate=ppo.learning_rate,
-        value_learning_rate=ppo.value_learning_rate or ppo.learning_rate,
-        epsilon=ppo.adam_epsilon,
-        max_norm=ppo.max_grad_norm,
-    )
+    backend = build_backend(networks, ppo)
     return PpoLearner(backend, ppo, temperature=temperature, seed=seed)
 
 

@@ -63,6 +63,16 @@ def test_responses_do_not_depend_on_the_engines(family: Callable[[], nn.Module])
     assert {(r.row, r.sample): r for r in engines[0].generate(prompts, 0, samples=2)} == alone
 
 
+def test_a_chunk_is_a_batch_of_its_own() -> None:
+    """At this size other batches happen to give the same bits, so look at the batches themselves."""
+    engine, sizes = loaded_engine(gpt2(), chunk=4), set()
+    engine._model.register_forward_pre_hook(
+        lambda _, args, kwargs: sizes.add(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    engine.generate(prompt_batch(0, range(12)), 0, samples=2)
+    assert sizes == {8}
+
+
 def test_another_batch_composition_samples_the_same_tokens() -> None:
     """Not promised to the last bit of the log-probs, see `RolloutEngine.generate`."""
     model, prompts = gpt2(), prompt_batch(5, range(12))

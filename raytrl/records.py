@@ -4,8 +4,9 @@ A response is named by (step, row, sample): `row` counts the prompts of that ste
 responses of one prompt. Nothing else identifies it, so it may be made by any rollout actor, in any order.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any
 
 Message = Mapping[str, Any]
@@ -58,3 +59,12 @@ class Progress:
     text: str = ""  # phase: what is being done; failure: rank, node and cause
     metrics: Mapping[str, float] = field(default_factory=dict)
     details: str = ""  # failure: the traceback
+def chunks(prompts: Sequence[Prompt], chunk_prompts: int) -> list[list[Prompt]]:
+    """Prompts grouped by `row // chunk_prompts`, in order of rows.
+
+    A chunk is sampled as one batch by one actor. It follows from the step's rows alone, so the same prompts share a
+    batch however many actors there are: the bits of a matrix product depend on what shares its batch. A learner
+    worker's share should hold whole chunks.
+    """
+    ordered = sorted(prompts, key=lambda prompt: prompt.row)
+    return [list(group) for _, group in groupby(ordered, key=lambda prompt: prompt.row // chunk_prompts)]

@@ -1,0 +1,104 @@
+"""What the PPO loop needs from the rest: it sees no model, no tensor and no Ray.
+
+`E` is whatever the learner calls experience, `W` whatever it calls weights; the loop only carries them.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+from raytrl.records import Prompt, Response, Score
+
+E = TypeVar("E")
+W = TypeVar("W")
+W_co = TypeVar("W_co", covariant=True)
+W_contra = TypeVar("W_contra", contravariant=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """One worker's share of a step's batch: prompts, their responses, and one score a response."""
+
+    prompts: Sequence[Prompt]
+    responses: Sequence[Response]
+    scores: Sequence[Score]
+
+
+class PromptSource(Protocol):
+    """Prompts as a function of the step, so that a resumed run sees what it would have seen."""
+
+    def next(self, step: int) -> Sequence[Prompt]:
+        """This worker's share of the step's prompts; `row` counts over the global batch."""
+        ...
+
+    def evaluation(self, step: int) -> Sequence[Prompt]:
+        """This worker's share of the evaluation prompts; may be empty."""
+        ...
+
+
+class Generator(Protocol[W_contra]):
+    """The rollout actors."""
+
+    def generate(self, prompts: Sequence[Prompt], version: int, *, greedy: bool) -> Iterable[Sequence[Response]]:
+        """Send the requests now; iterating waits for responses, a chunk at a time, in any order.
+
+        Every response is made by the weights of exactly this version. Sampled: `responses_per_prompt` each; greedy:
+        one each.
+        """
+        ...
+
+    def load_weights(self, weights: W_contra) -> None:
+        """Returns when every actor that may serve has proved that it holds these weights. Called by every worker."""
+        ...
+
+
+class Scorer(Protocol):
+    """The reward actors."""
+
+    def submit(self, prompts: Sequence[Prompt], responses: Sequence[Response]) -> None:
+        """Send one chunk of responses to be scored; returns at once. `prompts` holds at least theirs."""
+        ...
+
+    def collect(self) -> Sequence[Score]:
+        """Wait for the scores of everything submitted since the last `collect`: one a response, in any order."""
+        ...
+
+
+class Learner(Protocol[E, W_co]):
+    """The networks that learn; calls are collective over the learner workers."""
+
+    @property
+    def step(self) -> int:
+        """Steps done, which is also the version of the current weights; a loaded checkpoint sets it."""
+        ...
+
+    def experience(self, rollout: Rollout) -> E:
+        """What `update` learns from; the rollout is this worker's share."""
+        ...
+
+    def update(self, experience: E) -> Mapping[str, float]:
+        """Learn from one step's experience; `step` grows by one. Metrics are the same on every worker."""
+        ...
+
+    def weights(self) -> W_co:
+        """The policy under the current version. Collective."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """A checkpoint that a run goes on from exactly."""
+        ...
+
+    def mean_score(self, scores: Sequence[Score]) -> float:
+        """Mean score over all workers, dropped ones left out; NaN where there is none."""
+        ...
+
+
+class Reporter(Protocol):
+    """Where a finished step goes."""
+
+    def report(
+        self, step: int, metrics: Mapping[str, float], rollout: Rollout, save: Callable[[Path], None] | None
+    ) -> None:
+        """`step` steps are done. `save` is given when a checkpoint is due: call it on every worker."""
+        ...

@@ -1,0 +1,103 @@
+"""DeepSpeed ZeRO behind the learner: sharded optimizer state (1), gradients (2) and parameters (3)."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import deepspeed  # type: ignore[import-untyped]
+import torch
+from torch import Tensor
+
+from raytrl.errors import ConfigError, NonFiniteError, RunError
+from raytrl.roles.backends import Backend
+from raytrl.roles.collectives import num_workers, wait_for_all
+from raytrl.roles.networks import Network, Networks
+from raytrl.roles.sequences import Sequences
+from raytrl.roles.weights import policy_parameters
+
+TAG = "deepspeed"
+
+
+class DeepSpeedBackend(Backend):
+    """Adam under a DeepSpeed engine; torch.distributed must be initialised, also for one worker."""
+
+    lockstep = True
+
+    def __init__(
+        self,
+        networks: Networks,
+        config: Mapping[str, Any],
+        *,
+        learning_rate: float,
+        value_learning_rate: float,
+        epsilon: float,
+        max_norm: float,
+    ) -> None:
+        """
+        Args:
+            config: a DeepSpeed dictionary. Batch sizes, accumulation and clipping follow from the run file and are
+                set here; its optimizer and scheduler must be left out for the same reason.
+        """
+        super().__init__(networks)
+        self._rates = (learning_rate, value_learning_rate)
+        stage = config.get("zero_optimization", {}).get("stage", 0)
+        if stage not in (1, 2, 3):
+            raise ConfigError(
+                f"learner.deepspeed: zero_optimization.stage must be 1, 2 or 3; found {stage}; for stage 0, which is "
+                f"plain data parallelism, leave learner.deepspeed out"
+            )
+        if not torch.cuda.is_available():
+            # Its shared-memory extension would be compiled at start; gloo does without.
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        groups = [{"params": networks.policy_group()}, {"params": networks.value_group()}]
+        settings = {key: value for key, value in config.items() if key != "train_batch_size"} | {
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_accumulation_steps": 1,
+            "gradient_clipping": max_norm,
+            "zero_allow_untested_optimizer": True,
+        }
+        optimizer = torch.optim.Adam(groups, lr=learning_rate, eps=epsilon)
+        self._engine, self._optimizer, _, _ = deepspeed.initialize(
+            model=networks, optimizer=optimizer, config=settings, dist_init_required=False
+        )
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device(self._engine.device)
+
+    def forward(self, network: Network, batch: Sequences) -> Tensor:
+        output: Tensor = self._engine(network, batch)
+        return output
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        self._engine.set_gradient_accumulation_boundary(is_boundary=last)
+        # DeepSpeed averages over workers; losses here are parts of a global mean, to be summed.
+        self._engine.backward(loss * num_workers(), scale_wrt_gas=False)
+        if not last:
+            self._engine.step()
+
+    def step(self, factor: float) -> float:
+        for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
+            group["lr"] = rate * factor
+        self._engine.step()
+        norm = float(self._engine.get_global_grad_norm())
+        if not math.isfinite(norm):
+            raise NonFiniteError(f"learner: the gradient norm is {norm}; the run cannot go on from this step")
+        return norm
+
+    def policy_tensors(self) -> dict[str, Tensor]:
+        parameters = policy_parameters(self.networks.policy)
+        if self._engine.zero_optimization_stage() < 3:
+            return {name: value.data for name, value in parameters.items()}
+        with deepspeed.zero.GatheredParameters(list(parameters.values())):
+            return {name: value.data.to("cpu", copy=True) for name, value in parameters.items()}
+
+    def save(self, folder: Path) -> None:
+        self._engine.save_checkpoint(str(folder), tag=TAG, exclude_frozen_parameters=True)
+        wait_for_all()
+
+    def load(self, folder: Path) -> None:
+        loaded, _ = self._engine.load_checkpoint(str(folder), tag=TAG, load_module_strict=False)
+        if loaded is None:
+            raise RunError(f"learner: {folder} holds no DeepSpeed checkpoint; expected the folder {TAG} in it")

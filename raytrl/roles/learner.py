@@ -1,0 +1,346 @@
+"""The PPO learner: experience from rollouts, and the updates."""
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from raytrl.algo.kl import KlController
+from raytrl.algo.logprobs import token_entropy, token_logprobs
+from raytrl.algo.losses import PolicyLoss, ValueLoss, policy_loss, truncated_importance, value_loss
+from raytrl.algo.masked import masked_sum
+from raytrl.algo.rewards import RunningMoments
+from raytrl.config.ppo import PpoConfig
+from raytrl.errors import NonFiniteError, RunError
+from raytrl.records import Prompt, Response, Score
+from raytrl.roles.backends import Backend, schedule_factor
+from raytrl.roles.collectives import max_over_workers, sum_over_workers, wait_for_all, worker_rank
+from raytrl.roles.experience import Experience, Samples, advantages_of, refuse_non_finite, samples_of
+from raytrl.roles.networks import Network
+from raytrl.roles.sequences import Sequences, minibatch_rows, pack
+from raytrl.roles.weights import Weights
+
+# Two forward passes of the same float32 weights differ by about 1e-6 a token; bfloat16 by about 1e-2.
+MAX_FIRST_LOG_RATIO = {torch.float32: 1e-3}
+MAX_FIRST_KL = {torch.float32: 1e-3}
+# Logits of one micro-batch, their gradient and the float32 copies of both should stay near 2 GiB.
+LOGITS_BYTES = 2 * 2**30
+
+
+class Rollout(Protocol):
+    """One worker's share of a step (`raytrl.ppo.protocols.Rollout`)."""
+
+    @property
+    def prompts(self) -> Sequence[Prompt]: ...
+    @property
+    def responses(self) -> Sequence[Response]: ...
+    @property
+    def scores(self) -> Sequence[Score]: ...
+
+
+class PpoLearner:
+    """One learner worker. Every public method but `step` is collective: all workers call it, each with its share."""
+
+    def __init__(
+        self, backend: Backend, config: PpoConfig, *, temperature: float, seed: int, reference_is_start: bool = True
+    ) -> None:
+        """
+        Args:
+            temperature: the one that responses are sampled with.
+            seed: the run's; minibatches follow from (seed, step, epoch), so there is no random state to lose.
+            reference_is_start: the reference is the starting policy, so the first KL must be 0.
+        """
+        self._backend = backend
+        self._config = config
+        self._temperature = temperature
+        self._seed = seed
+        self._reference_is_start = reference_is_start
+        self._step = 0
+        self._episodes = 0
+        self._controller = KlController(config.kl.coef, config.kl.target, config.kl.horizon)
+        self._running = RunningMoments()
+
+    @property
+    def step(self) -> int:
+        """Steps done, which is also the version of the weights."""
+        return self._step
+
+    @torch.no_grad()
+    def experience(self, rollout: Rollout) -> Experience:
+        """Old and reference log-probs, values, rewards, advantages and returns for this worker's share.
+
+        Raises:
+            RunError, WeightsVersionError: the rollout does not fit the step.
+            RewardError: every score of the global batch was dropped.
+            NonFiniteError: a score, log-prob or value is NaN or infinite; the message names the rows.
+        """
+        samples = samples_of(
+            rollout.prompts,
+            rollout.responses,
+            rollout.scores,
+            config=self._config,
+            step=self._step,
+            device=self._backend.device,
+        )
+        old_BR, ref_BR, values_BR = (torch.zeros_like(samples.sampling_logprobs_BR) for _ in range(3))
+        for rows_B, batch in self._microbatches(samples.sequences, range(len(samples.sequences))):
+            width = batch.response_width
+            results: dict[Network, Tensor] = {
+                "policy": self._logprobs("policy", batch),
+                "reference": self._logprobs("reference", batch),
+                "value": self._backend.forward("value", batch),
+            }
+            if rows_B is not None:
+                for target_BR, source_BR in zip((old_BR, ref_BR, values_BR), results.values(), strict=True):
+                    target_BR[rows_B, :width] = source_BR
+        named = {"log-probs of the policy": old_BR, "log-probs of the reference": ref_BR, "values": values_BR}
+        refuse_non_finite(named, samples, self._step)
+        kl_coef = self._controller.coef
+        credit = advantages_of(
+            samples, old_BR, ref_BR, values_BR, config=self._config, kl_coef=kl_coef, running=self._running
+        )
+        self._check_first_kl(credit.kl)
+        importance_BR = None
+        if self._config.max_lag:
+            mask_BR, cap = samples.sequences.response_mask_BR, self._config.importance_cap
+            importance_BR = truncated_importance(old_BR, samples.sampling_logprobs_BR, mask_BR, cap)
+        return Experience(
+            samples=samples,
+            old_logprobs_BR=old_BR,
+            values_BR=values_BR,
+            advantages_BR=credit.advantages_BR,
+            returns_BR=credit.returns_BR,
+            importance_BR=importance_BR,
+            kl=credit.kl,
+            num_responses=credit.num_responses,
+            metrics=credit.metrics,
+        )
+
+    def update(self, experience: Experience) -> Mapping[str, float]:
+        """PPO's epochs over one step's experience; one optimizer step a minibatch. The metrics are global.
+
+        Raises:
+            NonFiniteError: a loss or gradient; the weights stay as they were before that minibatch.
+            RunError: the first forward pass does not reproduce the old log-probs.
+        """
+        config, factor = self._config, schedule_factor(self._config.lr_schedule, self._step, self._config.steps)
+        totals = _Totals(self._backend.device)
+        for epoch in range(config.epochs):
+            minibatches = minibatch_rows(self._seed, self._step, epoch, config.batch_size, config.minibatches)
+            local = [self._local_rows(experience.samples, rows) for rows in minibatches]
+            lengths_B = experience.samples.sequences.response_lengths_B
+            counts = sum_over_workers(torch.stack([lengths_B[rows].sum() for rows in local])).tolist()
+            for rows, num_tokens in zip(local, counts, strict=True):
+                if num_tokens == 0:  # every response of the minibatch was dropped, on all workers
+                    continue
+                first = totals.optimizer_steps == 0
+                self._minibatch(experience, rows.tolist(), float(num_tokens), totals)
+                if first:
+                    self._check_first_ratio(totals)
+                totals.add_step(self._backend.step(factor), num_tokens)
+        rate = config.learning_rate * factor
+        metrics = {**experience.metrics, **totals.metrics(), "lr": rate, "val/first_log_ratio": totals.first_log_ratio}
+        self._controller.update(experience.kl, experience.num_responses)
+        self._step += 1
+        self._episodes += experience.num_responses
+        return {**metrics, "episode": float(self._episodes)}
+
+    def weights(self) -> Weights:
+        """The policy for the rollout engines, under the current version."""
+        return Weights.of(self._step, self._backend.policy_tensors().items(), self._backend.networks.dtype)
+
+    def mean_score(self, scores: Sequence[Score]) -> float:
+        """Mean score over all workers, dropped ones left out; NaN where there is none."""
+        values = [score.value for score in scores if score.value is not None]
+        sums = torch.tensor([sum(values), float(len(values))], dtype=torch.float64, device=self._backend.device)
+        total, count = sum_over_workers(sums).tolist()
+        return total / count if count else math.nan
+
+    def save(self, folder: Path) -> None:
+        """Everything that `load` needs to go on bit by bit: weights, optimizer, KL coefficient, moments, counters."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self._backend.save(folder)
+        if worker_rank() == 0:
+            state = {
+                "step": self._step,
+                "episodes": self._episodes,
+                "seed": self._seed,
+                "kl": self._controller.state_dict(),
+                "scores": self._running.state_dict(),
+            }
+            (folder / "learner.json").write_text(json.dumps(state))
+        wait_for_all()
+
+    def load(self, folder: Path) -> None:
+        """Continue from what `save` wrote.
+
+        Raises:
+            RunError: the checkpoint is of a run with another seed.
+        """
+        state = json.loads((folder / "learner.json").read_text())
+        if state["seed"] != self._seed:
+            raise RunError(
+                f"learner: {folder} is of a run with another seed; found {state['seed']}; expected {self._seed}"
+            )
+        self._backend.load(folder)
+        self._step, self._episodes = int(state["step"]), int(state["episodes"])
+        self._controller.load_state_dict(state["kl"])
+        self._running.load_state_dict(state["scores"])
+
+    def _minibatch(self, experience: Experience, rows: list[int], num_tokens: float, totals: "_Totals") -> None:
+        """Add up the gradients of this worker's rows of one minibatch."""
+        microbatches = list(self._microbatches(experience.samples.sequences, rows))
+        for i, (rows_B, batch) in enumerate(microbatches):
+            last = i == len(microbatches) - 1
+            logits_BRV = self._backend.forward("policy", batch)
+            values_BR = self._backend.forward("value", batch)
+            if rows_B is None:
+                self._backend.backward(0.0 * (logits_BRV.sum() + values_BR.sum()), last=last)
+                continue
+            part = _Part(experience, rows_B, batch.response_width, num_tokens, self._config)
+            policy = part.policy_loss(token_logprobs(logits_BRV, batch.tokens_BR, self._temperature))
+            value = part.value_loss(values_BR)
+            with torch.no_grad():
+                entropy_sum = masked_sum(token_entropy(logits_BRV, self._temperature), part.mask_BR)
+            self._refuse_non_finite_loss(policy.loss, "policy", experience, rows_B)
+            self._refuse_non_finite_loss(value.loss, "value", experience, rows_B)
+            # One backward pass for both: ZeRO-3 overwrites gradients in a minibatch's first pass and adds in the
+            # later ones, for all parameters alike, so a first pass without some would add to the last step's.
+            self._backend.backward(policy.loss + self._config.value_coef * value.loss, last=last)
+            totals.add_part(policy, value, entropy_sum)
+
+    def _microbatches(self, sequences: Sequences, rows: Sequence[int]) -> Iterator[tuple[Tensor | None, Sequences]]:
+        """(rows, their sequences); in lockstep, None and a filler once this worker's rows are used up."""
+        lengths: list[int] = (sequences.prompt_lengths_B + sequences.response_lengths_B).tolist()
+        packed = pack(rows, lengths, self._max_tokens())
+        num_passes = len(packed)
+        if self._backend.lockstep:
+            num_passes = int(max_over_workers(torch.tensor(num_passes, device=self._backend.device)))
+        for i in range(num_passes):
+            if i < len(packed):
+                rows_B = torch.tensor(packed[i], device=self._backend.device)
+                yield rows_B, sequences.take(rows_B)
+            else:
+                yield None, Sequences.filler(self._backend.device)
+
+    def _max_tokens(self) -> int:
+        if self._config.max_tokens_per_microbatch is not None:
+            return self._config.max_tokens_per_microbatch
+        vocabulary = int(self._backend.networks.policy.config.get_text_config().vocab_size)  # type: ignore[union-attr, operator]
+        return min(16384, max(1, LOGITS_BYTES // (16 * vocabulary)))
+
+    def _logprobs(self, network: Network, batch: Sequences) -> Tensor:
+        return token_logprobs(self._backend.forward(network, batch), batch.tokens_BR, self._temperature)
+
+    def _local_rows(self, samples: Samples, global_rows: Tensor) -> Tensor:
+        place = {row: i for i, row in enumerate(samples.global_rows)}
+        local = [place[row] for row in global_rows.tolist() if row in place]
+        return torch.tensor(local, dtype=torch.long, device=self._backend.device)
+
+    def _refuse_non_finite_loss(self, loss: Tensor, name: str, experience: Experience, rows_B: Tensor) -> None:
+        if not bool(loss.isfinite()):
+            rows = sorted(experience.samples.global_rows[i] for i in rows_B.tolist())
+            raise NonFiniteError(
+                f"learner: step {self._step}: the {name} loss is {float(loss.detach())}; the micro-batch held rows "
+                f"{rows[:8]} of the global batch ({len(rows)} in all), which was not applied"
+            )
+
+    def _check_first_kl(self, kl: float) -> None:
+        limit = MAX_FIRST_KL.get(self._backend.networks.dtype)
+        if self._step == 0 and self._reference_is_start and limit is not None and abs(kl) > limit:
+            raise RunError(
+                f"learner: the KL between the untrained policy and its reference is not 0; found {kl:.3g} nats a "
+                f"response; expected at most {limit}; both should be the same weights"
+            )
+
+    def _check_first_ratio(self, totals: "_Totals") -> None:
+        totals.first_log_ratio = float(max_over_workers(totals.max_log_ratio))
+        limit = MAX_FIRST_LOG_RATIO.get(self._backend.networks.dtype)
+        if limit is not None and totals.first_log_ratio > limit:
+            raise RunError(
+                f"learner: step {self._step}: the first forward pass of the update does not repeat the old log-probs; "
+                f"found a difference of {totals.first_log_ratio:.3g} nats; expected at most {limit}; the model's "
+                f"forward pass is not deterministic"
+            )
+
+
+class _Part:
+    """One micro-batch's slice of the experience, and its losses."""
+
+    def __init__(
+        self, experience: Experience, rows_B: Tensor, width: int, num_tokens: float, config: PpoConfig
+    ) -> None:
+        self._experience, self._rows_B, self._width = experience, rows_B, width
+        self._num_tokens, self._config = num_tokens, config
+        self.mask_BR = self._cut(experience.samples.sequences.response_mask_BR)
+
+    def _cut(self, x_BR: Tensor) -> Tensor:
+        return x_BR[self._rows_B, : self._width]
+
+    def policy_loss(self, logprobs_BR: Tensor) -> PolicyLoss:
+        importance_BR = self._experience.importance_BR
+        return policy_loss(
+            logprobs_BR,
+            self._cut(self._experience.old_logprobs_BR),
+            self._cut(self._experience.advantages_BR),
+            self.mask_BR,
+            clip_range=self._config.clip_range,
+            num_tokens=self._num_tokens,
+            weights_BR=None if importance_BR is None else self._cut(importance_BR),
+        )
+
+    def value_loss(self, values_BR: Tensor) -> ValueLoss:
+        return value_loss(
+            values_BR,
+            self._cut(self._experience.values_BR),
+            self._cut(self._experience.returns_BR),
+            self.mask_BR,
+            clip_range=self._config.value_clip_range,
+            num_tokens=self._num_tokens,
+        )
+
+
+class _Totals:
+    """Sums over the parts of a step's update, added over workers once at its end."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._sums = torch.zeros(8, dtype=torch.float64, device=device)
+        self._norms: list[float] = []
+        self._num_tokens = 0.0
+        self.max_log_ratio = torch.zeros((), device=device)
+        self.first_log_ratio = 0.0
+
+    @property
+    def optimizer_steps(self) -> int:
+        return len(self._norms)
+
+    def add_part(self, policy: PolicyLoss, value: ValueLoss, entropy_sum: Tensor) -> None:
+        sums = [policy.loss, value.loss, policy.approxkl_sum, policy.clipped_sum, value.clipped_sum]
+        sums += [policy.ratio_sum, policy.ratio_square_sum, entropy_sum]
+        self._sums += torch.stack([x.detach().double() for x in sums])
+        self.max_log_ratio = torch.maximum(self.max_log_ratio, policy.max_log_ratio)
+
+    def add_step(self, norm: float, num_tokens: float) -> None:
+        self._norms.append(norm)
+        self._num_tokens += num_tokens
+
+    def metrics(self) -> dict[str, float]:
+        """Token means over all epochs; losses and gradient norm are means over optimizer steps."""
+        sums = sum_over_workers(self._sums).tolist()
+        steps, tokens = max(1, self.optimizer_steps), max(1.0, self._num_tokens)
+        ratio = sums[5] / tokens
+        return {
+            "loss/policy_avg": sums[0] / steps,
+            "loss/value_avg": sums[1] / steps,
+            "policy/approxkl_avg": sums[2] / tokens,
+            "policy/clipfrac_avg": sums[3] / tokens,
+            "val/clipfrac_avg": sums[4] / tokens,
+            "val/ratio": ratio,
+            "val/ratio_var": max(sums[6] / tokens - ratio * ratio, 0.0),
+            "policy/entropy_avg": sums[7] / tokens,
+            "val/grad_norm": sum(self._norms) / steps,
+        }

@@ -1,0 +1,256 @@
+"""The networks of PPO: policy, value function and reference, as one module with one `forward`.
+
+Full fine-tuning: three models. LoRA: one base; the policy is an adapter, the value function a second adapter with a
+head, the reference the base with adapters off.
+"""
+
+from collections.abc import Mapping
+from copy import deepcopy
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from raytrl.errors import ConfigError
+from raytrl.roles.sequences import Sequences
+from raytrl.roles.weights import POLICY_ADAPTER
+
+VALUE_ADAPTER = "value_function"  # "value" is what some attention layers call a projection
+Network = Literal["policy", "reference", "value"]
+
+
+class Networks(nn.Module):
+    """Which network runs is an argument of `forward`, so that engines that hook `forward` see them all."""
+
+    def __init__(
+        self, policy: nn.Module, value: nn.Module | None, reference: nn.Module | None, *, dtype: torch.dtype
+    ) -> None:
+        """
+        Args:
+            policy: a causal language model, or a `PeftModel` with the adapter `POLICY_ADAPTER`.
+            value: a sequence classifier with one output, or None: an adapter and a new head on the policy's base.
+            reference: a causal language model, or None: the policy's base with adapters off.
+            dtype: what the forward passes compute in, and what rollout engines hold.
+        """
+        super().__init__()
+        self.policy, self.value, self.reference = policy, value, reference
+        self.dtype = dtype
+        self.value_head: nn.Linear | None = None
+        if value is None:
+            self.value_head = nn.Linear(_hidden_size(policy), 1, bias=False)
+            nn.init.zeros_(self.value_head.weight)
+        if reference is not None:
+            reference.requires_grad_(False)
+        self._mark_trainable()
+        for parameter in self.parameters():
+            if parameter.requires_grad and parameter.dtype != torch.float32:
+                # At a learning rate of 1e-5 a bfloat16 weight would round every update away.
+                parameter.data = parameter.data.float()
+        disable_dropout(self)
+
+    def forward(self, network: Network, batch: Sequences) -> Tensor:
+        """Policy and reference: logits (B, R, V) that predict each response token. Value: float32 (B, R), before it."""
+        device = batch.input_ids_BT.device
+        with torch.autocast(device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
+            if network == "value":
+                return self._values(batch)
+            return self._logits(network, batch)
+
+    def policy_group(self) -> list[nn.Parameter]:
+        """The trainable parameters of the policy."""
+        return [p for name, p in self.named_parameters() if p.requires_grad and not _is_value(name)]
+
+    def value_group(self) -> list[nn.Parameter]:
+        """The trainable parameters of the value function."""
+        return [p for name, p in self.named_parameters() if p.requires_grad and _is_value(name)]
+
+    def save_policy(self, folder: Path) -> None:
+        """A Hugging Face folder; with LoRA the adapter, and the merged model in `merged/`."""
+        if not isinstance(self.policy, PeftModel):
+            deepcopy(self.policy).to(self.dtype).save_pretrained(folder)  # type: ignore[operator]
+            return
+        self.policy.save_pretrained(str(folder), selected_adapters=[POLICY_ADAPTER])
+        merged = deepcopy(self.policy)
+        merged.delete_adapter(VALUE_ADAPTER) if VALUE_ADAPTER in merged.peft_config else None
+        merged.merge_and_unload().save_pretrained(folder / "merged")
+
+    def save_value(self, folder: Path) -> None:
+        """A sequence classifier's folder; with LoRA the adapter and `value_head.pt`."""
+        if self.value is not None:
+            deepcopy(self.value).to(self.dtype).save_pretrained(folder)  # type: ignore[operator]
+            return
+        assert isinstance(self.policy, PeftModel) and self.value_head is not None
+        self.policy.save_pretrained(str(folder), selected_adapters=[VALUE_ADAPTER])
+        for file in (folder / VALUE_ADAPTER).iterdir():  # PEFT puts an adapter of another name than its default there
+            file.replace(folder / file.name)
+        (folder / VALUE_ADAPTER).rmdir()
+        torch.save(self.value_head.state_dict(), folder / "value_head.pt")
+
+    def _logits(self, network: Network, batch: Sequences) -> Tensor:
+        model = self.policy
+        if network == "reference" and self.reference is not None:
+            model = self.reference
+        elif isinstance(model, PeftModel):
+            if network == "reference":
+                with model.disable_adapter():
+                    logits_BRV = self._run(model, batch)
+                self._mark_trainable()
+                return logits_BRV
+            self._activate(POLICY_ADAPTER)
+        return self._run(model, batch)
+
+    @staticmethod
+    def _run(model: nn.Module, batch: Sequences) -> Tensor:
+        out = model(**_inputs(batch), logits_to_keep=batch.response_width + 1)
+        logits_BRV: Tensor = out.logits[:, :-1]  # the last one predicts a token that nobody sampled
+        return logits_BRV
+
+    def _values(self, batch: Sequences) -> Tensor:
+        if self.value is not None:
+            backbone, head = _backbone(self.value), self.value.score
+        else:
+            self._activate(VALUE_ADAPTER)
+            assert isinstance(self.policy, PeftModel) and self.value_head is not None
+            backbone, head = _backbone(self.policy.get_base_model()), self.value_head
+        hidden_BTD = backbone(**_inputs(batch)).last_hidden_state
+        hidden_BRD = hidden_BTD[:, batch.prompt_width - 1 : -1]
+        values_BR: Tensor = head(hidden_BRD).squeeze(-1).float()  # type: ignore[operator]
+        return values_BR
+
+    def _activate(self, adapter: str) -> None:
+        assert isinstance(self.policy, PeftModel)
+        self.policy.set_adapter(adapter)
+        self._mark_trainable()
+
+    def _mark_trainable(self) -> None:
+        # PEFT freezes the adapters that are not active; here both learn, and their optimizer state must stay.
+        if isinstance(self.policy, PeftModel):
+            for name, parameter in self.policy.named_parameters():
+                parameter.requires_grad_("lora_" in name)
+
+
+def build_networks(
+    model_path: str,
+    *,
+    lora: Mapping[str, Any] | None = None,
+    value_init: str | None = None,
+    reference_path: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    trust_remote_code: bool = False,
+    seed: int = 0,
+) -> Networks:
+    """The networks of one learner worker from folders or hub ids.
+
+    Args:
+        lora: PEFT `LoraConfig` fields; None is full fine-tuning.
+        value_init: a model to start the value function from, e.g. a reward model, whose score head is kept; None:
+            with LoRA an adapter and head on the base, else a copy of the policy with a zero head.
+        reference_path: None is the starting policy.
+        seed: of the adapters' initial weights, so that every worker starts from the same.
+    """
+
+    def causal(path: str) -> nn.Module:
+        model: nn.Module = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=trust_remote_code)
+        return model
+
+    torch.manual_seed(seed)
+    policy = causal(model_path)
+    value = None if value_init is None else value_from_path(value_init, dtype, trust_remote_code)
+    reference = None if reference_path is None else causal(reference_path)
+    return assemble(policy, value, reference, lora=lora, dtype=dtype)
+
+
+def assemble(
+    policy: nn.Module,
+    value: nn.Module | None = None,
+    reference: nn.Module | None = None,
+    *,
+    lora: Mapping[str, Any] | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Networks:
+    """`Networks` from models in memory; value None and reference None as in `build_networks`."""
+    if lora is None:
+        reference = deepcopy(policy) if reference is None else reference
+        value = value_from_policy(policy) if value is None else value
+        return Networks(policy, value, reference, dtype=dtype)
+    adapted = add_policy_adapter(policy, lora)
+    if value is None:
+        adapted.add_adapter(VALUE_ADAPTER, LoraConfig(task_type="CAUSAL_LM", **lora))
+    return Networks(adapted, value, reference, dtype=dtype)
+
+
+def add_policy_adapter(model: nn.Module, lora: Mapping[str, Any]) -> PeftModel:
+    """The model with a fresh policy adapter; a rollout engine calls it too, so that parameter names agree."""
+    adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **lora), adapter_name=POLICY_ADAPTER)
+    assert isinstance(adapted, PeftModel)
+    return adapted
+
+
+def value_from_policy(policy: nn.Module) -> nn.Module:
+    """A sequence classifier of the policy's family with its backbone's weights and a zero head."""
+    config = deepcopy(policy.config)
+    config.num_labels = 1  # type: ignore[union-attr]
+    value: nn.Module = AutoModelForSequenceClassification.from_config(config)  # type: ignore[no-untyped-call]
+    _check_head(value, "the policy")
+    _backbone(value).load_state_dict(_backbone(policy).state_dict())
+    nn.init.zeros_(value.score.weight)  # type: ignore[union-attr, arg-type]
+    return value
+
+
+def value_from_path(path: str, dtype: torch.dtype, trust_remote_code: bool = False) -> nn.Module:
+    """A sequence classifier with its head, e.g. a reward model; the head of a language model without one is zero."""
+    value, loading = AutoModelForSequenceClassification.from_pretrained(
+        path, num_labels=1, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True
+    )
+    _check_head(value, path)
+    if any(key.startswith("score.") for key in loading["missing_keys"]):
+        nn.init.zeros_(value.score.weight)
+    module: nn.Module = value
+    return module
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Probability 0 everywhere, and evaluation mode: PPO compares forward passes with each other."""
+    for module in model.modules():
+        for name, value in list(vars(module).items()):
+            if isinstance(value, float) and _is_dropout(module, name):
+                setattr(module, name, 0.0)
+    model.eval()
+
+
+def _is_dropout(module: nn.Module, name: str) -> bool:
+    return "dropout" in name or (name == "p" and "Dropout" in type(module).__name__)
+
+
+def _inputs(batch: Sequences) -> dict[str, Any]:
+    return {
+        "input_ids": batch.input_ids_BT,
+        "attention_mask": batch.attention_mask_BT,
+        "position_ids": batch.position_ids_BT,
+        "use_cache": False,
+    }
+
+
+def _backbone(model: nn.Module) -> nn.Module:
+    backbone = getattr(model, str(model.base_model_prefix))
+    assert isinstance(backbone, nn.Module)
+    return backbone
+
+
+def _check_head(value: nn.Module, origin: str) -> None:
+    if not isinstance(getattr(value, "score", None), nn.Linear):
+        raise ConfigError(
+            f"value_model.init: the sequence classifier of {origin} has no linear layer `score`; found "
+            f"{type(value).__name__}; expected a decoder family such as GPT-2, Llama or Qwen"
+        )
+
+
+def _hidden_size(policy: nn.Module) -> int:
+    return int(policy.config.get_text_config().hidden_size)  # type: ignore[union-attr, operator]
+
+
+def _is_value(name: str) -> bool:
+    return name.startswith(("value.", "value_head.")) or f".{VALUE_ADAPTER}." in name

@@ -1,0 +1,55 @@
+"""The ppo part of a run file: defaults, and errors that say what to do."""
+
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from raytrl.config.ppo import EvalConfig, PpoConfig, RolloutConfig, SamplingConfig
+
+
+def test_defaults_are_valid() -> None:
+    assert PpoConfig().prompts_per_step == 64
+    assert RolloutConfig().sampling == SamplingConfig()
+    assert EvalConfig().every == 20
+    assert SamplingConfig(stop="###").stop == ["###"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_size": 10, "responses_per_prompt": 4, "minibatches": 1}, "multiple of responses_per_prompt"),
+        ({"batch_size": 10}, "multiple of minibatches"),
+        ({"kl": {"coef": 0.0, "target": 6.0}}, "0 stays 0"),
+        ({"kl": {"target": 0.0}}, "greater than 0"),
+        ({"kl": {"coef": -0.1}}, "greater than or equal to 0"),
+        ({"gamma": 1.1}, "less than or equal to 1"),
+        ({"max_lag": 2}, "0 or 1"),
+        ({"learning_rate": 0}, "greater than 0"),
+        ({"lerning_rate": 1}, "Extra inputs"),
+    ],
+)
+def test_refused_ppo_settings(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        PpoConfig(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"top_p": 0.9}, "top_p is refused: it changes the distribution"),
+        ({"top_k": 50}, "top_k is refused"),
+        ({"temperature": 0.0}, "greater than 0.*eval.greedy"),
+        ({"temperature": float("nan")}, "greater than 0"),
+        ({"stop": ["a", ""]}, "empty string"),
+        ({"max_new_tokens": 0}, "greater than 0"),
+    ],
+)
+def test_refused_sampling(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        SamplingConfig(**changes)
+
+
+def test_frozen() -> None:
+    with pytest.raises(ValidationError, match="frozen"):
+        PpoConfig().steps = 3  # type: ignore[misc]

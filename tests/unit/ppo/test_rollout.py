@@ -1,0 +1,171 @@
+"""The transformers engine: padding, seeds, stopping, versions."""
+
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+from toy import EOS, PROMPTS, LocalGenerator, gpt2, llama, make_engine, prompt_batch
+
+from raytrl.algo.logprobs import token_logprobs
+from raytrl.errors import NonFiniteError, WeightsVersionError
+from raytrl.records import chunks
+from raytrl.roles.rollout import response_seed
+from raytrl.roles.weights import Weights, policy_parameters
+
+FAMILIES = pytest.mark.parametrize("family", [gpt2, llama])
+
+
+def weights_of(model: nn.Module, version: int = 0) -> Weights:
+    return Weights.of(version, policy_parameters(model).items(), torch.float32)
+
+
+def loaded_engine(model: nn.Module, **sampling: object):  # type: ignore[no-untyped-def]
+    engine = make_engine(deepcopy(model), **sampling)
+    engine.load_weights(weights_of(model))
+    return engine
+
+
+@FAMILIES
+def test_left_padding_changes_no_logprob(family: Callable[[], nn.Module]) -> None:
+    """Each response's log-probs are those of an unpadded forward pass of prompt + response on its own."""
+    model = family().eval()
+    for temperature in (1.0, 0.6):
+        responses = loaded_engine(model, temperature=temperature, max_new_tokens=6).generate(
+            prompt_batch(0, range(8)), 0, samples=2
+        )
+        assert len({len(PROMPTS[r.row % 4]) for r in responses}) > 1
+        for r in responses:
+            prompt = PROMPTS[r.row % 4]
+            with torch.no_grad():
+                logits = model(input_ids=torch.tensor([[*prompt, *r.token_ids]])).logits[:, len(prompt) - 1 : -1]
+            expected = token_logprobs(logits, torch.tensor([r.token_ids]), temperature)[0]
+            torch.testing.assert_close(torch.tensor(r.sampling_logprobs), expected, atol=1e-5, rtol=0)
+
+
+@FAMILIES
+def test_responses_do_not_depend_on_the_engines(family: Callable[[], nn.Module]) -> None:
+    """One engine, three engines, another order, a part only: the same bits, log-probs included."""
+    model = family()
+    prompts = prompt_batch(5, range(12))
+    engines = [loaded_engine(model, chunk=4, max_new_tokens=8) for _ in range(3)]
+
+    def made_by(generator: LocalGenerator, asked: list) -> dict:  # type: ignore[type-arg]
+        made = generator.generate(asked, 0, greedy=False)
+        return {(r.row, r.sample): r for chunk in made for r in chunk}
+
+    alone = made_by(LocalGenerator(engines[:1], 2, chunk_prompts=4), prompts)
+    assert made_by(LocalGenerator(engines, 2, chunk_prompts=4), prompts[::-1]) == alone
+    part = made_by(LocalGenerator(engines, 2, chunk_prompts=4), prompts[4:8])
+    assert part == {key: alone[key] for key in part}
+    assert {(r.row, r.sample): r for r in engines[0].generate(prompts, 0, samples=2)} == alone
+
+
+def test_a_chunk_is_a_batch_of_its_own() -> None:
+    """At this size other batches happen to give the same bits, so look at the batches themselves."""
+    engine, sizes = loaded_engine(gpt2(), chunk=4), set()
+    engine._model.register_forward_pre_hook(
+        lambda _, args, kwargs: sizes.add(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    engine.generate(prompt_batch(0, range(12)), 0, samples=2)
+    assert sizes == {8}
+
+
+def test_another_batch_composition_samples_the_same_tokens() -> None:
+    """Not promised to the last bit of the log-probs, see `RolloutEngine.generate`."""
+    model, prompts = gpt2(), prompt_batch(5, range(12))
+    whole = loaded_engine(model, chunk=12).generate(prompts, 0)
+    single = loaded_engine(model, chunk=1).generate(prompts, 0)
+    assert [r.token_ids for r in whole] == [r.token_ids for r in single]
+
+
+def test_every_response_has_a_seed_of_its_own() -> None:
+    keys = [(seed, step, row, sample) for seed in (0, 1) for step in (0, 1) for row in (0, 1) for sample in (0, 1)]
+    assert len({response_seed(*key) for key in keys}) == len(keys)
+    engine = loaded_engine(gpt2(spread=0.0), max_new_tokens=12)  # a uniform policy: only the draws differ
+    same_prompt = [replace(p, token_ids=PROMPTS[0]) for p in prompt_batch(0, range(6))]
+    first = engine.generate(same_prompt, 0, samples=2)
+    assert len({r.token_ids for r in first}) == len(first)
+    assert engine.generate(same_prompt, 0, samples=2) == first
+    later = engine.generate([replace(p, step=1) for p in same_prompt], 0, samples=2)
+    assert not {r.token_ids for r in first} & {r.token_ids for r in later}
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_tokens_follow_the_distribution(temperature: float) -> None:
+    model, rows = gpt2(3).eval(), 4000
+    prompts = [replace(p, token_ids=PROMPTS[1]) for p in prompt_batch(0, range(rows))]
+    responses = loaded_engine(model, chunk=rows, max_new_tokens=1, temperature=temperature).generate(prompts, 0)
+    counts = torch.bincount(torch.tensor([r.token_ids[0] for r in responses]), minlength=8) / rows
+    with torch.no_grad():
+        expected = torch.softmax(model(input_ids=torch.tensor([PROMPTS[1]])).logits[0, -1] / temperature, -1)
+    assert float((counts - expected).abs().sum()) < 0.06
+
+
+def test_a_response_ends_with_its_end_token_and_keeps_a_sampled_pad() -> None:
+    responses = loaded_engine(gpt2(spread=0.0), max_new_tokens=20).generate(prompt_batch(0, range(40)), 0)
+    assert any(0 in r.token_ids for r in responses)
+    for r in responses:
+        assert len(r.token_ids) == len(r.sampling_logprobs)
+        assert r.ended == (r.token_ids[-1] == EOS)
+        assert EOS not in r.token_ids[:-1]
+        assert r.text == "".join(str(token) for token in r.token_ids if token != EOS)
+    assert {r.ended for r in responses} == {True, False}
+
+
+def test_stop_strings_end_a_response_and_leave_its_text() -> None:
+    responses = loaded_engine(gpt2(spread=0.0), max_new_tokens=20, stop=["3", "12"]).generate(
+        prompt_batch(0, range(30)), 0
+    )
+    stopped = [r for r in responses if r.ended and r.token_ids[-1] != EOS]
+    assert {r.token_ids[-1] for r in stopped} == {3, 2}
+    for r in responses:
+        assert "3" not in r.text and "12" not in r.text
+        assert r.ended or len(r.token_ids) == 20
+
+
+def test_greedy_takes_the_likeliest_token() -> None:
+    model = gpt2().eval()
+    (response,) = loaded_engine(model).generate(prompt_batch(0, [0]), 0, greedy=True)
+    with torch.no_grad():
+        assert response.token_ids[0] == int(model(input_ids=torch.tensor([PROMPTS[0]])).logits[0, -1].argmax())
+
+
+def test_a_fresh_engine_and_another_version_are_refused() -> None:
+    engine = make_engine(gpt2())
+    with pytest.raises(WeightsVersionError, match="found version None"):
+        engine.generate(prompt_batch(0, [0]), 0)
+    engine.load_weights(weights_of(gpt2(), version=3))
+    assert engine.version == 3
+    assert engine.generate(prompt_batch(0, [0]), 3)[0].policy_version == 3
+    with pytest.raises(WeightsVersionError, match="version 4; found version 3"):
+        engine.generate(prompt_batch(0, [0]), 4)
+
+
+def test_weights_that_changed_on_the_way_are_refused_and_nothing_is_served() -> None:
+    engine, weights = loaded_engine(gpt2()), weights_of(gpt2(1), version=1)
+    name = next(iter(weights.tensors))
+    weights.tensors[name].view(-1)[0] += 1
+    with pytest.raises(WeightsVersionError, match="checksum"):
+        engine.load_weights(weights)
+    with pytest.raises(WeightsVersionError, match="found version None"):
+        engine.generate(prompt_batch(0, [0]), 0)
+    with pytest.raises(WeightsVersionError, match="other parameters"):
+        engine.load_weights(weights_of(llama(), version=1))
+    with pytest.raises(WeightsVersionError, match="shape"):
+        engine.load_weights(weights_of(gpt2(width=16), version=1))
+
+
+def test_broken_weights_do_not_sample_nonsense() -> None:
+    model = gpt2()
+    with torch.no_grad():
+        next(model.parameters()).fill_(torch.nan)
+    with pytest.raises(NonFiniteError):
+        loaded_engine(model).generate(prompt_batch(0, [0]), 0)
+
+
+def test_chunks_follow_from_rows_alone() -> None:
+    rows = [[p.row for p in chunk] for chunk in chunks(prompt_batch(0, [9, 3, 2, 8, 0]), 4)]
+    assert rows == [[0, 2, 3], [8, 9]]

@@ -1,0 +1,174 @@
+"""A tiny world for PPO: eight tokens, prompts of different lengths, a rule reward, everything in this process."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from raytrl.config.ppo import PpoConfig, SamplingConfig
+from raytrl.ppo.protocols import Rollout
+from raytrl.records import Prompt, Response, Score, chunks
+from raytrl.roles.backends import build_backend
+from raytrl.roles.learner import PpoLearner
+from raytrl.roles.networks import add_policy_adapter, assemble
+from raytrl.roles.rollout import TransformersEngine
+from raytrl.roles.weights import Weights
+
+VOCABULARY, EOS = 8, 7
+PROMPTS = [(1,), (2, 3), (4, 5, 6), (3, 1)]
+LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "lora_dropout": 0.1}
+
+
+class DigitTokenizer:
+    """Decodes to digits; id 0 is a token like any other, which the policy may sample."""
+
+    eos_token_id = EOS
+
+    def decode(self, token_ids: Any, *, skip_special_tokens: bool = False) -> str:
+        return "".join(str(token) for token in token_ids if not (skip_special_tokens and token == EOS))
+
+
+def gpt2(seed: int = 0, *, width: int = 32, layers: int = 1, dropout: float = 0.1, spread: float = 0.3) -> nn.Module:
+    torch.manual_seed(seed)
+    config = GPT2Config(
+        vocab_size=VOCABULARY,
+        n_positions=32,
+        n_embd=width,
+        n_layer=layers,
+        n_head=2,
+        initializer_range=spread,
+        resid_pdrop=dropout,
+        embd_pdrop=dropout,
+        attn_pdrop=dropout,
+        bos_token_id=None,
+        eos_token_id=EOS,
+        pad_token_id=0,
+    )
+    return GPT2LMHeadModel(config)
+
+
+def llama(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=32,
+        initializer_range=0.3,
+        attention_dropout=0.1,
+        bos_token_id=None,
+        eos_token_id=EOS,
+        pad_token_id=0,
+    )
+    return LlamaForCausalLM(config)
+
+
+def reward(prompt: Sequence[int], response: Sequence[int]) -> float:
+    """A rule over tokens, neighbours, the prompt's end and the end token; easy for one layer to express."""
+    total = 0.5 * sum(token in (0, 5) for token in response) + 0.2 * (response[-1] == EOS)
+    return total - 0.3 * (tuple(response[:1]) == tuple(response[1:2])) + 0.3 * (response[0] == prompt[-1])
+
+
+def prompt_batch(step: int, rows: Iterable[int]) -> list[Prompt]:
+    return [
+        Prompt(step=step, row=row, text=str(PROMPTS[row % len(PROMPTS)]), token_ids=PROMPTS[row % len(PROMPTS)])
+        for row in rows
+    ]
+
+
+class Prompts:
+    """Worker `rank` of `world` takes a contiguous share of the rows."""
+
+    def __init__(self, per_step: int, rank: int = 0, world: int = 1) -> None:
+        share = per_step // world
+        self._rows = range(rank * share, (rank + 1) * share)
+
+    def next(self, step: int) -> list[Prompt]:
+        return prompt_batch(step, self._rows)
+
+    def evaluation(self, step: int) -> list[Prompt]:
+        return prompt_batch(step, range(4))
+
+
+class LocalGenerator:
+    """Engines in this process, taking the chunks in turn."""
+
+    def __init__(self, engines: Sequence[TransformersEngine], samples: int, chunk_prompts: int = 8) -> None:
+        self.engines, self.samples, self.chunk_prompts = list(engines), samples, chunk_prompts
+
+    def generate(self, prompts: Sequence[Prompt], version: int, *, greedy: bool) -> list[list[Response]]:
+        samples = 1 if greedy else self.samples
+        return [
+            self.engines[i % len(self.engines)].generate(chunk, version, samples=samples, greedy=greedy)
+            for i, chunk in enumerate(chunks(prompts, self.chunk_prompts))
+        ]
+
+    def load_weights(self, weights: Weights) -> None:
+        for engine in self.engines:
+            engine.load_weights(weights)
+
+
+class LocalScorer:
+    def __init__(self, value: Callable[[Prompt, Response], float | None] | None = None) -> None:
+        self._value = value or (lambda prompt, response: reward(prompt.token_ids, response.token_ids))
+        self._scores: list[Score] = []
+
+    def submit(self, prompts: Sequence[Prompt], responses: Sequence[Response]) -> None:
+        by_row = {prompt.row: prompt for prompt in prompts}
+        for response in responses:
+            value = self._value(by_row[response.row], response)
+            self._scores.append(Score(response.step, response.row, response.sample, value, {"rule": value}))
+
+    def collect(self) -> list[Score]:
+        scores, self._scores = self._scores, []
+        return scores
+
+
+class Log:
+    """Keeps what was reported; saves where a checkpoint is due."""
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self.folder = folder
+        self.metrics: list[dict[str, float]] = []
+        self.rollouts: list[Rollout] = []
+
+    def report(
+        self, step: int, metrics: Mapping[str, float], rollout: Rollout, save: Callable[[Path], None] | None
+    ) -> None:
+        self.metrics.append(dict(metrics))
+        self.rollouts.append(rollout)
+        if save is not None and self.folder is not None:
+            save(self.folder / str(step))
+
+
+def config(**changes: Any) -> PpoConfig:
+    base: dict[str, Any] = {"steps": 4, "batch_size": 16, "minibatches": 2, "epochs": 2, "learning_rate": 1e-3}
+    return PpoConfig(**(base | changes))
+
+
+def make_learner(
+    model: nn.Module, ppo: PpoConfig, *, lora: bool = False, seed: int = 0, temperature: float = 1.0
+) -> PpoLearner:
+    torch.manual_seed(seed)
+    networks = assemble(model, lora=LORA if lora else None)
+    backend = build_backend(networks, ppo)
+    return PpoLearner(backend, ppo, temperature=temperature, seed=seed)
+
+
+def make_engine(
+    model: nn.Module, *, lora: bool = False, seed: int = 0, chunk: int = 8, **sampling: Any
+) -> TransformersEngine:
+    policy = add_policy_adapter(model, LORA) if lora else model
+    return TransformersEngine(
+        policy,
+        DigitTokenizer(),
+        SamplingConfig(**({"max_new_tokens": 3} | sampling)),
+        seed=seed,
+        chunk_prompts=chunk,
+    )

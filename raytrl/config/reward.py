@@ -32,7 +32,9 @@ class SourceSection(Section):
     label: str | int | None = None  # model: which output is the score, by name or index
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # model: auto is float32 on a CPU, bfloat16 on a GPU
     trust_remote_code: bool = False  # model
-    headers_env: dict[str, str] = Field(default_factory=dict)  # url: header name -> environment variable that holds its value
+    headers_env: dict[str, str] = Field(
+        default_factory=dict
+    )  # url: header name -> environment variable that holds its value
     batch_size: Annotated[int, Field(ge=1)] | None = None  # responses a call; null: model 32, function and url all
     timeout_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 120.0  # limit of one call, seconds
     retries: Annotated[int, Field(ge=0)] = 2  # further calls after a failed one

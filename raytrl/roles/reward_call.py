@@ -34,7 +34,11 @@ class Failure:
 Outcome = float | None | Failure
 
 
-class FinalError(Exception):
+class CallError(Exception):
+    """A call failed; the text is the whole reason."""
+
+
+class FinalError(CallError):
     """A call failed in a way that asking again cannot change."""
 
 
@@ -87,11 +91,10 @@ def _ask_batch(source: RewardSource, pairs: Sequence[Pair]) -> list[Outcome]:
 def _ask_once(source: RewardSource, pairs: Sequence[Pair]) -> list[Outcome]:
     try:
         values = source.call(pairs)
+    except CallError as error:
+        return [Failure(str(error), retry=not isinstance(error, FinalError))] * len(pairs)
     except Exception as error:
-        final = isinstance(error, FinalError)
-        ours = final or isinstance(error, TimeoutError)
-        reason = str(error) if ours and str(error) else f"raised {type(error).__name__}: {error}"
-        return [Failure(reason, retry=not final)] * len(pairs)
+        return [Failure(f"raised {type(error).__name__}: {error}")] * len(pairs)
     if len(values) != len(pairs):
         return [Failure(f"returned {len(values)} scores for {len(pairs)} responses")] * len(pairs)
     return [check_value(value) for value in values]
@@ -111,7 +114,7 @@ def check_value(value: object) -> Outcome:
 
 
 def within(timeout_s: float, work: Callable[[], Answer]) -> Answer:
-    """The result of `work()`, or TimeoutError after `timeout_s` seconds; what `work` raises, it raises.
+    """The result of `work()`, or CallError after `timeout_s` seconds; what `work` raises, it raises.
 
     A thread cannot be stopped: after a timeout `work` goes on in the background and its result is thrown away. So this
     is for waits that end by themselves (a socket with its own timeout, a forward pass), not for a user's code.
@@ -128,7 +131,7 @@ def within(timeout_s: float, work: Callable[[], Answer]) -> Answer:
     try:
         done, result = results.get(timeout=timeout_s)
     except queue.Empty:
-        raise TimeoutError(f"gave no answer within {timeout_s:g} s") from None
+        raise CallError(f"gave no answer within {timeout_s:g} s") from None
     if not done:
         assert isinstance(result, Exception)
         raise result

@@ -16,9 +16,10 @@ from typing import Any
 
 from raytrl.config.reward import SourceSection
 from raytrl.errors import ConfigError
-from raytrl.roles.reward_call import Pair, completion_of
+from raytrl.roles.reward_call import CallError, Pair, completion_of
 
 START_LIMIT_S = 120.0  # importing the function's module, which may import torch from a cold disk
+_LAST_WORDS_S = 1.0  # a process that closed its end of the pipe is about to end by itself, and to say how
 
 # Columns of these names are TRL's own keywords, or the text that the response replaces.
 _NOT_COLUMNS = frozenset(
@@ -48,17 +49,11 @@ class FunctionSource:
         limit_s = self.section.timeout_s
         # Two calls at once would take each other's answers from the pipe.
         if not self._one_call.acquire(timeout=limit_s):
-            raise TimeoutError(f"was still busy with an earlier call after {limit_s:g} s")
+            raise CallError(f"was still busy with an earlier call after {limit_s:g} s")
         try:
             if self._connection is None:
                 self._start()
-            assert self._connection is not None
-            self._connection.send(_keywords(pairs))
-            return self._answer(limit_s, f"gave no answer within {limit_s:g} s and was stopped")
-        except (EOFError, OSError) as error:
-            if isinstance(error, TimeoutError):
-                raise
-            raise RuntimeError(f"its process ended with exit status {self._stop()}") from error
+            return self._exchange(_keywords(pairs), limit_s)
         finally:
             self._one_call.release()
 
@@ -67,6 +62,7 @@ class FunctionSource:
         self._stop()
 
     def _start(self) -> None:
+        assert self.section.function is not None
         ours, theirs = Pipe()
         command = [sys.executable, "-m", "raytrl.roles.reward_function_process"]
         # The function must see what this process sees, however that got on its path.
@@ -79,47 +75,42 @@ class FunctionSource:
         )
         theirs.close()
         self._connection = ours
-        assert self.section.function is not None
-        where = f"reward.sources.{self.section.name}.function: {self.section.function}"
         try:
-            ours.send(self.section.function)
-            self._answer(START_LIMIT_S, f"{where}: importing it took longer than {START_LIMIT_S:g} s")
-        except (EOFError, BrokenPipeError):
-            status = self._stop()
-            raise ConfigError(f"{where}: its process ended while importing it, with exit status {status}") from None
-        except _FunctionError as error:
+            self._exchange(self.section.function, START_LIMIT_S)
+        except CallError as error:
             self._stop()
-            raise ConfigError(f"{where}: cannot be loaded; {error}") from None
+            raise ConfigError(
+                f"reward.sources.{self.section.name}.function: cannot load {self.section.function}; its import {error}; "
+                "expected a function of that name; name the file by its path from the working directory"
+            ) from None
 
-    def _answer(self, limit_s: float, late: str) -> Sequence[object]:
-        """What the process sends back; stops it and raises TimeoutError(late) when nothing comes in time."""
+    def _exchange(self, message: object, limit_s: float) -> Sequence[object]:
+        """Send to the process and return its answer; CallError when it fails, ends, or is late, and then is stopped."""
         assert self._connection is not None
-        if not self._connection.poll(limit_s):
-            self._stop()
-            raise TimeoutError(late)
-        good, answer = self._connection.recv()
+        try:
+            self._connection.send(message)
+            if not self._connection.poll(limit_s):
+                self._stop()
+                raise CallError(f"gave no answer within {limit_s:g} s and was stopped")
+            good, answer = self._connection.recv()
+        except (EOFError, ConnectionError):
+            raise CallError(f"ended its process, with exit status {self._stop(_LAST_WORDS_S)}") from None
         if not good:
-            raise _FunctionError(answer)
+            raise CallError(answer)
         return list(answer)
 
-    def _stop(self) -> int | None:
-        """Kill the process; returns its exit status, as it was if it had ended by itself."""
+    def _stop(self, wait_s: float = 0.0) -> int | None:
+        """End the process, at once or when it has not ended by itself in `wait_s`; returns its exit status."""
         if self._connection is not None:
             self._connection.close()
-            self._connection = None
-        if self._process is None:
+        process, self._process, self._connection = self._process, None, None
+        if process is None:
             return None
-        process, self._process = self._process, None
         try:
-            # A process that closed its end is about to end by itself: let it say how.
-            return process.wait(timeout=0.2)
+            return process.wait(wait_s)
         except subprocess.TimeoutExpired:
             process.kill()
             return process.wait()
-
-
-class _FunctionError(Exception):
-    """The function, or its import, raised; the text is the process's description."""
 
 
 def _keywords(pairs: Sequence[Pair]) -> dict[str, Any]:

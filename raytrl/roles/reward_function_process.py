@@ -37,12 +37,18 @@ def main() -> None:
             keywords = connection.recv()
             try:
                 values = call_function(function, keywords, loop)
+            except NoListError as error:
+                connection.send((False, str(error)))
             except Exception as error:
                 connection.send((False, _describe(error)))
             else:
                 connection.send((True, values))
     except (EOFError, BrokenPipeError):
         return
+
+
+class NoListError(Exception):
+    """The function returned something that holds no values."""
 
 
 def load_function(name: str) -> Callable[..., Any]:
@@ -68,7 +74,7 @@ def load_function(name: str) -> Callable[..., Any]:
 
 
 def call_function(function: Callable[..., Any], keywords: dict[str, Any], loop: asyncio.AbstractEventLoop) -> list[Any]:
-    """Call it as TRL does; returns plain Python values, `repr` of what is neither a number nor None."""
+    """Call it as TRL does; returns plain Python values, a text that shows what is neither a number nor None."""
     given = {
         **keywords,
         "trainer_state": SimpleNamespace(global_step=keywords["trainer_state"]),
@@ -86,14 +92,16 @@ def call_function(function: Callable[..., Any], keywords: dict[str, Any], loop: 
 
         result = loop.run_until_complete(finish())
     if isinstance(result, str | dict) or not hasattr(result, "__iter__"):
-        raise TypeError(f"returned {result!r:.200} (a {type(result).__name__}), not a list with one number a response")
+        raise NoListError(
+            f"returned {result!r:.200} (a {type(result).__name__}), not a list with one number a response"
+        )
     return [_plain(value) for value in result]
 
 
 def _plain(value: Any) -> Any:
     """A numpy or torch scalar as a Python number: the parent need not import what the function uses."""
-    if value is None or isinstance(value, bool | int | float):
-        return value if type(value) in (bool, int, float) or value is None else float(value)
+    if value is None or type(value) in (bool, int, float, str):
+        return value
     try:
         number = value.item()
     except Exception:
@@ -109,7 +117,7 @@ def _describe(error: Exception) -> str:
     """The error and the line that raised it, in one line."""
     frames = traceback.extract_tb(error.__traceback__)
     place = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
-    return f"{type(error).__name__}: {error}{place}"
+    return f"raised {type(error).__name__}: {error}{place}"
 
 
 def _end_with(parent: int) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from raytrl.config.reward import SourceSection
 from raytrl.errors import ConfigError
-from raytrl.roles.reward_call import FinalError, Pair, completion_of, within
+from raytrl.roles.reward_call import CallError, FinalError, Pair, completion_of, within
 
 # Of the 4xx answers, those that another try may change: timeout, too early, too many requests.
 _TRANSIENT = frozenset({408, 425, 429})
@@ -53,13 +53,13 @@ def _post(request: urllib.request.Request, timeout_s: float) -> Sequence[object]
         reason = f"answered HTTP {error.code}: {error.read(200).decode(errors='replace')}"
         if 400 <= error.code < 500 and error.code not in _TRANSIENT:
             raise FinalError(reason) from None
-        raise RuntimeError(reason) from None
+        raise CallError(reason) from None
     except TimeoutError:
-        raise TimeoutError(f"gave no answer within {timeout_s:g} s") from None
+        raise CallError(f"gave no answer within {timeout_s:g} s") from None
     try:
         scores = json.loads(answer)["scores"]
     except (ValueError, KeyError, TypeError):
         scores = None
     if not isinstance(scores, list):
-        raise ValueError(f"answered {answer[:200]!r}; expected a JSON object with a list `scores`")
+        raise CallError(f"answered {answer[:200]!r}; expected a JSON object with a list `scores`")
     return scores

@@ -72,7 +72,8 @@ def save_tokenizer(folder: Path, vocab_size: int, pad: str, template: str | None
         show_progress=False,
     )
     tokenizer.train_from_iterator(TEXTS, trainer)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token=pad)
+    make: Any = PreTrainedTokenizerFast  # untyped in transformers
+    fast = make(tokenizer_object=tokenizer, eos_token="<eos>", pad_token=pad)
     fast.chat_template = template
     fast.save_pretrained(folder)
     return fast

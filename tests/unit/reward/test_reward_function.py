@@ -140,6 +140,7 @@ def test_it_runs_in_a_main_thread_where_signals_work(load: Any, pair: Any) -> No
 def test_it_stays_up_between_calls_and_close_ends_it(load: Any, pair: Any) -> None:
     source = load("pid")
     (first,), (second,) = ask(source, [pair("p", "x")]), ask(source, [pair("p", "x")])
+    assert isinstance(first, float)
     assert first == second != os.getpid()
     source.close()
     source.close()
@@ -149,6 +150,7 @@ def test_it_stays_up_between_calls_and_close_ends_it(load: Any, pair: Any) -> No
 
 def test_a_raise_names_the_error_and_its_line(load: Any, pair: Any) -> None:
     (outcome,) = ask(load("raises"), [pair("p", "x")])
+    assert isinstance(outcome, Failure)
     assert "KeyError: 'no such key'" in outcome.reason
     assert "mine.py:" in outcome.reason
 
@@ -157,6 +159,7 @@ def test_a_crash_is_a_failure_and_the_next_call_gets_a_new_process(load: Any, pa
     source = load("dies")
     for _ in range(2):
         (outcome,) = ask(source, [pair("p", "x")])
+        assert isinstance(outcome, Failure)
         assert "ended its process, with exit status 3" in outcome.reason
 
 

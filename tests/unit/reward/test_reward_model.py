@@ -152,12 +152,12 @@ def test_an_adapter_folder_stands_for_the_merged_model_beside_it(tmp_path: Path,
 
 
 def test_a_bidirectional_classifier_with_its_own_end_token(tmp_path: Path, pair: Any) -> None:
-    from transformers import BertTokenizerFast
+    from transformers import BertTokenizer
 
     letters = "abcdefghijklmnopqrstuvwxyz"
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *("##" + letter for letter in letters)]
     (tmp_path / "vocab.txt").write_text("\n".join(words))
-    BertTokenizerFast(vocab=str(tmp_path / "vocab.txt")).save_pretrained(tmp_path)
+    BertTokenizer(vocab=str(tmp_path / "vocab.txt")).save_pretrained(tmp_path)
     torch.manual_seed(0)
     config = BertConfig(vocab_size=len(words), hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
     config.intermediate_size, config.num_labels, config.initializer_range = 16, 1, 0.3

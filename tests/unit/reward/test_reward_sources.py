@@ -64,7 +64,9 @@ def test_a_model_and_a_function_together(classifier: Any, pair: Any) -> None:
     (score,) = both.score([pair("It was", " moving.")])
     both.close()
     assert score.by_source["gold"] == 1.0
-    assert score.value == pytest.approx(2 * score.by_source["rm"] + 1)
+    by_model = score.by_source["rm"]
+    assert by_model is not None
+    assert score.value == pytest.approx(2 * by_model + 1)
 
 
 def test_a_failure_fails_the_run_and_names_source_row_and_value(sources: Any, pair: Any) -> None:

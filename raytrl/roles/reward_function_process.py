@@ -59,11 +59,12 @@ def load_function(name: str) -> Callable[..., Any]:
         if not path.is_file():
             raise FileNotFoundError(f"no such file: found nothing at {place} in {Path.cwd()}")
         sys.path.insert(0, str(path.parent))  # so that it can import its neighbours
-        spec = importlib.util.spec_from_file_location(path.stem, path)
+        own_name = f"reward_file_{path.stem}"  # a file called random.py must not stand in for the module random
+        spec = importlib.util.spec_from_file_location(own_name, path)
         assert spec is not None
         assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
-        sys.modules[path.stem] = module
+        sys.modules[own_name] = module
         spec.loader.exec_module(module)
     else:
         module = importlib.import_module(place)

@@ -1,0 +1,126 @@
+"""The `reward:` section of a PPO or eval run file: which sources score a response, and what a failed score does."""
+
+import math
+import re
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from raytrl.config.base import Section
+
+DEFAULT_MAX_DROPPED_FRACTION = 0.05
+
+_FUNCTION = re.compile(r"(?P<place>.+\.py|[A-Za-z_]\w*(\.[A-Za-z_]\w*)*):(?P<name>[A-Za-z_]\w*)")
+
+# Keys that only one kind of source reads, with the value that means "not given".
+_ONLY_FOR: dict[str, tuple[str, object]] = {
+    "label": ("model", None),
+    "dtype": ("model", "auto"),
+    "trust_remote_code": ("model", False),
+    "headers_env": ("url", {}),
+}
+
+
+class SourceSection(Section):
+    """One reward source: exactly one of `model`, `function` and `url`."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")]  # it becomes part of metric keys
+    weight: float = 1.0  # of this source's score in the sum; negative: a penalty
+    model: str | None = None  # a sequence classifier: Hugging Face id or local folder
+    function: str | None = None  # file.py:name or package.module:name
+    url: str | None = None  # POST {prompts, completions} -> {scores}
+    label: str | int | None = None  # model: which output is the score, by name or index
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # model: auto is float32 on a CPU, bfloat16 on a GPU
+    trust_remote_code: bool = False  # model
+    headers_env: dict[str, str] = Field(
+        default_factory=dict
+    )  # url: header name -> environment variable that holds its value
+    batch_size: Annotated[int, Field(ge=1)] | None = None  # responses a call; null: model 32, function and url all
+    timeout_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 120.0  # limit of one call, seconds
+    retries: Annotated[int, Field(ge=0)] = 2  # further calls after a failed one
+
+    @property
+    def kind(self) -> Literal["model", "function", "url"]:
+        """Which of the three this source is."""
+        if self.model is not None:
+            return "model"
+        return "function" if self.function is not None else "url"
+
+    @field_validator("weight")
+    @classmethod
+    def _check_weight(cls, weight: float) -> float:
+        if weight == 0 or not math.isfinite(weight):
+            raise ValueError(
+                f"a weight of {weight} makes the source do nothing or everything; expected a finite number other "
+                "than 0; to turn a source off, remove it"
+            )
+        return weight
+
+    @field_validator("function")
+    @classmethod
+    def _check_function(cls, function: str | None) -> str | None:
+        if function is not None and not _FUNCTION.fullmatch(function):
+            raise ValueError(f"not a reward function: found {function!r}; expected file.py:name or package.module:name")
+        return function
+
+    @field_validator("url")
+    @classmethod
+    def _check_url(cls, url: str | None) -> str | None:
+        if url is not None and not re.match(r"https?://[^/\s]", url):
+            raise ValueError(f"not an address to POST to: found {url!r}; expected http://... or https://...")
+        return url
+
+    @model_validator(mode="after")
+    def _check_kind(self) -> Self:
+        given = [key for key in ("model", "function", "url") if getattr(self, key) is not None]
+        if len(given) != 1:
+            raise ValueError(
+                f"source {self.name!r}: found {' and '.join(given) or 'none of model, function, url'}; "
+                "expected exactly one of model, function, url; for two kinds of score write two sources"
+            )
+        for key, (kind, nothing) in _ONLY_FOR.items():
+            if kind != self.kind and getattr(self, key) != nothing:
+                raise ValueError(
+                    f"source {self.name!r}: {key} does nothing for a {self.kind} source; found "
+                    f"{getattr(self, key)!r}; only a {kind} source reads it; remove it"
+                )
+        return self
+
+
+class RewardSection(Section):
+    """The reward actors and the sources that each of them holds."""
+
+    sources: Annotated[tuple[SourceSection, ...], Field(min_length=1)]
+    actors: Annotated[int, Field(ge=1)] = 1
+    resources: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] = Field(
+        default_factory=lambda: {"CPU": 1.0}
+    )  # of each actor
+    on_error: Literal["fail", "drop"] = "fail"
+    max_dropped_fraction: Annotated[float, Field(ge=0, le=1)] | None = None  # drop: null is 0.05
+
+    @property
+    def drop_budget(self) -> float:
+        """Largest fraction of a batch that may be dropped; 0 under `on_error: fail`."""
+        if self.on_error == "fail":
+            return 0.0
+        return DEFAULT_MAX_DROPPED_FRACTION if self.max_dropped_fraction is None else self.max_dropped_fraction
+
+    @field_validator("sources")
+    @classmethod
+    def _check_names(cls, sources: tuple[SourceSection, ...]) -> tuple[SourceSection, ...]:
+        names = [source.name for source in sources]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(
+                f"two sources share a name: found {twice} more than once; expected unique names; rename one"
+            )
+        return sources
+
+    @model_validator(mode="after")
+    def _check_budget(self) -> Self:
+        if self.on_error == "fail" and self.max_dropped_fraction is not None:
+            raise ValueError(
+                f"max_dropped_fraction does nothing with on_error: fail; found {self.max_dropped_fraction}; "
+                "expected on_error: drop, or no max_dropped_fraction"
+            )
+        return self

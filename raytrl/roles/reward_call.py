@@ -1,0 +1,138 @@
+"""One call of a reward source: bounded in time, retried a bounded number of times, every value checked.
+
+What comes out for a response is a finite float, `None` (the source says that it does not apply to this response, as in
+TRL), or a `Failure` with the reason. Nothing here turns a failure into a number.
+"""
+
+import math
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+from raytrl.config.reward import SourceSection
+from raytrl.records import Prompt, PromptText, Response
+
+_FIRST_PAUSE_S = 0.25  # before the first retry; doubles with each
+_LONGEST_PAUSE_S = 8.0
+_MODEL_BATCH_SIZE = 32
+
+Pair = tuple[Prompt, Response]
+Answer = TypeVar("Answer")
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why a source has no score for one response."""
+
+    reason: str
+    retry: bool = True  # False: asking again cannot change it
+
+
+Outcome = float | None | Failure
+
+
+class CallError(Exception):
+    """A call failed; the text is the whole reason."""
+
+
+class FinalError(CallError):
+    """A call failed in a way that asking again cannot change."""
+
+
+class RewardSource(Protocol):
+    """Something that scores responses. `call` may raise anything; `ask` judges what comes back."""
+
+    section: SourceSection
+
+    def call(self, pairs: Sequence[Pair]) -> Sequence[object]:
+        """One value a response, in order, or a `Failure` in its place. Ends within `section.timeout_s`, or raises."""
+        ...
+
+    def close(self) -> None:
+        """Release what the source holds. It may be called twice."""
+        ...
+
+
+def completion_of(pair: Pair) -> PromptText:
+    """A response as TRL hands it to reward functions: the text, or one assistant message for a chat prompt."""
+    prompt, response = pair
+    if isinstance(prompt.text, str):
+        return response.text
+    return [{"role": "assistant", "content": response.text}]
+
+
+def ask(source: RewardSource, pairs: Sequence[Pair]) -> list[Outcome]:
+    """The outcome of every response, in order, asking in batches and again after a failure.
+
+    At most `retries + 1` calls a batch, each at most `timeout_s` long, with pauses of 0.25 s, 0.5 s, ... 8 s between.
+    """
+    whole = _MODEL_BATCH_SIZE if source.section.kind == "model" else max(len(pairs), 1)
+    size = source.section.batch_size or whole
+    outcomes: list[Outcome] = []
+    for start in range(0, len(pairs), size):
+        outcomes += _ask_batch(source, pairs[start : start + size])
+    return outcomes
+
+
+def _ask_batch(source: RewardSource, pairs: Sequence[Pair]) -> list[Outcome]:
+    outcomes: list[Outcome] = []
+    for attempt in range(source.section.retries + 1):
+        if attempt:
+            time.sleep(min(_FIRST_PAUSE_S * 2 ** (attempt - 1), _LONGEST_PAUSE_S))
+        outcomes = _ask_once(source, pairs)
+        if not any(isinstance(outcome, Failure) and outcome.retry for outcome in outcomes):
+            break
+    return outcomes
+
+
+def _ask_once(source: RewardSource, pairs: Sequence[Pair]) -> list[Outcome]:
+    try:
+        values = source.call(pairs)
+    except CallError as error:
+        return [Failure(str(error), retry=not isinstance(error, FinalError))] * len(pairs)
+    except Exception as error:
+        return [Failure(f"raised {type(error).__name__}: {error}")] * len(pairs)
+    if len(values) != len(pairs):
+        return [Failure(f"returned {len(values)} scores for {len(pairs)} responses")] * len(pairs)
+    return [check_value(value) for value in values]
+
+
+def check_value(value: object) -> Outcome:
+    """The value as a finite float, `None` as it is, anything else as a `Failure` that shows it."""
+    if value is None or isinstance(value, Failure):
+        return value
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return Failure(f"returned {value!r:.200} (a {type(value).__name__}), not a number")
+    try:
+        number = float(value)
+    except OverflowError:
+        return Failure("returned an integer too large for a float")
+    return number if math.isfinite(number) else Failure(f"returned {number}, not a finite number")
+
+
+def within(timeout_s: float, work: Callable[[], Answer]) -> Answer:
+    """The result of `work()`, or CallError after `timeout_s` seconds; what `work` raises, it raises.
+
+    A thread cannot be stopped: after a timeout `work` goes on in the background and its result is thrown away. So this
+    is for waits that end by themselves (a socket with its own timeout, a forward pass), not for a user's code.
+    """
+    results: queue.SimpleQueue[tuple[bool, Answer | Exception]] = queue.SimpleQueue()
+
+    def run() -> None:
+        try:
+            results.put((True, work()))
+        except Exception as error:
+            results.put((False, error))
+
+    threading.Thread(target=run, name="reward-call", daemon=True).start()
+    try:
+        done, result = results.get(timeout=timeout_s)
+    except queue.Empty:
+        raise CallError(f"gave no answer within {timeout_s:g} s") from None
+    if not done:
+        assert isinstance(result, Exception)
+        raise result
+    return result  # type: ignore[return-value]  # done: it is an Answer

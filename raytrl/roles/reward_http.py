@@ -1,0 +1,65 @@
+"""Reward endpoints: POST {prompts, completions} as JSON, and {scores} comes back."""
+
+import json
+import os
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+
+from raytrl.config.reward import SourceSection
+from raytrl.errors import ConfigError
+from raytrl.roles.reward_call import CallError, FinalError, Pair, completion_of, within
+
+# Of the 4xx answers, those that another try may change: timeout, too early, too many requests.
+_TRANSIENT = frozenset({408, 425, 429})
+
+
+class EndpointSource:
+    """An HTTP endpoint. It is sent what a reward function is called with: texts, or lists of chat messages.
+
+    `{"scores": [...]}` holds one number a response, in order; `null` means "does not apply", as None does in Python.
+    Raises ConfigError when a header's environment variable is not set.
+    """
+
+    def __init__(self, section: SourceSection) -> None:
+        assert section.url is not None
+        self.section = section
+        self._url = section.url
+        self._headers = {"Content-Type": "application/json", "Accept": "application/json"}
+        for header, variable in section.headers_env.items():
+            if variable not in os.environ:
+                raise ConfigError(
+                    f"reward.sources.{section.name}.headers_env.{header}: environment variable {variable} is not set "
+                    "where the reward actor runs; expected the value of the header; set it there"
+                )
+            self._headers[header] = os.environ[variable]
+
+    def call(self, pairs: Sequence[Pair]) -> Sequence[object]:
+        """One value a response; see `RewardSource`."""
+        body = {"prompts": [prompt.text for prompt, _ in pairs], "completions": [completion_of(pair) for pair in pairs]}
+        request = urllib.request.Request(self._url, data=json.dumps(body).encode(), headers=self._headers)
+        # urllib bounds each read, not their sum: a server that drips bytes needs the outer limit.
+        return within(self.section.timeout_s, lambda: _post(request, self.section.timeout_s))
+
+    def close(self) -> None:
+        """Nothing is held between calls."""
+
+
+def _post(request: urllib.request.Request, timeout_s: float) -> Sequence[object]:
+    try:
+        with urllib.request.urlopen(request, timeout=timeout_s) as response:
+            answer = response.read()
+    except urllib.error.HTTPError as error:
+        reason = f"answered HTTP {error.code}: {error.read(200).decode(errors='replace')}"
+        if 400 <= error.code < 500 and error.code not in _TRANSIENT:
+            raise FinalError(reason) from None
+        raise CallError(reason) from None
+    except TimeoutError:
+        raise CallError(f"gave no answer within {timeout_s:g} s") from None
+    try:
+        scores = json.loads(answer)["scores"]
+    except (ValueError, KeyError, TypeError):
+        scores = None
+    if not isinstance(scores, list):
+        raise CallError(f"answered {answer[:200]!r}; expected a JSON object with a list `scores`")
+    return scores

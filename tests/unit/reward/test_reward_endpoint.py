@@ -1,0 +1,155 @@
+"""HTTP endpoints, against a real server on this machine."""
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import pytest
+
+from raytrl.config.reward import SourceSection
+from raytrl.errors import ConfigError
+from raytrl.roles.reward_call import Failure, ask
+from raytrl.roles.reward_http import EndpointSource
+
+Answer = Callable[[BaseHTTPRequestHandler, dict[str, Any], int], tuple[int, bytes] | None]
+
+
+class _Server:
+    """Answers each POST by `answer(handler, body, number of the call)`; None: it has answered by itself."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+        self.answer: Answer = lambda *_: (200, b"{}")
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                outer.calls += 1
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                answer = outer.answer(self, body, outer.calls)
+                if answer is not None:
+                    self.send_response(answer[0])
+                    self.end_headers()
+                    self.wfile.write(answer[1])
+
+            def log_message(self, *_: Any) -> None: ...
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self.server.server_port}/score"
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[_Server]:
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    server = _Server()
+    threading.Thread(target=server.server.serve_forever, args=(0.01,), daemon=True).start()
+    yield server
+    server.server.shutdown()
+    server.server.server_close()
+
+
+def _source(server: _Server, **more: Any) -> EndpointSource:
+    return EndpointSource(SourceSection(name="judge", url=server.url, **{"retries": 0, "timeout_s": 5, **more}))
+
+
+def _scores(values: Any) -> tuple[int, bytes]:
+    return 200, json.dumps({"scores": values}).encode()
+
+
+def test_texts_go_out_and_scores_come_back(server: _Server, pair: Any) -> None:
+    server.answer = lambda _, body, __: _scores(
+        [len(p) - len(c) for p, c in zip(body["prompts"], body["completions"], strict=True)]
+    )
+    assert ask(_source(server), [pair("abc", "d"), pair("a", "bcd")]) == [2.0, -2.0]
+
+
+def test_chat_goes_out_as_messages_and_null_is_not_applicable(server: _Server, pair: Any) -> None:
+    prompt = [{"role": "user", "content": "hi"}]
+
+    def answer(_: Any, body: dict[str, Any], __: int) -> tuple[int, bytes]:
+        assert body == {"prompts": [prompt], "completions": [[{"role": "assistant", "content": "ho"}]]}
+        return _scores([None])
+
+    server.answer = answer
+    assert ask(_source(server), [pair(prompt, "ho")]) == [None]
+
+
+def test_a_server_error_is_asked_again(server: _Server, pair: Any) -> None:
+    server.answer = lambda _, __, call: (503, b"warming up") if call == 1 else _scores([1])
+    assert ask(_source(server, retries=1), [pair("p", "x")]) == [1.0]
+    assert server.calls == 2
+
+
+def test_retries_are_bounded(server: _Server, pair: Any) -> None:
+    server.answer = lambda *_: (500, b"broken")
+    assert ask(_source(server, retries=2), [pair("p", "x")]) == [Failure("answered HTTP 500: broken")]
+    assert server.calls == 3
+
+
+def test_a_refusal_is_not_asked_again(server: _Server, pair: Any) -> None:
+    server.answer = lambda *_: (401, b"who are you")
+    (outcome,) = ask(_source(server, retries=3), [pair("p", "x")])
+    assert outcome == Failure("answered HTTP 401: who are you", retry=False)
+    assert server.calls == 1
+
+
+def test_silence_costs_the_limit(server: _Server, pair: Any) -> None:
+    server.answer = lambda *_: time.sleep(1.5)
+    begin = time.monotonic()
+    assert ask(_source(server, timeout_s=0.3), [pair("p", "x")]) == [Failure("gave no answer within 0.3 s")]
+    assert time.monotonic() - begin < 1
+
+
+def test_dripping_costs_the_limit(server: _Server, pair: Any) -> None:
+    def drip(handler: BaseHTTPRequestHandler, _: Any, __: int) -> None:
+        handler.send_response(200)
+        handler.end_headers()
+        for _ in range(15):  # each byte comes in time; all of them do not
+            handler.wfile.write(b" ")
+            time.sleep(0.1)
+
+    server.answer = drip
+    begin = time.monotonic()
+    assert ask(_source(server, timeout_s=0.4), [pair("p", "x")]) == [Failure("gave no answer within 0.4 s")]
+    assert time.monotonic() - begin < 1
+
+
+def test_nobody_there(server: _Server, pair: Any) -> None:
+    source = EndpointSource(SourceSection(name="judge", url="http://127.0.0.1:9/score", retries=0))
+    (outcome,) = ask(source, [pair("p", "x")])
+    assert isinstance(outcome, Failure)
+    assert "refused" in outcome.reason
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        (b'{"scores": [1, 2]}', "returned 2 scores for 1 responses"),
+        (b'{"scores": [NaN]}', "returned nan"),
+        (b'{"scores": [Infinity]}', "returned inf"),
+        (b'{"scores": [true]}', "returned True (a bool)"),
+        (b'{"scores": ["0.5"]}', "returned '0.5' (a str)"),
+        (b'{"scores": 0.5}', "expected a JSON object with a list `scores`"),
+        (b'{"score": [0.5]}', "expected a JSON object with a list `scores`"),
+        (b"[0.5]", "expected a JSON object with a list `scores`"),
+        (b"<html>", "answered b'<html>'"),
+    ],
+)
+def test_nonsense_is_a_failure_that_shows_it(server: _Server, pair: Any, body: bytes, words: str) -> None:
+    server.answer = lambda *_: (200, body)
+    (outcome,) = ask(_source(server), [pair("p", "x")])
+    assert isinstance(outcome, Failure)
+    assert words in outcome.reason
+
+
+def test_a_header_comes_from_the_environment(server: _Server, pair: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    server.answer = lambda handler, *_: _scores([1 if handler.headers["Authorization"] == "Bearer x" else 0])
+    monkeypatch.setenv("JUDGE_HEADER", "Bearer x")
+    assert ask(_source(server, headers_env={"Authorization": "JUDGE_HEADER"}), [pair("p", "x")]) == [1.0]
+    monkeypatch.delenv("JUDGE_HEADER")
+    with pytest.raises(ConfigError, match="environment variable JUDGE_HEADER is not set"):
+        _source(server, headers_env={"Authorization": "JUDGE_HEADER"})

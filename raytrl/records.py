@@ -59,6 +59,8 @@ class Progress:
     text: str = ""  # phase: what is being done; failure: rank, node and cause
     metrics: Mapping[str, float] = field(default_factory=dict)
     details: str = ""  # failure: the traceback
+
+
 def chunks(prompts: Sequence[Prompt], chunk_prompts: int) -> list[list[Prompt]]:
     """Prompts grouped by `row // chunk_prompts`, in order of rows.
 

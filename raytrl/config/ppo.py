@@ -51,9 +51,9 @@ class RolloutConfig(Section):
     """The actors that sample responses."""
 
     actors: PositiveInt = 1
-    resources: dict[str, float] = {"CPU": 1}
+    resources: dict[str, float] = Field(default={"CPU": 1})
     engine: Literal["auto", "vllm", "transformers"] = "auto"
-    engine_args: dict[str, Any] = {}
+    engine_args: dict[str, Any] = Field(default={})
     sampling: SamplingConfig = SamplingConfig()
     max_prompt_length: PositiveInt = 512  # tokens; longer prompts lose their beginning
     # Prompts that are always sampled together, whichever actor does it: the bits of a matrix product depend on what

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import deepspeed  # type: ignore[import-untyped]
+import deepspeed
 import torch
 from torch import Tensor
 

@@ -192,8 +192,8 @@ def add_policy_adapter(model: nn.Module, lora: Mapping[str, Any]) -> PeftModel:
 def value_from_policy(policy: nn.Module) -> nn.Module:
     """A sequence classifier of the policy's family with its backbone's weights and a zero head."""
     config = deepcopy(policy.config)
-    config.num_labels = 1  # type: ignore[union-attr]
-    value: nn.Module = AutoModelForSequenceClassification.from_config(config)  # type: ignore[no-untyped-call]
+    config.num_labels = 1
+    value: nn.Module = AutoModelForSequenceClassification.from_config(config)
     _check_head(value, "the policy")
     _backbone(value).load_state_dict(_backbone(policy).state_dict())
     nn.init.zeros_(value.score.weight)  # type: ignore[union-attr, arg-type]

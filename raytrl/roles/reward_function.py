@@ -67,7 +67,7 @@ class FunctionSource:
         command = [sys.executable, "-m", "raytrl.roles.reward_function_process"]
         # The function must see what this process sees, however that got on its path.
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
-        self._process = subprocess.Popen(
+        self._process = subprocess.Popen(  # noqa: S603 (our own module)
             [*command, str(theirs.fileno()), str(os.getpid())],
             pass_fds=[theirs.fileno()],
             env=environment,

@@ -192,7 +192,7 @@ def add_policy_adapter(model: nn.Module, lora: Mapping[str, Any]) -> PeftModel:
 def value_from_policy(policy: nn.Module) -> nn.Module:
     """A sequence classifier of the policy's family with its backbone's weights and a zero head."""
     config = deepcopy(policy.config)
-    config.num_labels = 1
+    config.num_labels = 1  # type: ignore[union-attr]
     value: nn.Module = AutoModelForSequenceClassification.from_config(config)
     _check_head(value, "the policy")
     _backbone(value).load_state_dict(_backbone(policy).state_dict())

@@ -1,6 +1,8 @@
-"""What the CPU of this machine can compute in. Imports no torch: the driver asks too, before anything starts."""
+"""What this machine can compute in, and what a process took of it. Imports no torch: the driver asks too."""
 
 import platform
+import resource
+import sys
 
 from raytrl.config.runs import SupervisedRun
 from raytrl.errors import ConfigError
@@ -29,3 +31,12 @@ def has_cpu_bf16() -> bool:
     except FileNotFoundError:  # macOS: Apple silicon computes in bf16
         return platform.machine() == "arm64"
     return bool(words & {"avx512_bf16", "amx_bf16", "bf16"})
+
+
+def peak_memory_gib() -> float:
+    """The most memory this process has held so far: of its GPU where it uses one, else resident in RAM."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        return float(torch.cuda.max_memory_allocated() / 2**30)
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

@@ -12,7 +12,7 @@ from raytrl.config.runs import SupervisedRun
 from raytrl.data import load_data
 from raytrl.errors import NonFiniteError
 from raytrl.records import Progress
-from raytrl.roles.device import check_cpu
+from raytrl.roles.device import check_cpu, peak_memory_gib
 from raytrl.roles.job import SupervisedJob
 from raytrl.roles.model_card import write_model_card
 from raytrl.roles.models import make_base, merge_adapter, needs_base, torch_dtype
@@ -56,6 +56,7 @@ class StepReporter(TrainerCallback):  # type: ignore[misc]  # transformers' clas
                 )
             steps = max(1, state.global_step - self._since_step)
             metrics["time/step_s"] = (time.perf_counter() - self._since) / steps
+            metrics["memory/peak_gib"] = peak_memory_gib()
             self.last_loss = metrics["loss"]
             self._restart_clock(state)
             self._send("step", state, metrics)

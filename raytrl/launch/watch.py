@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raytrl.config.runs import SupervisedRun
 from raytrl.errors import RunError, StalledError, WorkerError
@@ -30,8 +31,9 @@ class Board:
 
 
 def start_board() -> Any:
-    """The board's actor; it belongs to this driver and ends with it."""
-    return ray.remote(num_cpus=0)(Board).options(scheduling_strategy="DEFAULT").remote()
+    """The board's actor: on the driver's own node, so that no other node's death silences the run; it ends with the driver."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ray.remote(num_cpus=0)(Board).options(scheduling_strategy=here).remote()
 
 
 class Watch:
@@ -80,8 +82,12 @@ class Watch:
     def _take(self) -> None:
         try:
             events = ray.get(self._board.take.remote(), timeout=30)
-        except ray.exceptions.RayError:
-            return  # the board died with its node; fit() itself says what became of the run
+        except ray.exceptions.GetTimeoutError:
+            return  # a busy machine; the next round asks again, and `_check_stall` bounds how often
+        except ray.exceptions.RayActorError as error:
+            raise RunError(
+                f"the driver's progress board is gone: {_first_line(error)}; start again to continue"
+            ) from None
         for event in events:
             self._last_event, self._last = time.monotonic(), event
             self._handle(event)
@@ -91,6 +97,7 @@ class Watch:
             if self._attempts == 0:
                 self._clock["workers_s"] = time.time() - self._began
             self._attempts += 1
+            self._failure = None
             self._log.rewind(event.step)
         elif event.kind in ("step", "eval"):
             if not self._stepped:
@@ -104,7 +111,7 @@ class Watch:
         self._show(event)
 
     def _note_failure(self, event: Progress) -> None:
-        self._failure = self._failure if self._failure and self._attempts == 0 else event
+        self._failure = self._failure or event  # the first of an attempt; the others follow from it
         text = (self._run_dir.read("failures.log") or "") + f"{now()} {event.text}\n{event.details}\n"
         self._run_dir.write("failures.log", text)
         if self._attempts == 0:

@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from raytrl.config.native import native_fields
 from raytrl.config.runs import SupervisedRun
 from raytrl.data import load_data
 from raytrl.errors import NonFiniteError
@@ -134,10 +135,11 @@ def training_arguments(run: SupervisedRun, scratch: str, on_gpu: bool) -> dict[s
     values: dict[str, Any] = {"logging_steps": 1, "bf16": on_gpu and not run.training.get("fp16", False)}
     if not on_gpu:
         values |= {"use_cpu": True, "dataloader_pin_memory": False}
-    # TRL's own default is the deprecated name of the same switch, which warns in every run.
-    recompute = run.training.get("activation_checkpointing", run.training.get("gradient_checkpointing", True))
+    # Two names of one switch: TRL's default sets the old one, which newer transformers answer with a warning.
+    names = [n for n in ("activation_checkpointing", "gradient_checkpointing") if n in native_fields(run.native_class)]
+    recompute = next((run.training[name] for name in names if name in run.training), True)
     values |= {key: value for key, value in run.training.items() if key != "model_init_kwargs"}
-    values |= {"activation_checkpointing": recompute, "gradient_checkpointing": recompute}
+    values |= dict.fromkeys(names, recompute)
     values |= {
         "output_dir": scratch,
         "seed": run.seed,

@@ -17,6 +17,8 @@ _SECTIONS = """
     timers wandb zenflow zero_allow_untested_optimizer
 """
 
+GATHER = "stage3_gather_16bit_weights_on_model_save"
+
 # DeepSpeed key, `training:` key, what `training:` says by default. transformers fills "auto" from the latter;
 # a number in both places must be the same one, or DeepSpeed trains with other settings than the run file shows.
 _SHARED = [
@@ -66,6 +68,12 @@ def read_deepspeed(value: str | dict[str, Any], where: str = "learner.deepspeed"
     return found
 
 
+def with_gather(deepspeed: dict[str, Any]) -> dict[str, Any]:
+    """The dictionary as DeepSpeed gets it: under ZeRO-3 whole weights are gathered when they are saved."""
+    zero = deepspeed.get("zero_optimization", {})
+    return deepspeed if zero.get("stage") != 3 else {**deepspeed, "zero_optimization": {**zero, GATHER: True}}
+
+
 def zero_stage(deepspeed: dict[str, Any] | None) -> int | None:
     """The ZeRO stage (0 to 3), or None without DeepSpeed."""
     return None if deepspeed is None else int(deepspeed.get("zero_optimization", {}).get("stage", 0))
@@ -86,6 +94,11 @@ def check_deepspeed(deepspeed: dict[str, Any], training: dict[str, Any], native:
     stage = zero.get("stage", 0)
     if stage not in (0, 1, 2, 3):
         problems.append(f"{where}.zero_optimization.stage: found: {stage!r}; expected: 0, 1, 2 or 3")
+    if stage == 3 and zero.get(GATHER) is False:
+        problems.append(
+            f"{where}.zero_optimization.{GATHER}: found: false; expected: true, or leave it out: checkpoints and model/ hold "
+            f"whole weights"
+        )
     numbers = {k: v for k, v in zero.items() if v != "auto" and not isinstance(v, dict)}
     problems += check_values(f"{where}.zero_optimization", ZERO_CLASS, numbers)
     return problems + _conflicts(deepspeed, training, native)

@@ -2,6 +2,8 @@
 
 import logging
 import os
+import signal
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -84,6 +86,7 @@ def ray_session(run: Run, need: Need) -> Iterator[None]:
     """
     import ray
 
+    on_sigterm = signal.getsignal(signal.SIGTERM)  # Ray puts its own in place, which ends the process at once
     if not joins_cluster(run):
         there = machine_resources()
         ray.init(
@@ -104,6 +107,8 @@ def ray_session(run: Run, need: Need) -> Iterator[None]:
             ) from None
         check_fits(need, ray.cluster_resources(), f"the cluster at {address!r}")
     try:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, on_sigterm)
         yield
     finally:
         ray.shutdown()

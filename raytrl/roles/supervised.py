@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from raytrl.config.deepspeed import with_gather
 from raytrl.config.native import native_fields
 from raytrl.config.runs import SupervisedRun
 from raytrl.data import load_data
@@ -151,7 +152,7 @@ def training_arguments(run: SupervisedRun, scratch: str, on_gpu: bool) -> dict[s
         "trust_remote_code": run.model.trust_remote_code,
     }
     if run.learner.deepspeed is not None:
-        values["deepspeed"] = run.learner.deepspeed
+        values["deepspeed"] = with_gather(run.learner.deepspeed)
     return values
 
 

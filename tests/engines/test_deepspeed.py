@@ -17,7 +17,7 @@ VARIANTS: dict[str, dict[str, Any] | None] = {
     "ddp": None,
     "zero1": {"stage": 1},
     "zero2": {"stage": 2},
-    "zero3": {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True},
+    "zero3": {"stage": 3},
     "offload": OFFLOAD,
 }
 

@@ -2,8 +2,6 @@
 
 import json
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -126,16 +124,15 @@ def _alive(pid: int) -> bool:
 
 
 @pytest.fixture
-def s3(tmp_path: Path) -> Any:
+def s3() -> Any:
     """A local S3 server with a bucket; yields the part of a URI behind the path."""
-    server = subprocess.Popen(
-        [sys.executable, "-m", "moto.server", "-p", "0"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    assert server.stdout is not None
-    port = next(line.rsplit(":", 1)[1].strip() for line in server.stdout if "Running on http" in line)
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(port=0)
+    server.start()
+    _, port = server.get_host_and_port()
     yield f"?endpoint_override=127.0.0.1:{port}&scheme=http&region=us-east-1&allow_bucket_creation=true"
-    server.terminate()
-    server.communicate()
+    server.stop()
 
 
 def test_a_run_stored_on_s3(folder: Path, s3: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 import logging
 import os
 import signal
+import socket
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -75,6 +76,24 @@ def check_fits(need: Need, there: Mapping[str, float], where: str) -> None:
         have = there.get(name, 0.0)
         if amount > have:
             raise ResourceError(f"{need.who} need {amount:g} {name}; found: {have:g} {name} on {where}")
+
+
+def check_address(run: Run) -> None:
+    """Refuses an address that nobody listens at; Ray itself would try for half a minute and more.
+
+    Raises:
+        ResourceError: naming the address.
+    """
+    address = run.cluster.address or ""
+    if ":" not in address:  # null, auto, local
+        return
+    host, _, port = address.removeprefix("ray://").partition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=3).close()
+    except (OSError, ValueError) as error:
+        raise ResourceError(
+            f"cluster.address: no Ray answers; found: {address!r}: {error}; expected: a running head"
+        ) from None
 
 
 @contextmanager

@@ -15,7 +15,15 @@ from raytrl.config.load import LoadedRun
 from raytrl.config.runs import SupervisedRun
 from raytrl.launch.preflight import amounts, describe, preflight
 from raytrl.launch.resume import inspect_run
-from raytrl.launch.session import Need, check_fits, joins_cluster, machine_resources, prepare_environment, ray_session
+from raytrl.launch.session import (
+    Need,
+    check_address,
+    check_fits,
+    joins_cluster,
+    machine_resources,
+    prepare_environment,
+    ray_session,
+)
 from raytrl.records import Progress
 from raytrl.roles.job import SupervisedJob
 from raytrl.rundir import RunDirectory, now
@@ -52,6 +60,7 @@ def train(loaded: LoadedRun, command: str, fresh: bool, show: Callable[[Progress
             return run_dir.manifest() | {"already_done": True}
         for notice in standing.notices:
             show(Progress("notice", text=notice))
+        check_address(run)
         need = _need(run)
         if not joins_cluster(run):
             check_fits(need, machine_resources(), "this machine")

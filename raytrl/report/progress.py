@@ -44,7 +44,8 @@ class Display:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._bar.stop()
+        if self._console.is_terminal:
+            self._bar.stop()
 
     def show(self, event: Event) -> None:
         """Renders one piece of progress."""

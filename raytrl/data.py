@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 
 from raytrl.config.runs import DataSource, SupervisedRun
 from raytrl.errors import DataError
-from raytrl.functions import load_function
+from raytrl.functions import describe_raised, load_function
 
 datasets.disable_progress_bars()
 datasets.logging.set_verbosity_error()
@@ -43,7 +43,11 @@ def load_data(source: DataSource, where: str) -> datasets.Dataset:
     except Exception as error:  # the builders raise a dozen kinds; all mean that this source cannot be had
         raise DataError(_cause(error, source, files, where)) from error
     if source.transform is not None:
-        dataset = load_function(source.transform, f"{where}.transform")(dataset)
+        transform = load_function(source.transform, f"{where}.transform")
+        try:
+            dataset = transform(dataset)
+        except Exception as error:  # the user's function may raise anything
+            raise DataError(f"{where}.transform: {source.transform} raised {describe_raised(error)}") from error
         if not isinstance(dataset, datasets.Dataset):
             raise DataError(f"{where}.transform: returned {type(dataset).__name__}; expected: a datasets.Dataset")
     if len(dataset) == 0:
@@ -55,7 +59,11 @@ def _load(source: DataSource) -> datasets.Dataset:
     folder = Path(source.path)
     if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
         saved = datasets.load_from_disk(source.path)
-        return saved[source.split] if isinstance(saved, datasets.DatasetDict) else saved
+        if isinstance(saved, datasets.Dataset):
+            return saved
+        if source.split not in saved:
+            raise ValueError(f"no such split in {source.path}; expected: one of {', '.join(saved)}")
+        return saved[source.split]
     options = {k: v for k, v in source.model_dump().items() if k != "transform" and v is not None}
     return datasets.load_dataset(options.pop("path"), **options)
 
@@ -119,8 +127,6 @@ def _check_column(dataset: datasets.Dataset, column: str, where: str) -> None:
     values = dataset.data.column(column)
     if dataset._indices is not None:  # a transform may have filtered or shuffled: look at the rows as trained on
         values = dataset.flatten_indices().data.column(column)
-    if column == "input_ids":
-        return
     if values.null_count:
         row = pc.index(pc.is_null(values), True).as_py() + 1
         raise DataError(
@@ -128,6 +134,8 @@ def _check_column(dataset: datasets.Dataset, column: str, where: str) -> None:
             f"columns: {', '.join(dataset.column_names)}"
         )
     kind = values.type
+    if column == "input_ids" and pa.types.is_list(kind) and pa.types.is_integer(kind.value_type):
+        return
     if pa.types.is_string(kind) or pa.types.is_large_string(kind):
         return
     if pa.types.is_list(kind) or pa.types.is_large_list(kind):
@@ -169,4 +177,4 @@ def texts_of(dataset: datasets.Dataset, columns: tuple[str, ...]) -> Iterator[st
                 if isinstance(value, str):
                     yield value
                 else:
-                    yield from (str(m.get("content", m.get("value", ""))) for m in value)
+                    yield from (str(m.get("content") or m.get("value") or "") for m in value)

@@ -98,8 +98,9 @@ def _check_template(tokenizer: Any, run: SupervisedRun, conversation: list[dict[
         text = tokenizer.apply_chat_template(conversation, chat_template=template, tokenize=False)
     except Exception as error:  # a template is a program; it may raise anything
         raise ConfigError(f"{key}: the template cannot render the first row: {error}") from error
-    content = next(m["content"] for m in reversed(conversation) if m["role"] == "assistant")
-    after = text[text.rfind(str(content)) + len(str(content)) :]
+    # Templates such as Llama's strip the content; one that changes it more is judged by all it renders.
+    content = str(next(m["content"] for m in reversed(conversation) if m["role"] == "assistant")).strip()
+    after = text.rpartition(content)[2] if content else text
     if eos not in after:
         raise ConfigError(
             f"{key}: the template ends no turn: a model trained on it never learns to stop; found: {after!r} after the "

@@ -1,5 +1,6 @@
 """Datasets: load what a run file names, and refuse rows a trainer would stumble over, with their numbers."""
 
+import glob
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +15,7 @@ from raytrl.errors import DataError
 from raytrl.functions import describe_raised, load_function
 
 datasets.disable_progress_bars()
-datasets.logging.set_verbosity_error()
+datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs as errors it raises too
 
 # The columns each kind trains on (TRL's dataset types); `text` stands for `training.dataset_text_field`.
 _LAYOUTS: dict[str, list[tuple[str, ...]]] = {
@@ -36,8 +37,10 @@ def load_data(source: DataSource, where: str) -> datasets.Dataset:
     """
     files = [source.data_files] if isinstance(source.data_files, str) else list(source.data_files or [])
     for file in files:
-        if not set("*?[") & set(file) and "://" not in file and not Path(file).is_file():
+        if "://" not in file and not Path(file).is_file() and not glob.glob(file, recursive=True):
             raise DataError(f"{where}: no such file; found: {file!r} (working directory {Path.cwd()})")
+    if files and all(Path(file).is_file() and Path(file).stat().st_size == 0 for file in files):
+        raise DataError(f"{where}: the dataset is empty; found: 0 bytes in {_name(source)}")
     try:
         dataset = _load(source)
     except Exception as error:  # the builders raise a dozen kinds; all mean that this source cannot be had
@@ -77,13 +80,16 @@ def _cause(error: Exception, source: DataSource, files: list[str], where: str) -
         for file in files:
             if (bad := _bad_json_line(file)) is not None:
                 return f"{where}: {file}:{bad[0]}: not a JSON object: {bad[1]}"
+    if "corresponds to no data" in str(error):
+        return f"{where}: the dataset is empty; found: 0 rows in {_name(source)}"
     if isinstance(error, ValueError) and "split" in str(error).lower():
         return f"{where}.split: found: {source.split!r}; {error}"
     offline = "" if files or Path(source.path).exists() else " (not a local file or folder, and not had from the hub)"
     innermost: BaseException = error
     while innermost.__cause__ is not None:
         innermost = innermost.__cause__
-    return f"{where}: {_name(source)!r} cannot be loaded{offline}: {str(innermost).splitlines()[0]}"
+    reason = next(iter(str(innermost).splitlines()), "") or type(innermost).__name__
+    return f"{where}: {_name(source)!r} cannot be loaded{offline}: {reason}"
 
 
 def _bad_json_line(file: str) -> tuple[int, str] | None:
@@ -146,9 +152,12 @@ def _check_column(dataset: datasets.Dataset, column: str, where: str) -> None:
             fields = {field.name for field in kind.value_type}
             if {"role", "content"} <= fields or {"from", "value"} <= fields:
                 return
+    # A column of text with a number in it is of no Arrow type: name the number's row.
+    row = next((i for i, value in enumerate(dataset[column]) if not isinstance(value, str)), 0)
+    value = dataset[row][column]
     raise DataError(
-        f"{where}: row 1: {column!r} is neither text nor a list of messages with role and content; "
-        f"found: {kind}: {str(dataset[0][column])[:80]!r}"
+        f"{where}: row {row + 1}: {column!r} is neither text nor a list of messages with role and content; "
+        f"found: {type(value).__name__}: {str(value)[:80]!r}"
     )
 
 

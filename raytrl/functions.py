@@ -4,6 +4,7 @@ import importlib
 import importlib.util
 import os
 import sys
+import sysconfig
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -53,6 +54,9 @@ def load_function(place: str, where: str) -> Callable[..., Any]:
 
 def describe_raised(error: BaseException) -> str:
     """`KeyError: 'text' (rewards.py:12)`: what a user's code raised, and its innermost line outside of libraries."""
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if "site-packages" not in f.filename]
+    here = os.path.dirname(os.path.abspath(__file__))
+    paths = sysconfig.get_paths()
+    libraries = (here, paths["stdlib"], paths["platstdlib"], paths["purelib"], paths["platlib"], "<")
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(libraries)]
     place = f" ({os.path.basename(frames[-1].filename)}:{frames[-1].lineno})" if frames else ""
     return f"{type(error).__name__}: {error}{place}"

@@ -176,7 +176,7 @@ def _apply(values: dict[str, Any], origins: dict[str, str], override: str) -> No
         here = ".".join(parents[: depth + 1])
         child = _item(target, part, here, override)
         if child is None:
-            child = {}
+            child, origins[here] = {}, "command line"
         if not isinstance(child, dict | list):
             raise ConfigError(f"{override!r}: {here} is {child!r}, which has no keys; set {here} as a whole")
         _set(target, part, child)

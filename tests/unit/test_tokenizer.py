@@ -11,7 +11,10 @@ from raytrl.roles.tokenizer import check_tokenizer, load_tokenizer, train_tokeni
 from tests.runs import text_rows
 
 CONVERSATION = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello there"}]
-TURN = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] | trim }}{% if m['role'] == 'assistant' %}END{% endif %}\n{% endfor %}"
+TURN = (
+    "{% for m in messages %}{{ m['role'] }}: {{ m['content'] | trim }}"
+    "{% if m['role'] == 'assistant' %}END{% endif %}\n{% endfor %}"
+)
 ENDS = TURN.replace("END", "<|end|>")
 NEVER_ENDS = TURN.replace("END", "")
 ENDS_OTHERWISE = TURN.replace("END", "<|im_end|>")

@@ -1,5 +1,6 @@
 """What raytrl reads from other libraries' source files is what their classes say when they are imported."""
 
+import ast
 import dataclasses
 import types
 import typing
@@ -33,8 +34,8 @@ def test_fields_and_defaults_are_those_of_the_class(kind: str, classes: dict[str
     wrong = {}
     for name, field in real.items():
         try:
-            default = eval(read[name].default or "None", {"__builtins__": {}})
-        except (NameError, AttributeError, TypeError, SyntaxError):
+            default = ast.literal_eval(read[name].default or "None")
+        except ValueError:
             continue  # a constant or factory of the library
         if field.default is not dataclasses.MISSING and default != field.default:
             wrong[name] = (default, field.default)
@@ -56,7 +57,8 @@ def test_owned_and_renamed_keys_exist_or_do_not(kind: str, classes: dict[str, An
     assert set(OWNED) - real <= {"overwrite_output_dir"}  # gone from transformers, still in examples
     for old, today in RENAMED.items():
         target = today.partition(" ")[0].partition(":")[0].split(".")
-        if target[0] == "training" and target[1] != "dataset_text_field":
+        only_sft = ("dataset_text_field", "chat_template_path")
+        if target[0] == "training" and (kind == "sft" or target[1] not in only_sft):
             assert target[1] in real, (old, today)
 
 

@@ -149,5 +149,7 @@ def test_another_number_of_workers_under_deepspeed_is_refused_with_both_numbers(
     run_dir = started(run)
     commit(run_dir, [4], world_size=2)
     assert inspect_run(run, run_dir).state == "continue"
-    with pytest.raises(ConfigError, match=r"learner\.workers: .*step 4 .*2 workers under ZeRO-2.*found: 3; expected: 2"):
+    with pytest.raises(
+        ConfigError, match=r"learner\.workers: .*step 4 .*2 workers under ZeRO-2.*found: 3; expected: 2"
+    ):
         inspect_run(run_of(tmp_path, learner={"workers": 3, "deepspeed": zero}), run_dir)

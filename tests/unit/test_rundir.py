@@ -52,7 +52,9 @@ def local(tmp_path: Path) -> RunDirectory:
 
 
 @pytest.mark.parametrize("make", [local, in_memory])
-def test_files_and_folders_are_written_read_listed_and_deleted(make: Callable[[Path], RunDirectory], tmp_path: Path) -> None:
+def test_files_and_folders_are_written_read_listed_and_deleted(
+    make: Callable[[Path], RunDirectory], tmp_path: Path
+) -> None:
     run_dir = make(tmp_path)
     assert run_dir.read("manifest.json") is None
     assert run_dir.manifest() == {}

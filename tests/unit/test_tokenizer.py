@@ -87,6 +87,14 @@ def test_conversations_without_a_template_are_refused_and_plain_text_is_not(trai
     check_tokenizer(tokenizer, run_of(), None)
 
 
+def test_remedies_are_keys_that_the_kind_has(trained: Any) -> None:
+    tokenizer = with_template(trained, None)
+    assert "set training.chat_template_path" in refused(tokenizer, run_of("reward"), CONVERSATION)
+    message = refused(tokenizer, run_of("dpo"), CONVERSATION)
+    assert message.startswith("model.tokenizer: the rows are conversations")
+    assert "choose a model.tokenizer that has one" in message
+
+
 def test_a_template_file_takes_the_place_of_the_tokenizers_own(trained: Any, tmp_path: Path) -> None:
     tokenizer, file = with_template(trained, NEVER_ENDS), tmp_path / "chat.jinja"
     assert "no such file" in refused(tokenizer, run_of(chat_template_path=str(file)), CONVERSATION)
@@ -111,6 +119,8 @@ def test_padding_with_the_end_token_is_refused_for_a_reward_model_only(trained: 
         assert message.startswith("model.pad_token: ")
         assert f"found: pad {pad!r}, end '<|end|>'" in message
     check_tokenizer(tokenizer, run_of("reward", {"pad_token": "<|pad|>"}), None)
+    check_tokenizer(tokenizer, run_of("reward", pad_token="<|pad|>"), None)
+    assert "found: pad '<|end|>'" in refused(tokenizer, run_of("reward", pad_token="<|end|>"), None)
 
 
 def test_a_tokenizer_without_end_token_is_refused(trained: Any, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from raytrl.config.runs import DataSource, SupervisedRun
 from raytrl.errors import DataError
 from raytrl.functions import describe_raised, load_function
 
+datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # or it asks the hub for local files too, seconds without a network
 datasets.disable_progress_bars()
 datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs as errors it raises too
 

@@ -15,7 +15,9 @@ from typing import Any
 import psutil
 import yaml
 
-WORDS = ["a", "the", "film", "story", "actor", "scene", "plot", "ending", "is", "was", "feels", "looks", "good", "bad", "slow", "bright", "dull", "warm", "cold", "true"]
+WORDS = (
+    "a the film story actor scene plot ending is was feels looks good bad slow bright dull warm cold true"
+).split()
 TINY_LLAMA = {
     "model_type": "llama",
     "hidden_size": 32,

@@ -108,8 +108,9 @@ def config_show(config: File, overrides: Overrides = None, debug: Debug = False)
             table.add_column(name, overflow="fold")
         for key, value, origin in load_run(config, overrides or []).values():
             style = "dim" if origin == "default" else ""
-            table.add_row(key, escape(_as_yaml(value)), escape(origin), style=style)
-        out.print(table)
+            table.add_row(escape(key), escape(_as_yaml(value)), escape(origin), style=style)
+        # A pipe has no width: grep sees each value on one line.
+        (out if out.is_terminal else Console(highlight=False, width=10_000)).print(table)
 
     _guarded(work, debug)
 

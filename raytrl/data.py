@@ -1,5 +1,6 @@
 """Datasets: load what a run file names, and refuse rows a trainer would stumble over, with their numbers."""
 
+import glob
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,10 +12,11 @@ import pyarrow.compute as pc
 
 from raytrl.config.runs import DataSource, SupervisedRun
 from raytrl.errors import DataError
-from raytrl.functions import load_function
+from raytrl.functions import describe_raised, load_function
 
+datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # or it asks the hub for local files too, seconds without a network
 datasets.disable_progress_bars()
-datasets.logging.set_verbosity_error()
+datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs as errors it raises too
 
 # The columns each kind trains on (TRL's dataset types); `text` stands for `training.dataset_text_field`.
 _LAYOUTS: dict[str, list[tuple[str, ...]]] = {
@@ -36,14 +38,20 @@ def load_data(source: DataSource, where: str) -> datasets.Dataset:
     """
     files = [source.data_files] if isinstance(source.data_files, str) else list(source.data_files or [])
     for file in files:
-        if not set("*?[") & set(file) and "://" not in file and not Path(file).is_file():
+        if "://" not in file and not Path(file).is_file() and not glob.glob(file, recursive=True):
             raise DataError(f"{where}: no such file; found: {file!r} (working directory {Path.cwd()})")
+    if files and all(Path(file).is_file() and Path(file).stat().st_size == 0 for file in files):
+        raise DataError(f"{where}: the dataset is empty; found: 0 bytes in {_name(source)}")
     try:
         dataset = _load(source)
     except Exception as error:  # the builders raise a dozen kinds; all mean that this source cannot be had
         raise DataError(_cause(error, source, files, where)) from error
     if source.transform is not None:
-        dataset = load_function(source.transform, f"{where}.transform")(dataset)
+        transform = load_function(source.transform, f"{where}.transform")
+        try:
+            dataset = transform(dataset)
+        except Exception as error:  # the user's function may raise anything
+            raise DataError(f"{where}.transform: {source.transform} raised {describe_raised(error)}") from error
         if not isinstance(dataset, datasets.Dataset):
             raise DataError(f"{where}.transform: returned {type(dataset).__name__}; expected: a datasets.Dataset")
     if len(dataset) == 0:
@@ -55,7 +63,11 @@ def _load(source: DataSource) -> datasets.Dataset:
     folder = Path(source.path)
     if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
         saved = datasets.load_from_disk(source.path)
-        return saved[source.split] if isinstance(saved, datasets.DatasetDict) else saved
+        if isinstance(saved, datasets.Dataset):
+            return saved
+        if source.split not in saved:
+            raise ValueError(f"no such split in {source.path}; expected: one of {', '.join(saved)}")
+        return saved[source.split]
     options = {k: v for k, v in source.model_dump().items() if k != "transform" and v is not None}
     return datasets.load_dataset(options.pop("path"), **options)
 
@@ -69,13 +81,16 @@ def _cause(error: Exception, source: DataSource, files: list[str], where: str) -
         for file in files:
             if (bad := _bad_json_line(file)) is not None:
                 return f"{where}: {file}:{bad[0]}: not a JSON object: {bad[1]}"
+    if "corresponds to no data" in str(error):
+        return f"{where}: the dataset is empty; found: 0 rows in {_name(source)}"
     if isinstance(error, ValueError) and "split" in str(error).lower():
         return f"{where}.split: found: {source.split!r}; {error}"
     offline = "" if files or Path(source.path).exists() else " (not a local file or folder, and not had from the hub)"
     innermost: BaseException = error
     while innermost.__cause__ is not None:
         innermost = innermost.__cause__
-    return f"{where}: {_name(source)!r} cannot be loaded{offline}: {str(innermost).splitlines()[0]}"
+    reason = next(iter(str(innermost).splitlines()), "") or type(innermost).__name__
+    return f"{where}: {_name(source)!r} cannot be loaded{offline}: {reason}"
 
 
 def _bad_json_line(file: str) -> tuple[int, str] | None:
@@ -119,8 +134,6 @@ def _check_column(dataset: datasets.Dataset, column: str, where: str) -> None:
     values = dataset.data.column(column)
     if dataset._indices is not None:  # a transform may have filtered or shuffled: look at the rows as trained on
         values = dataset.flatten_indices().data.column(column)
-    if column == "input_ids":
-        return
     if values.null_count:
         row = pc.index(pc.is_null(values), True).as_py() + 1
         raise DataError(
@@ -128,6 +141,8 @@ def _check_column(dataset: datasets.Dataset, column: str, where: str) -> None:
             f"columns: {', '.join(dataset.column_names)}"
         )
     kind = values.type
+    if column == "input_ids" and pa.types.is_list(kind) and pa.types.is_integer(kind.value_type):
+        return
     if pa.types.is_string(kind) or pa.types.is_large_string(kind):
         return
     if pa.types.is_list(kind) or pa.types.is_large_list(kind):
@@ -138,9 +153,12 @@ def _check_column(dataset: datasets.Dataset, column: str, where: str) -> None:
             fields = {field.name for field in kind.value_type}
             if {"role", "content"} <= fields or {"from", "value"} <= fields:
                 return
+    # A column of text with a number in it is of no Arrow type: name the number's row.
+    row = next((i for i, value in enumerate(dataset[column]) if not isinstance(value, str)), 0)
+    value = dataset[row][column]
     raise DataError(
-        f"{where}: row 1: {column!r} is neither text nor a list of messages with role and content; "
-        f"found: {kind}: {str(dataset[0][column])[:80]!r}"
+        f"{where}: row {row + 1}: {column!r} is neither text nor a list of messages with role and content; "
+        f"found: {type(value).__name__}: {str(value)[:80]!r}"
     )
 
 
@@ -169,4 +187,4 @@ def texts_of(dataset: datasets.Dataset, columns: tuple[str, ...]) -> Iterator[st
                 if isinstance(value, str):
                     yield value
                 else:
-                    yield from (str(m.get("content", m.get("value", ""))) for m in value)
+                    yield from (str(m.get("content") or m.get("value") or "") for m in value)

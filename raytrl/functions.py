@@ -2,7 +2,10 @@
 
 import importlib
 import importlib.util
+import os
 import sys
+import sysconfig
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,15 +33,30 @@ def load_function(place: str, where: str) -> Callable[..., Any]:
             assert spec is not None  # a .py file always has a spec
             assert spec.loader is not None
             module = importlib.util.module_from_spec(spec)
-            sys.modules.setdefault(path.stem, module)
-            spec.loader.exec_module(module)
+            is_first = sys.modules.setdefault(path.stem, module) is module  # dataclasses look their module up there
+            try:
+                spec.loader.exec_module(module)
+            except BaseException:
+                if is_first:
+                    del sys.modules[path.stem]  # a module that raised is not a module
+                raise
         else:
             module = importlib.import_module(module_name)
     except ConfigError:
         raise
     except Exception as error:  # the user's module may raise anything
-        raise ConfigError(f"{where}: {module_name} cannot be imported: {type(error).__name__}: {error}") from error
+        raise ConfigError(f"{where}: {module_name} cannot be imported: {describe_raised(error)}") from error
     function: Callable[..., Any] | None = getattr(module, name, None)
     if function is None or not callable(function):
         raise ConfigError(f"{where}: no function {name!r} in {module_name}")
     return function
+
+
+def describe_raised(error: BaseException) -> str:
+    """`KeyError: 'text' (rewards.py:12)`: what a user's code raised, and its innermost line outside of libraries."""
+    here = os.path.dirname(os.path.abspath(__file__))
+    paths = sysconfig.get_paths()
+    libraries = (here, paths["stdlib"], paths["platstdlib"], paths["purelib"], paths["platlib"], "<")
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(libraries)]
+    place = f" ({os.path.basename(frames[-1].filename)}:{frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}: {error}{place}"

@@ -20,14 +20,16 @@ class RunDirectory:
     """Files of one run, by names relative to it, wherever it is stored."""
 
     def __init__(self, output_dir: str, name: str) -> None:
-        base, query, options = output_dir.partition("?")
-        self.uri = f"{base.rstrip('/')}/{name}{query}{options}"
-        self.is_local = "://" not in output_dir
+        self.filesystem: fs.FileSystem = fs.LocalFileSystem()
+        self.is_local = "://" not in output_dir or output_dir.startswith("file://")
         if self.is_local:
-            self.uri = os.path.abspath(self.uri)
-            self.filesystem, self.path = fs.LocalFileSystem(), self.uri
+            if "://" in output_dir:
+                _, output_dir = _from_uri(output_dir)
+            self.uri = self.path = os.path.abspath(os.path.join(output_dir, name))
         else:
-            self.filesystem, self.path = fs.FileSystem.from_uri(self.uri)
+            base, query, options = output_dir.partition("?")
+            self.uri = f"{base.rstrip('/')}/{name}{query}{options}"
+            self.filesystem, self.path = _from_uri(self.uri)
 
     def __str__(self) -> str:
         return os.path.relpath(self.path) if self.is_local else self.uri.partition("?")[0]
@@ -128,6 +130,17 @@ class RunDirectory:
         self.write("manifest.json", json.dumps(self.manifest() | values, indent=2) + "\n")
 
 
+def _from_uri(uri: str) -> tuple[fs.FileSystem, str]:
+    try:
+        filesystem, path = fs.FileSystem.from_uri(uri)
+    except (ValueError, OSError) as error:
+        raise ConfigError(
+            f"output_dir: cannot be opened; found: {uri.partition('?')[0]!r}; "
+            f"expected: a path, or a URI such as s3://bucket/path: {str(error).splitlines()[0]}"
+        ) from None
+    return filesystem, str(path)
+
+
 class MetricsLog:
     """metrics.jsonl: one object a step. A redone step replaces its line, so that each step stands once."""
 
@@ -159,7 +172,7 @@ class MetricsLog:
 def _step_of(line: str) -> int:
     try:
         return int(json.loads(line)["step"])
-    except (ValueError, KeyError):  # the last line of a killed driver may be half written: drop it
+    except (ValueError, KeyError, TypeError):  # the last line of a killed driver may be half written: drop it
         return 1 << 62
 
 

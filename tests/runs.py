@@ -15,28 +15,8 @@ from typing import Any
 import psutil
 import yaml
 
-WORDS = [
-    "a",
-    "the",
-    "film",
-    "story",
-    "actor",
-    "scene",
-    "plot",
-    "ending",
-    "is",
-    "was",
-    "feels",
-    "looks",
-    "good",
-    "bad",
-    "slow",
-    "bright",
-    "dull",
-    "warm",
-    "cold",
-    "true",
-]
+_TEXT = "a the film story actor scene plot ending is was feels looks good bad slow bright dull warm cold true"
+WORDS = _TEXT.split()
 TINY_LLAMA = {
     "model_type": "llama",
     "hidden_size": 32,

@@ -1,9 +1,20 @@
 """The base of every section of a run file."""
 
-from pydantic import BaseModel, ConfigDict
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, model_validator
 
 
 class Section(BaseModel):
     """Frozen, and refuses keys it does not know."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_section(cls, values: Any) -> Any:
+        """A section with nothing below its name reads as null in YAML: as good as left out."""
+        if not isinstance(values, dict):
+            return values
+        sections = {k for k, field in cls.model_fields.items() if isinstance(field.default, dict | Section)}
+        return {key: value for key, value in values.items() if value is not None or key not in sections}

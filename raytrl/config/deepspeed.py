@@ -6,7 +6,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-from raytrl.config.native import ZERO_CLASS, check_values, native_fields, package_folder
+from raytrl.config.native import (
+    DEEPSPEED_SECTIONS,
+    ZERO_CLASS,
+    NativeClass,
+    check_values,
+    native_fields,
+    package_folder,
+)
 from raytrl.config.nearest import unknown_key
 from raytrl.errors import ConfigError
 
@@ -32,6 +39,13 @@ _SHARED = [
     ("scheduler.params.warmup_max_lr", "learning_rate"),
     ("scheduler.params.warmup_num_steps", "warmup_steps"),
 ]
+
+_EXAMPLES = {
+    "bf16": "{enabled: auto}",
+    "fp16": "{enabled: auto}",
+    "offload_optimizer": "{device: cpu}",
+    "offload_param": "{device: cpu}",
+}
 
 
 @functools.cache
@@ -62,9 +76,11 @@ def read_deepspeed(value: str | dict[str, Any], where: str = "learner.deepspeed"
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        raise ConfigError(f"{path}:{error.lineno}: not JSON: {error.msg}") from None
+        raise ConfigError(f"{where}: {path}:{error.lineno}: not JSON: {error.msg}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{where}: {path}: not a text file in UTF-8: {error.reason}") from None
     if not isinstance(found, dict):
-        raise ConfigError(f"{path}: expected one JSON object; found: {type(found).__name__}")
+        raise ConfigError(f"{where}: {path}: expected one JSON object; found: {type(found).__name__}")
     return found
 
 
@@ -76,7 +92,11 @@ def with_gather(deepspeed: dict[str, Any]) -> dict[str, Any]:
 
 def zero_stage(deepspeed: dict[str, Any] | None) -> int | None:
     """The ZeRO stage (0 to 3), or None without DeepSpeed."""
-    return None if deepspeed is None else int(deepspeed.get("zero_optimization", {}).get("stage", 0))
+    if deepspeed is None:
+        return None
+    zero = deepspeed.get("zero_optimization")
+    stage = zero.get("stage", 0) if isinstance(zero, dict) else 0
+    return stage if isinstance(stage, int) else 0  # anything else is a problem that check_deepspeed reports
 
 
 def check_deepspeed(deepspeed: dict[str, Any], training: dict[str, Any], native: Any) -> list[str]:
@@ -99,9 +119,22 @@ def check_deepspeed(deepspeed: dict[str, Any], training: dict[str, Any], native:
             f"{where}.zero_optimization.{GATHER}: found: false; expected: true, or leave it out: checkpoints and model/ hold "
             f"whole weights"
         )
-    numbers = {k: v for k, v in zero.items() if v != "auto" and not isinstance(v, dict)}
-    problems += check_values(f"{where}.zero_optimization", ZERO_CLASS, numbers)
+    problems += _wrong_values(f"{where}.zero_optimization", ZERO_CLASS, zero)
+    for name, section_class in DEEPSPEED_SECTIONS.items():
+        parent, _, key = name.rpartition(".")
+        section = (zero if parent else deepspeed).get(key)
+        if isinstance(section, dict):
+            known = set(native_fields(section_class))
+            problems += [unknown_key(f"{where}.{name}", k, known) for k in section if k not in known]
+            problems += _wrong_values(f"{where}.{name}", section_class, section)
+        elif section is not None:
+            problems.append(f"{where}.{name}: found: {section!r}; expected: a dictionary, such as {_EXAMPLES[key]}")
     return problems + _conflicts(deepspeed, training, native)
+
+
+def _wrong_values(where: str, native: NativeClass, section: dict[str, Any]) -> list[str]:
+    plain = {key: value for key, value in section.items() if value != "auto" and not isinstance(value, dict)}
+    return check_values(where, native, plain)
 
 
 def _conflicts(deepspeed: dict[str, Any], training: dict[str, Any], native: Any) -> list[str]:

@@ -1,6 +1,7 @@
 """A run file plus `dotted.key=value` overrides → one frozen, checked run; every value knows where it came from."""
 
 import re
+from collections.abc import Hashable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,17 +24,15 @@ class LoadedRun:
     file: str
 
     def values(self) -> list[tuple[str, Any, str]]:
-        """(dotted key, value, origin) of every value in force, defaults included."""
-        return [(key, value, self._origin(key)) for key, value in _flatten(self.run.model_dump(mode="json"))]
+        """(dotted key, value, origin) of every value in force, defaults included.
 
-    def _origin(self, key: str) -> str:
-        """Where a value was written: its own line, or that of a parent written as one value (`train: file.jsonl`)."""
-        while key:
-            if key in self.origins:
-                is_section = any(known.startswith(f"{key}.") for known in self.origins)
-                return "default" if is_section else self.origins[key]
-            key = key.rpartition(".")[0]
-        return "default"
+        The origin is the value's own line, or that of a parent written as one value (`train: file.jsonl`).
+        """
+        written = {key for key, _ in _flatten(self.run.model_dump(mode="json", exclude_unset=True))}
+        return [
+            (key, value, _where(key, self.origins, self.file) if key in written else "default")
+            for key, value in _flatten(self.run.model_dump(mode="json"))
+        ]
 
 
 class _RunFileLoader(yaml.SafeLoader):
@@ -44,6 +43,8 @@ class _RunFileLoader(yaml.SafeLoader):
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
             line = key_node.start_mark.line + 1
+            if not isinstance(key, Hashable):
+                raise ConfigError(f"{key_node.start_mark.name}:{line}: a key must be a word; found: {key!r}")
             if key in seen:
                 raise ConfigError(
                     f"{key_node.start_mark.name}:{line}: key {key!r} stands twice; first on line {seen[key]}"
@@ -71,17 +72,23 @@ def load_run(path: str, overrides: list[str], kind: str | None = None) -> Loaded
     values, origins = _read(path)
     for override in overrides:
         _apply(values, origins, override)
-    found = values.setdefault("kind", kind)
-    if found not in RUNS:
-        raise ConfigError(f"{path}: kind: found: {found!r}; expected: one of {', '.join(RUNS)}")
-    if kind is not None and found != kind:
+    _open_deepspeed(values, origins)
+    if kind is not None and "kind" not in values:
+        values["kind"], origins["kind"] = kind, "command line"
+    found = values.get("kind")
+    if not isinstance(found, str) or found not in RUNS:
         raise ConfigError(
-            f"{path}: kind: is {found!r}, but the command is `raytrl {kind}`; run `raytrl {found} {path}`"
+            f"{_where('kind', origins, path)}: kind: found: {found!r}; expected: one of {', '.join(RUNS)}"
+        )
+    if kind is not None and found != kind:
+        where = _where("kind", origins, path)
+        raise ConfigError(
+            f"{where}: kind: is {found!r}, but the command is `raytrl {kind}`; run `raytrl {found} {path}`"
         )
     try:
         run = RUNS[found].model_validate(values)
     except ValidationError as error:
-        raise ConfigError("\n".join(_problems(error, RUNS[found], origins, path))) from None
+        raise ConfigError("\n".join(_problems(error, RUNS[found], values, origins, path))) from None
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
     return LoadedRun(run, origins, path)
@@ -93,21 +100,50 @@ def _read(path: str) -> tuple[dict[str, Any], dict[str, str]]:
         near = sorted(p.name for p in file.parent.glob("*.yaml")) if file.parent.is_dir() else []
         hint = f"; run files there: {', '.join(near)}" if near else ""
         raise ConfigError(f"{path}: no such run file{hint}")
-    loader = _RunFileLoader(file.read_text(encoding="utf-8"))
-    loader.name = path
     try:
-        node = loader.get_single_node()
-        values = loader.construct_document(node) if node else {}
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark else ""
-        raise ConfigError(f"{path}{line}: not YAML: {getattr(error, 'problem', None) or error}") from None
-    finally:
-        loader.dispose()
+        values, node = _parse(file.read_text(encoding="utf-8"), path)
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not a text file in UTF-8: {error.reason} at byte {error.start}") from None
+    values = {} if values is None else values
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected keys and values; found: {type(values).__name__}")
     origins = {key: f"{path}:{line}" for key, line in _lines(node)}
     return values, origins
+
+
+def _parse(text: str, name: str) -> tuple[Any, yaml.Node | None]:
+    """The value of a YAML text and its nodes, which know their lines; `name` stands for the text in messages."""
+    try:
+        loader = _RunFileLoader(text)
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise ConfigError(f"{name}:{line}: not YAML: {error.reason}") from None
+    loader.name = name
+    try:
+        node = loader.get_single_node()
+        return (loader.construct_document(node) if node else None), node
+    except yaml.MarkedYAMLError as error:
+        mark = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise ConfigError(f"{name}{mark}: not YAML: {error.problem}") from None
+    finally:
+        loader.dispose()
+
+
+def _open_deepspeed(values: dict[str, Any], origins: dict[str, str]) -> None:
+    """Puts the keys of a DeepSpeed file in place of its path, each with its line there as its origin."""
+    key, learner = "learner.deepspeed", values.get("learner")
+    if not isinstance(learner, dict) or not isinstance(learner.get("deepspeed"), str):
+        return
+    file = learner["deepspeed"]
+    try:
+        learner["deepspeed"] = read_deepspeed(file)
+    except ConfigError as error:
+        raise ConfigError(f"{_where(key, origins, 'command line')}: {error}") from None
+    try:  # JSON is YAML, but for tabs
+        lines = _lines(yaml.compose(Path(file).read_text(encoding="utf-8"), _RunFileLoader), f"{key}.")
+    except yaml.YAMLError:
+        lines = []
+    origins |= {key: file} | {name: f"{file}:{line}" for name, line in lines}
 
 
 def _lines(node: yaml.Node | None, prefix: str = "") -> list[tuple[str, int]]:
@@ -131,22 +167,16 @@ def _apply(values: dict[str, Any], origins: dict[str, str], override: str) -> No
         raise ConfigError(
             f"{override!r}: not an override; expected: dotted.key=value, such as training.learning_rate=1e-5"
         )
-    try:
-        value = yaml.load(text, _RunFileLoader)  # noqa: S506 (a SafeLoader)
-    except yaml.YAMLError as error:
-        raise ConfigError(
-            f"{key}: the value is not YAML; found: {text!r}; {getattr(error, 'problem', error)}"
-        ) from None
+    value, _ = _parse(text, f"command line: {key}: {text!r}")
+    if key.startswith("learner.deepspeed."):
+        _open_deepspeed(values, origins)
     *parents, last = key.split(".")
     target: Any = values
     for depth, part in enumerate(parents):
         here = ".".join(parents[: depth + 1])
         child = _item(target, part, here, override)
-        if here == "learner.deepspeed" and isinstance(child, str):
-            origins[here] = child
-            child = read_deepspeed(child)
         if child is None:
-            child = {}
+            child, origins[here] = {}, "command line"
         if not isinstance(child, dict | list):
             raise ConfigError(f"{override!r}: {here} is {child!r}, which has no keys; set {here} as a whole")
         _set(target, part, child)
@@ -163,7 +193,8 @@ def _item(target: Any, part: str, here: str, override: str) -> Any:
     if isinstance(target, dict):
         return target.get(part)
     if not part.isdecimal() or int(part) >= len(target):
-        raise ConfigError(f"{override!r}: {here}: no such list item; expected: a number from 0 to {len(target) - 1}")
+        expected = f"a number from 0 to {len(target) - 1}" if target else f"{here.rpartition('.')[0]} set as a whole"
+        raise ConfigError(f"{override!r}: {here}: no such list item; expected: {expected}")
     return target[int(part)]
 
 
@@ -171,16 +202,15 @@ def _set(target: Any, part: str, value: Any) -> None:
     target[int(part) if isinstance(target, list) else part] = value
 
 
-def _problems(error: ValidationError, model: type[BaseModel], origins: dict[str, str], path: str) -> list[str]:
+def _problems(
+    error: ValidationError, model: type[BaseModel], values: dict[str, Any], origins: dict[str, str], path: str
+) -> list[str]:
     """One line for each problem: `file:line: key: what is wrong; found; expected`."""
     lines: list[str] = []
     for problem in error.errors():
-        # Branches of a union repeat the type's own name in `loc`; keys never contain brackets or capitals.
-        loc = [
-            str(part)
-            for part in problem["loc"]
-            if not re.search(r"[\[\]A-Z]|^(str|int|float|bool|dict|list)$", str(part))
-        ]
+        if problem["type"] == "string_type" and problem["loc"][-1] == "str" and isinstance(problem["input"], dict):
+            continue  # `str | Section` got a section: what is wrong inside it says the other branch
+        loc = _keys(problem["loc"], values, problem["type"] == "missing")
         key = ".".join(loc)
         if problem["type"] == "extra_forbidden":
             texts = [unknown_key(".".join(loc[:-1]), loc[-1], _fields_at(model, loc[:-1]))]
@@ -199,7 +229,21 @@ def _problems(error: ValidationError, model: type[BaseModel], origins: dict[str,
     return lines
 
 
+def _keys(loc: tuple[int | str, ...], values: Any, is_missing: bool) -> list[str]:
+    """The keys in a pydantic location, which also names the branches of unions (`TokenizerSpec`, `tuple[int, int]`)."""
+    keys = []
+    for depth, part in enumerate(loc):
+        is_item = isinstance(values, list) and isinstance(part, int) and part < len(values)
+        if is_item or (isinstance(values, dict) and part in values):
+            values = values[part]
+        elif not (is_missing and depth == len(loc) - 1):
+            continue
+        keys.append(str(part))
+    return keys
+
+
 def _where(key: str, origins: dict[str, str], path: str) -> str:
+    """The origin of a key or else of its nearest parent that has one; `path` where none has."""
     while key:
         if key in origins:
             return origins[key]

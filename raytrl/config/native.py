@@ -48,6 +48,16 @@ TRAINING_CLASSES = {
 }
 LORA_CLASS = NativeClass("peft", "tuners/lora/config.py", "LoraConfig")
 ZERO_CLASS = NativeClass("deepspeed", "runtime/zero/config.py", "DeepSpeedZeroConfig")
+DEEPSPEED_SECTIONS = {
+    "bf16": NativeClass("deepspeed", "runtime/precision_config.py", "DeepSpeedBF16Config"),
+    "fp16": NativeClass("deepspeed", "runtime/precision_config.py", "DeepSpeedFP16Config"),
+    "zero_optimization.offload_optimizer": NativeClass(
+        "deepspeed", "runtime/zero/offload_config.py", "DeepSpeedZeroOffloadOptimizerConfig"
+    ),
+    "zero_optimization.offload_param": NativeClass(
+        "deepspeed", "runtime/zero/offload_config.py", "DeepSpeedZeroOffloadParamConfig"
+    ),
+}
 DATASET_BUILDERS = {
     "json": NativeClass("datasets", "packaged_modules/json/json.py", "JsonConfig"),
     "csv": NativeClass("datasets", "packaged_modules/csv/csv.py", "CsvConfig"),
@@ -184,7 +194,8 @@ def check_values(where: str, native: NativeClass, values: dict[str, Any]) -> lis
             )
         else:
             # A number stays what it was written as: 3 for a float field is 3, not 3.0, in the resolved file.
-            if isinstance(values[key], str) or isinstance(coerced, bool):
+            # But 1e3 for a count, which is a float to YAML, is the count 1000.
+            if isinstance(values[key], str) or isinstance(coerced, bool | int):
                 values[key] = coerced
     return problems
 

@@ -19,6 +19,11 @@ from raytrl.config.nearest import OWNED, unknown_key
 
 T = TypeVar("T")
 
+# What transformers can report to, by its names for them.
+TRACKERS = (
+    *("tensorboard", "wandb", "mlflow", "trackio", "comet_ml", "clearml", "neptune", "swanlab", "dvclive"),
+    *("dagshub", "codecarbon", "azure_ml", "flyte", "kubeflow", "all"),
+)
 LOAD_DATASET_KEYS = ("path", "name", "data_dir", "data_files", "split", "revision")
 
 
@@ -55,7 +60,8 @@ class ModelSection(Section):
     @model_validator(mode="after")
     def _one_source(self) -> "ModelSection":
         if (self.path is None) == (self.config is None):
-            raise ValueError("give exactly one of path (a model that exists) and config (one to make)")
+            found = "neither path nor config" if self.path is None else "both path and config"
+            raise ValueError(f"found: {found}; expected: one of path (a model that exists) and config (one to make)")
         if self.config is not None and "model_type" not in self.config:
             raise ValueError(
                 "config.model_type: missing; expected: an architecture of transformers such as llama, gpt2"
@@ -195,13 +201,24 @@ class SupervisedRun(Run):
     def _list(cls, value: Any) -> Any:
         return [] if value in (None, "none") else [value] if isinstance(value, str) else value
 
+    @field_validator("report_to", mode="after")
+    @classmethod
+    def _known_trackers(cls, trackers: list[str]) -> list[str]:
+        unknown = [f"found: {t!r}; expected: some of {', '.join(TRACKERS)}" for t in trackers if t not in TRACKERS]
+        return _or_raise(unknown[:1], trackers)
+
     @field_validator("training", mode="after")
     @classmethod
     def _native_training(cls, training: dict[str, Any]) -> dict[str, Any]:
-        training = dict(training)
-        known = native_fields(cls.native_class)
         problems = [f"{key}: is set by {OWNED[key]}" for key in training if key in OWNED]
-        problems += [unknown_key("", k, set(known) - set(OWNED)) for k in training if k not in known and k not in OWNED]
+        # YAML reads a bare `no` as false; the strategies mean the word.
+        training = {
+            key: "no" if value is False and key.endswith("_strategy") else value
+            for key, value in training.items()
+            if key not in OWNED
+        }
+        known = native_fields(cls.native_class)
+        problems += [unknown_key("", k, set(known) - set(OWNED)) for k in training if k not in known]
         problems += [p.removeprefix(".") for p in check_values("", cls.native_class, training)]
         return _or_raise(problems, training)
 
@@ -224,12 +241,12 @@ class SupervisedRun(Run):
         if self.learner.deepspeed is not None:
             problems += check_deepspeed(self.learner.deepspeed, self.training, self.native_class)
         strategy = self.training.get("eval_strategy", "no")
-        if strategy not in ("no", False) and self.data.eval is None:
+        if strategy != "no" and self.data.eval is None:
             problems.append(
                 f"training.eval_strategy: is {strategy!r}, but data.eval is missing: nothing to evaluate on"
             )
         if self.training.get("bf16") and self.training.get("fp16"):
-            problems.append("training.bf16 and training.fp16: both on; choose one")
+            problems.append("training.fp16: is on, and so is training.bf16; choose one")
         if self.training.get("fp16") and not self.learner.uses_gpu:
             problems.append(
                 "training.fp16: needs a GPU; found: learner.resources without GPU; expected: bf16 or float32"

@@ -57,7 +57,7 @@ def _check_trackers(run: SupervisedRun) -> None:
     for tracker in run.report_to:
         if tracker == "tensorboard" or tracker == "all":
             continue
-        package = {"comet_ml": "comet_ml", "clearml": "clearml", "mlflow": "mlflow"}.get(tracker, tracker)
+        package = {"azure_ml": "azureml", "flyte": "flytekit"}.get(tracker, tracker)
         if importlib.util.find_spec(package) is None:
             raise ConfigError(
                 f"report_to: {tracker!r} is not installed; expected: `pip install {package}`, or leave it out"

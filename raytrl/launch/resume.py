@@ -13,6 +13,7 @@ from raytrl.rundir import RunDirectory
 
 # What may change between two starts of a run: where it runs, not what it computes.
 _OPERATIONAL = (
+    "output_dir",  # a moved run directory is the same run
     "learner.workers",
     "learner.resources",
     "learner.max_failures",

@@ -4,6 +4,7 @@ import time
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.panel import Panel
 from rich.progress import (
     BarColumn,
@@ -15,6 +16,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
 from raytrl.records import Progress as Event
 
@@ -54,13 +56,13 @@ class Display:
             handler(event)
 
     def _on_plan(self, event: Event) -> None:
-        self._console.print(Panel(event.text, title=self._title, title_align="left", expand=False, highlight=False))
+        self._console.print(Panel(Text(event.text), title=escape(self._title), title_align="left", expand=False))
 
     def _on_notice(self, event: Event) -> None:
-        self._console.print(f"[yellow]note:[/] {event.text}", highlight=False)
+        self._console.print(f"[yellow]note:[/] {escape(event.text)}", highlight=False)
 
     def _on_phase(self, event: Event) -> None:
-        self._describe(event.text)
+        self._describe(escape(event.text))
 
     def _describe(self, text: str, **values: Any) -> None:
         if not self._console.is_terminal:
@@ -93,7 +95,7 @@ class Display:
         self._console.print(f"step {event.step}  evaluation: {text}", highlight=False)
 
     def _on_failure(self, event: Event) -> None:
-        self._console.print(f"[yellow]failed:[/] {event.text}", highlight=False)
+        self._console.print(f"[yellow]failed:[/] {escape(event.text)}", highlight=False)
 
 
 def summary(manifest: dict[str, Any], run_dir: str) -> Table:
@@ -102,6 +104,6 @@ def summary(manifest: dict[str, Any], run_dir: str) -> Table:
     for key, value in manifest.get("metrics", {}).items():
         if key in ("loss", "eval_loss", "eval_accuracy", "eval_mean_token_accuracy", "eval_margin"):
             table.add_row(key, f"{value:.4f}")
-    table.add_row("model", manifest["model"])
-    table.add_row("metrics", f"{run_dir}/metrics.jsonl")
+    table.add_row("model", escape(manifest["model"]))
+    table.add_row("metrics", escape(f"{run_dir}/metrics.jsonl"))
     return table

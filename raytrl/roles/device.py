@@ -16,6 +16,8 @@ def check_cpu(run: SupervisedRun) -> None:
     """
     key = next((k for k in ("bf16", "bf16_full_eval") if run.training.get(k)), None)
     key = f"training.{key}" if key else "model.dtype" if run.model.dtype == "bfloat16" else None
+    if key is None and ((run.learner.deepspeed or {}).get("bf16") or {}).get("enabled") is True:
+        key = "learner.deepspeed.bf16.enabled"
     if key is not None and not has_cpu_bf16():
         raise ConfigError(
             f"{key}: this CPU ({platform.processor() or platform.machine()}) has no bf16 arithmetic; "

@@ -17,9 +17,9 @@ def write_model_card(
     base = run.model.path
     data = ModelCardData(
         base_model=base if base and not os.path.exists(base) else None,
-        library_name="peft" if run.lora else "transformers",
+        library_name="peft" if run.lora is not None else "transformers",
         pipeline_tag="text-classification" if run.kind == "reward" else "text-generation",
-        tags=["raytrl", "trl", run.kind, *(["lora"] if run.lora else [])],
+        tags=["raytrl", "trl", run.kind, *(["lora"] if run.lora is not None else [])],
     )
     origin = (
         f"`{base}`" if base else f"a {run.model.config['model_type'] if run.model.config else ''} with random weights"

@@ -7,6 +7,7 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from raytrl.config.native import native_fields
 from raytrl.config.runs import SupervisedRun, TokenizerSpec
 from raytrl.errors import ConfigError
 
@@ -63,10 +64,10 @@ def check_tokenizer(tokenizer: Any, run: SupervisedRun, conversation: list[dict[
     """
     eos = run.training.get("eos_token") or tokenizer.eos_token
     if eos is None:
-        raise ConfigError("model.tokenizer: has no end token; set training.eos_token to one of its tokens")
+        raise ConfigError(f"model.tokenizer: has no end token; {_remedy(run, 'eos_token')}")
     if run.training.get("eos_token") and eos not in tokenizer.get_vocab():
         raise ConfigError(f"training.eos_token: found: {eos!r}, which is not in the tokenizer's vocabulary")
-    pad = run.model.pad_token or tokenizer.pad_token
+    pad = run.training.get("pad_token") or run.model.pad_token or tokenizer.pad_token
     if run.kind == "reward" and (pad is None or pad == eos):
         raise ConfigError(
             f"model.pad_token: a reward model reads its score at the last token that is not padding, so padding and "
@@ -77,8 +78,17 @@ def check_tokenizer(tokenizer: Any, run: SupervisedRun, conversation: list[dict[
         _check_template(tokenizer, run, conversation, eos)
 
 
+def _remedy(run: SupervisedRun, name: str) -> str:
+    """What to do about an end token or a template; TRL's DPO has no keys for them."""
+    if name in native_fields(run.native_class):
+        return f"set training.{name}"
+    return f"choose a model.tokenizer that has one (raytrl {run.kind} has no training.{name})"
+
+
 def _check_template(tokenizer: Any, run: SupervisedRun, conversation: list[dict[str, Any]], eos: str) -> None:
-    key = "training.chat_template_path"
+    key = (
+        "training.chat_template_path" if "chat_template_path" in native_fields(run.native_class) else "model.tokenizer"
+    )
     template = tokenizer.chat_template
     if path := run.training.get("chat_template_path"):
         if str(path).endswith((".jinja", ".j2")):
@@ -91,17 +101,22 @@ def _check_template(tokenizer: Any, run: SupervisedRun, conversation: list[dict[
         else:
             return  # a hub id: TRL fetches it in the worker
     if template is None:
-        raise ConfigError(f"{key}: the rows are conversations, but the tokenizer has no chat template; set one")
+        raise ConfigError(
+            f"{key}: the rows are conversations, but the tokenizer has no chat template; "
+            f"{_remedy(run, 'chat_template_path')}"
+        )
     if not any(message["role"] == "assistant" for message in conversation):
         raise ConfigError("data.train: row 1: the conversation has no assistant turn; nothing to train on")
     try:
         text = tokenizer.apply_chat_template(conversation, chat_template=template, tokenize=False)
     except Exception as error:  # a template is a program; it may raise anything
         raise ConfigError(f"{key}: the template cannot render the first row: {error}") from error
-    content = next(m["content"] for m in reversed(conversation) if m["role"] == "assistant")
-    after = text[text.rfind(str(content)) + len(str(content)) :]
+    # Templates such as Llama's strip the content; one that changes it more is judged by all it renders.
+    content = str(next(m["content"] for m in reversed(conversation) if m["role"] == "assistant")).strip()
+    after = text.rpartition(content)[2] if content else text
     if eos not in after:
         raise ConfigError(
             f"{key}: the template ends no turn: a model trained on it never learns to stop; found: {after!r} after the "
-            f"assistant's text; expected: the end token {eos!r} there, or training.eos_token naming what does end it"
+            f"assistant's text; expected: the end token {eos!r} there; if something else ends a turn, "
+            f"{_remedy(run, 'eos_token')}"
         )

@@ -1,0 +1,82 @@
+"""The command as a process: what it imports, what it prints, how it exits."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from raytrl.cli import app
+from tests.runs import raytrl, run_file
+
+HEAVY = ("torch", "ray", "transformers", "trl", "peft", "datasets", "deepspeed")
+
+
+def modules_after(*words: str) -> tuple[int, set[str], str]:
+    """Exit status and top-level modules of a `raytrl WORDS…` process at its end, and all it printed."""
+    code = (
+        "import atexit, sys\n"
+        "atexit.register(lambda: print('MODULES', *{m.partition('.')[0] for m in sys.modules}))\n"
+        "from raytrl.cli import main\n"
+        "main()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words], capture_output=True, text=True, env=os.environ | {"COLUMNS": "200"}
+    )
+    modules = done.stdout.rpartition("MODULES")[2].split()
+    assert "typer" in modules, done.stderr
+    return done.returncode, set(modules), done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "status"),
+    [
+        (["--help"], 0),
+        (["config", "show", "RUN"], 0),
+        (["config", "schema", "sft"], 0),
+        (["sft", "RUN", "training.learnin_rate=1"], 2),
+        (["sft", "nowhere.yaml"], 2),
+    ],
+)
+def test_help_and_config_answers_import_no_heavy_library(words: list[str], status: int, tmp_path: Path) -> None:
+    file = run_file(tmp_path, "a")
+    found, modules, output = modules_after(*(file if word == "RUN" else word for word in words))
+    assert found == status, output
+    assert not modules & set(HEAVY)
+
+
+def test_config_error_is_one_line_without_traceback_and_status_2(tmp_path: Path) -> None:
+    file = run_file(tmp_path, "a", training={"learnin_rate": 1})
+    line = next(i for i, text in enumerate(Path(file).read_text().splitlines(), 1) if "learnin_rate" in text)
+    output = raytrl("sft", file, status=2)
+    assert output == (f"error: {file}:{line}: training.learnin_rate: unknown key; nearest known key: learning_rate\n")
+
+
+def test_debug_shows_the_traceback_too(tmp_path: Path) -> None:
+    output = raytrl("sft", run_file(tmp_path, "a"), "seed=-1", "--debug", status=2)
+    assert "Traceback (most recent call last)" in output
+    assert "error: command line: seed:" in output
+
+
+def test_a_data_error_is_found_before_ray_starts(tmp_path: Path) -> None:
+    output = raytrl("sft", run_file(tmp_path, "a"), "learner.workers=1", status=2)
+    assert "data.train: no such file" in output
+    assert "Traceback" not in output
+
+
+def test_config_show_in_a_pipe_keeps_each_value_on_one_line(tmp_path: Path) -> None:
+    name = "n" * 300
+    shown = CliRunner().invoke(app, ["config", "show", run_file(tmp_path, "a"), f"name={name}"])
+    assert shown.exit_code == 0
+    row = next(line for line in shown.output.splitlines() if line.startswith("name"))
+    assert row.split() == ["name", json.dumps(name), "command", "line"]
+
+
+def test_config_schema_of_an_unknown_kind_is_a_usage_error() -> None:
+    done = CliRunner().invoke(app, ["config", "schema", "sftt"])
+    assert done.exit_code == 2
+    assert "'sftt'" in done.output
+    assert "sft, reward, dpo" in done.output

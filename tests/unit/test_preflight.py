@@ -1,0 +1,119 @@
+"""What is checked before anything starts: resources, the CPU, trackers, the model's place."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from raytrl.config.load import load_run
+from raytrl.config.runs import SupervisedRun
+from raytrl.errors import ConfigError, ResourceError
+from raytrl.launch.preflight import describe, preflight
+from raytrl.launch.resume import Committed, Standing
+from raytrl.launch.session import Need, check_fits, joins_cluster, machine_resources
+from raytrl.roles import device
+from raytrl.rundir import RunDirectory
+from tests.runs import pair_rows, run_file, text_rows, write_rows
+
+
+def run_of(tmp_path: Path, **sections: Any) -> SupervisedRun:
+    write_rows(tmp_path / "train.jsonl", text_rows(60) if sections.get("kind") != "reward" else pair_rows(60))
+    run = load_run(run_file(tmp_path, "a", **sections), []).run
+    assert isinstance(run, SupervisedRun)
+    return run
+
+
+def check(run: SupervisedRun) -> tuple[dict[str, int], bool]:
+    return preflight(run, RunDirectory(run.output_dir, run.name))
+
+
+def test_what_does_not_fit_is_refused_with_both_numbers() -> None:
+    need = Need({"CPU": 2, "GPU": 4}, "learner.workers: 4 x CPU 0.5, GPU 1")
+    with pytest.raises(ResourceError) as caught:
+        check_fits(need, {"CPU": 8, "GPU": 1}, "this machine")
+    assert str(caught.value) == "learner.workers: 4 x CPU 0.5, GPU 1 need 4 GPU; found: 1 GPU on this machine"
+    with pytest.raises(ResourceError, match="need 4 GPU; found: 0 GPU"):
+        check_fits(need, {"CPU": 8}, "this machine")
+
+
+def test_what_just_fits_is_accepted() -> None:
+    check_fits(Need({"CPU": 2.0}, "x"), {"CPU": 2.0, "GPU": 0.0}, "this machine")
+
+
+def test_this_machine_has_the_processors_this_process_may_use() -> None:
+    import os
+
+    assert machine_resources()["CPU"] == len(os.sched_getaffinity(0))
+
+
+def test_a_run_joins_a_cluster_when_told_or_inside_a_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    assert not joins_cluster(run_of(tmp_path))
+    assert joins_cluster(run_of(tmp_path, cluster={"address": "auto"}))
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    assert joins_cluster(run_of(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("sections", "key"),
+    [
+        ({"training": {"bf16": True}}, "training.bf16"),
+        ({"training": {"bf16_full_eval": True}}, "training.bf16_full_eval"),
+        ({"model": {"dtype": "bfloat16"}}, "model.dtype"),
+        ({"learner": {"deepspeed": {"bf16": {"enabled": True}}}}, "learner.deepspeed.bf16.enabled"),
+    ],
+)
+def test_bf16_needs_a_cpu_that_has_it(
+    sections: dict[str, Any], key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = run_of(tmp_path, **sections)
+    monkeypatch.setattr(device, "has_cpu_bf16", lambda: False)
+    with pytest.raises(ConfigError, match=rf"^{key}: this CPU .* has no bf16"):
+        check(run)
+    monkeypatch.setattr(device, "has_cpu_bf16", lambda: True)
+    check(run)
+
+
+def test_a_float32_run_needs_no_bf16(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "has_cpu_bf16", lambda: False)
+    check(run_of(tmp_path, training={"bf16": False}, learner={"deepspeed": {"bf16": {"enabled": "auto"}}}))
+
+
+def test_a_missing_tracker_is_named_with_its_package(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^report_to: 'swanlab' is not installed; expected: `pip install swanlab`"):
+        check(run_of(tmp_path, report_to=["swanlab"]))
+
+
+def test_a_model_folder_must_hold_a_model(tmp_path: Path) -> None:
+    model = {"config": None, "tokenizer": None}
+    with pytest.raises(ConfigError, match=r"^model\.path: .* is a folder without config\.json"):
+        check(run_of(tmp_path, model=model | {"path": str(tmp_path)}))
+    with pytest.raises(ConfigError, match=r"^model\.path: no such folder; found: '/no/where'"):
+        check(run_of(tmp_path, model=model | {"path": "/no/where"}))
+
+
+def test_rows_are_counted_and_the_tokenizer_is_trained_once(tmp_path: Path) -> None:
+    write_rows(tmp_path / "test.jsonl", text_rows(7))
+    run = run_of(tmp_path, data={"eval": str(tmp_path / "test.jsonl")})
+    assert check(run) == ({"train": 60, "eval": 7}, True)
+    file = tmp_path / "runs" / "a" / "tokenizer" / "tokenizer.json"
+    written = file.stat().st_mtime_ns
+    assert check(run) == ({"train": 60, "eval": 7}, True)
+    assert file.stat().st_mtime_ns == written
+
+
+def test_a_problem_in_the_evaluation_rows_names_them(tmp_path: Path) -> None:
+    write_rows(tmp_path / "test.jsonl", [{"text": "a"}, {"text": None}])
+    with pytest.raises(ConfigError, match=r"^data\.eval: row 2: 'text' is missing"):
+        check(run_of(tmp_path, data={"eval": str(tmp_path / "test.jsonl")}))
+
+
+def test_the_plan_says_what_runs_where(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    run = run_of(tmp_path, training={"gradient_accumulation_steps": 3}, lora={"r": 4})
+    text = describe(run, RunDirectory(run.output_dir, "a"), {"train": 1234}, Standing("continue", Committed(5, 2, "")))
+    assert "a new llama, LoRA r=4" in text
+    assert "1,234 rows" in text
+    assert "2 x CPU 1, DDP, on a local Ray on this machine" in text
+    assert "24 rows a step = 4 a worker x 3 accumulated x 2 workers" in text
+    assert "from step 5" in text

@@ -1,0 +1,155 @@
+"""Where a run stands: fresh, to be continued or done; what may change between two starts and what may not."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from raytrl.config.load import load_run
+from raytrl.config.runs import SupervisedRun
+from raytrl.errors import ConfigError
+from raytrl.launch.resume import Standing, inspect_run
+from raytrl.rundir import RunDirectory
+from tests.runs import run_file
+
+
+def run_of(tmp_path: Path, **sections: Any) -> SupervisedRun:
+    run = load_run(run_file(tmp_path, "a", **sections), []).run
+    assert isinstance(run, SupervisedRun)
+    return run
+
+
+def started(run: SupervisedRun, state: str = "running") -> RunDirectory:
+    """The run directory as a start of this run leaves it."""
+    run_dir = RunDirectory(run.output_dir, run.name)
+    run_dir.write("config.yaml", yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False))
+    run_dir.update_manifest(state=state)
+    return run_dir
+
+
+def commit(run_dir: RunDirectory, steps: list[int], world_size: int) -> None:
+    """Checkpoints of these steps, with Ray Train's record of them."""
+    results = [
+        {"version": 0, "checkpoint_dir_name": f"checkpoint_{n}", "metrics": {"step": n, "world_size": world_size}}
+        for n in steps
+    ]
+    snapshot = {
+        "ray_version": "2.60.0",
+        "checkpoint_results": results,
+        "checkpoint_report_indices": list(range(len(steps))),
+        "latest_checkpoint_result": results[-1],
+        "pending_training_results": [],
+        "pending_validation_specs": [],
+        "current_report_index": len(steps),
+        "validated_checkpoint_dir_names": [],
+        "timed_out_validation_checkpoint_dir_names": [],
+        "failed_validation_checkpoint_dir_names": [],
+    }
+    for n in steps:
+        run_dir.write(f"checkpoints/checkpoint_{n}/state", "x")
+    run_dir.write("checkpoints/checkpoint_manager_snapshot.json", json.dumps(snapshot))
+
+
+def test_an_empty_directory_is_a_fresh_run(tmp_path: Path) -> None:
+    run = run_of(tmp_path)
+    assert inspect_run(run, RunDirectory(run.output_dir, run.name)) == Standing("fresh")
+
+
+def test_a_finished_run_is_done(tmp_path: Path) -> None:
+    run = run_of(tmp_path)
+    assert inspect_run(run, started(run, "done")).state == "done"
+
+
+@pytest.mark.parametrize("state", ["running", "failed"])
+def test_a_run_that_was_cut_off_continues_from_its_last_committed_checkpoint(state: str, tmp_path: Path) -> None:
+    run = run_of(tmp_path)
+    run_dir = started(run, state)
+    commit(run_dir, [4, 6], world_size=2)
+    run_dir.write("checkpoints/checkpoint_8/state", "half written")
+    run_dir.write(".scratch/x", "left over")
+    standing = inspect_run(run, run_dir)
+    assert standing.state == "continue"
+    assert standing.checkpoint is not None
+    assert (standing.checkpoint.step, standing.checkpoint.world_size) == (6, 2)
+    assert standing.checkpoint.path == run_dir.at("checkpoints/checkpoint_6")
+    assert standing.notices == ()
+    assert sorted(run_dir.folders("checkpoints")) == ["checkpoint_4", "checkpoint_6"]
+    assert not run_dir.exists(".scratch")
+
+
+def test_a_start_that_committed_nothing_begins_again_and_says_so(tmp_path: Path) -> None:
+    run = run_of(tmp_path)
+    run_dir = started(run)
+    run_dir.write("checkpoints/checkpoint_2/state", "half written")
+    standing = inspect_run(run, run_dir)
+    assert (standing.state, standing.checkpoint) == ("fresh", None)
+    assert "starts from the beginning" in standing.notices[-1]
+    assert run_dir.folders("checkpoints") == []
+
+
+@pytest.mark.parametrize("state", ["running", "done"])
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ({"training": {"learning_rate": 0.5}}, "training.learning_rate was 0.01, now 0.5"),
+        ({"training": {"max_grad_norm": 2.0}}, "training.max_grad_norm was None, now 2.0"),
+        ({"seed": 7}, "seed was 0, now 7"),
+        ({"lora": {"r": 4}}, "lora was None, now {'r': 4}"),
+        ({"model": {"dtype": "bfloat16"}}, "model.dtype was 'auto', now 'bfloat16'"),
+        ({"learner": {"deepspeed": {}}}, "learner.deepspeed was None, now {}"),
+    ],
+)
+def test_other_settings_are_refused_by_name(state: str, change: dict[str, Any], line: str, tmp_path: Path) -> None:
+    run_dir = started(run_of(tmp_path), state)
+    with pytest.raises(ConfigError) as caught:
+        inspect_run(run_of(tmp_path, **change), run_dir)
+    assert f"other settings: {line}; choose another name, or --fresh" in str(caught.value)
+
+
+def test_where_it_runs_may_change_and_is_told(tmp_path: Path) -> None:
+    run = run_of(tmp_path)
+    run_dir = started(run)
+    commit(run_dir, [4], world_size=2)
+    changed = run_of(
+        tmp_path,
+        output_dir=str(tmp_path / "elsewhere" / ".." / "runs"),
+        learner={"workers": [1, 2], "resources": {"CPU": 2}, "stall_timeout_s": 5, "max_failures": 0},
+        checkpoint={"every": 1},
+        report_to=["tensorboard"],
+        cluster={"address": "auto"},
+    )
+    standing = inspect_run(changed, run_dir)
+    assert standing.state == "continue"
+    keys = {notice.partition(" was ")[0] for notice in standing.notices}
+    assert keys == {
+        "checkpoint.every",
+        "cluster.address",
+        "learner.max_failures",
+        "learner.resources.CPU",
+        "learner.stall_timeout_s",
+        "learner.workers",
+        "output_dir",
+        "report_to",
+    }
+
+
+def test_more_workers_without_deepspeed_continue_with_a_notice_of_the_larger_step(tmp_path: Path) -> None:
+    run_dir = started(run_of(tmp_path))
+    commit(run_dir, [4], world_size=2)
+    standing = inspect_run(run_of(tmp_path, learner={"workers": 3}), run_dir)
+    assert standing.state == "continue"
+    assert "written by 2 workers: with 3 a step takes 12 rows instead of 8" in standing.notices[-1]
+
+
+def test_another_number_of_workers_under_deepspeed_is_refused_with_both_numbers(tmp_path: Path) -> None:
+    zero = {"zero_optimization": {"stage": 2}}
+    run = run_of(tmp_path, learner={"workers": 2, "deepspeed": zero})
+    run_dir = started(run)
+    commit(run_dir, [4], world_size=2)
+    assert inspect_run(run, run_dir).state == "continue"
+    with pytest.raises(
+        ConfigError, match=r"learner\.workers: .*step 4 .*2 workers under ZeRO-2.*found: 3; expected: 2"
+    ):
+        inspect_run(run_of(tmp_path, learner={"workers": 3, "deepspeed": zero}), run_dir)

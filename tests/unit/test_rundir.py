@@ -1,0 +1,163 @@
+"""The run directory: whole files, one driver at a time, each step once."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from raytrl.errors import ConfigError
+from raytrl.rundir import MetricsLog, RunDirectory
+
+
+def test_a_local_path_and_a_file_uri_are_one_place(tmp_path: Path) -> None:
+    RunDirectory(str(tmp_path), "a").write("manifest.json", "{}")
+    by_uri = RunDirectory(tmp_path.as_uri(), "a")
+    assert by_uri.read("manifest.json") == "{}"
+    by_uri.update_manifest(state="done")
+    assert json.loads((tmp_path / "a" / "manifest.json").read_text()) == {"state": "done"}
+    assert by_uri.uri == str(tmp_path / "a")
+
+
+def test_a_path_with_a_question_mark_is_a_path(tmp_path: Path) -> None:
+    run_dir = RunDirectory(str(tmp_path / "why?"), "a")
+    assert run_dir.path == str(tmp_path / "why?" / "a")
+
+
+def test_options_of_a_uri_stay_behind_the_run_and_out_of_sight() -> None:
+    run_dir = RunDirectory("s3://bucket/runs/?region=x&endpoint_override=http://localhost:1", "a")
+    assert run_dir.uri == "s3://bucket/runs/a?region=x&endpoint_override=http://localhost:1"
+    assert (run_dir.path, str(run_dir)) == ("bucket/runs/a", "s3://bucket/runs/a")
+
+
+def test_a_uri_that_cannot_be_opened_is_a_config_error() -> None:
+    with pytest.raises(ConfigError, match=r"^output_dir: cannot be opened; found: 'foo://bucket/a'"):
+        RunDirectory("foo://bucket", "a")
+
+
+def in_memory(tmp_path: Path) -> RunDirectory:
+    """A run directory on a file system that is not local: pyarrow's own in-memory one."""
+    run_dir = RunDirectory("mock://runs", "a")
+    assert not run_dir.is_local
+    run_dir.filesystem.create_dir(run_dir.path, recursive=True)  # an object store needs no folders
+    return run_dir
+
+
+def local(tmp_path: Path) -> RunDirectory:
+    return RunDirectory(str(tmp_path), "a")
+
+
+@pytest.mark.parametrize("make", [local, in_memory])
+def test_files_and_folders_are_written_read_listed_and_deleted(
+    make: Callable[[Path], RunDirectory], tmp_path: Path
+) -> None:
+    run_dir = make(tmp_path)
+    assert run_dir.read("manifest.json") is None
+    assert run_dir.manifest() == {}
+    run_dir.update_manifest(state="running", seed=1)
+    run_dir.update_manifest(state="done")
+    assert run_dir.manifest() == {"state": "done", "seed": 1}
+    for content in ("first", "second"):
+        folder = tmp_path / "made"
+        (folder / "sub").mkdir(parents=True)
+        (folder / "sub" / f"{content}.txt").write_text(content)
+        run_dir.store(str(folder), "model")
+        shutil.rmtree(folder, ignore_errors=True)  # store() may move or copy
+    with run_dir.local_copy("model") as copy:
+        assert [str(p.relative_to(copy)) for p in Path(copy).rglob("*.txt")] == ["sub/second.txt"]
+    assert run_dir.folders("model") == ["sub"]
+    assert run_dir.folders("nowhere") == []
+    assert run_dir.exists("model/sub/second.txt")
+    run_dir.clear()
+    assert not run_dir.exists("model")
+    assert run_dir.manifest() == {}
+
+
+def test_a_write_that_fails_half_way_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_dir = local(tmp_path)
+    run_dir.write("manifest.json", '{"state": "running"}')
+
+    def full_disk(*_: object) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(os, "replace", full_disk)
+    with pytest.raises(OSError, match="no space"):
+        run_dir.write("manifest.json", '{"state": "done"}')
+    assert run_dir.manifest() == {"state": "running"}
+
+
+HOLD = """
+import sys
+from raytrl.rundir import RunDirectory
+with RunDirectory(sys.argv[1], "a").locked():
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_second_process_is_refused_until_the_first_ends_however_it_ends(tmp_path: Path) -> None:
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(ConfigError, match="another process is running this run"), local(tmp_path).locked():
+            pass
+    finally:
+        holder.kill()
+        holder.communicate()
+    with local(tmp_path).locked():
+        local(tmp_path).clear()
+        assert (tmp_path / "a" / ".lock").exists()
+
+
+def steps(run_dir: RunDirectory) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run_dir.read("metrics.jsonl") or "").splitlines()]
+
+
+def test_each_step_stands_once_and_an_evaluation_joins_it(tmp_path: Path) -> None:
+    run_dir = local(tmp_path)
+    run_dir.write("manifest.json", "{}")
+    log = MetricsLog(run_dir)
+    log.append({"step": 1, "loss": 3.0})
+    log.append({"step": 2, "loss": 2.0})
+    log.append({"step": 2, "eval_loss": 2.5})
+    log.append({"step": 3, "loss": 1.0})
+    assert steps(run_dir) == [
+        {"step": 1, "loss": 3.0},
+        {"step": 2, "loss": 2.0, "eval_loss": 2.5},
+        {"step": 3, "loss": 1.0},
+    ]
+
+
+def test_a_redone_step_replaces_its_line(tmp_path: Path) -> None:
+    run_dir = local(tmp_path)
+    run_dir.write("metrics.jsonl", '{"step": 1, "loss": 3.0}\n{"step": 2, "loss": 2.0}\n{"step": 3, "loss": 1.0}\n')
+    log = MetricsLog(run_dir)
+    log.rewind(1)
+    log.append({"step": 2, "loss": 2.5})
+    assert steps(run_dir) == [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.5}]
+
+
+@pytest.mark.parametrize("half", ['{"step": 2, "lo', '{"step": 2}x', "null", "{}"])
+def test_a_half_written_last_line_is_dropped(half: str, tmp_path: Path) -> None:
+    run_dir = local(tmp_path)
+    run_dir.write("metrics.jsonl", '{"step": 1, "loss": 3.0}\n' + half)
+    log = MetricsLog(run_dir)
+    log.rewind(5)
+    log.append({"step": 2, "loss": 2.5})
+    assert steps(run_dir) == [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.5}]
+
+
+def test_without_append_the_lines_are_stored_when_asked(tmp_path: Path) -> None:
+    run_dir = in_memory(tmp_path)
+    log = MetricsLog(run_dir)
+    log.append({"step": 1, "loss": 3.0})
+    assert run_dir.read("metrics.jsonl") is None
+    log.flush()
+    assert steps(run_dir) == [{"step": 1, "loss": 3.0}]

@@ -41,6 +41,8 @@ def load_function(place: str, where: str) -> Callable[..., Any]:
                     del sys.modules[path.stem]  # a module that raised is not a module
                 raise
         else:
+            if os.getcwd() not in sys.path:  # the `raytrl` script, unlike `python -m`, does not look there by itself
+                sys.path.insert(0, os.getcwd())
             module = importlib.import_module(module_name)
     except ConfigError:
         raise

@@ -94,10 +94,23 @@ class RunDirectory:
             yield folder
 
     def clear(self) -> None:
-        """Removes all that a run wrote (`--fresh`)."""
-        for info in self.filesystem.get_file_info(fs.FileSelector(self.path, allow_not_found=True)):
-            if info.base_name != ".lock":
-                self.delete(info.base_name)
+        """Removes all that a run wrote.
+
+        Raises:
+            ConfigError: the folder holds files, but no run's manifest: they are somebody else's.
+        """
+        found = [
+            info.base_name
+            for info in self.filesystem.get_file_info(fs.FileSelector(self.path, allow_not_found=True))
+            if info.base_name != ".lock"
+        ]
+        if found and "manifest.json" not in found:
+            raise ConfigError(
+                f"{self}: this folder is not a run directory; found: {', '.join(sorted(found)[:5])}, no manifest.json; "
+                f"expected: an empty or new folder; choose another name"
+            )
+        for name in found:
+            self.delete(name)
 
     @contextmanager
     def locked(self) -> Iterator[None]:

@@ -54,21 +54,20 @@ def inspect_run(run: Run, run_dir: RunDirectory) -> Standing:
     if not manifest:
         return Standing("fresh")
     changed = _changes(yaml.safe_load(run_dir.read("config.yaml") or "{}"), run.model_dump(mode="json"))
+    done = manifest["state"] == "done"
+    checkpoint = None if done else last_committed(run_dir)
+    if checkpoint is None and not done:
+        return Standing("fresh", None, ("the earlier start left no complete checkpoint: starts from the beginning",))
     frozen = [line for key, line in changed.items() if not key.startswith(_OPERATIONAL)]
     if frozen:
         raise ConfigError(
             f"{run_dir}: this run was started with other settings: {'; '.join(frozen)}; choose another name, or --fresh "
             f"to throw the old run away"
         )
-    if manifest["state"] == "done":
-        return Standing("done")
-    checkpoint = last_committed(run_dir)
-    sweep(run_dir, checkpoint is not None)
-    notices = list(changed.values())
     if checkpoint is None:
-        return Standing(
-            "fresh", None, (*notices, "the earlier start left no complete checkpoint: starts from the beginning")
-        )
+        return Standing("done")
+    sweep(run_dir)
+    notices = list(changed.values())
     if isinstance(run, SupervisedRun):
         notices += _worker_change(run, checkpoint, run_dir)
     return Standing("continue", checkpoint, tuple(notices))
@@ -86,15 +85,12 @@ def last_committed(run_dir: RunDirectory) -> Committed | None:
     return Committed(int(found.metrics["step"]), int(found.metrics["world_size"]), found.checkpoint.path)
 
 
-def sweep(run_dir: RunDirectory, has_committed: bool) -> None:
+def sweep(run_dir: RunDirectory) -> None:
     """Deletes half-written checkpoints: folders that the record of committed ones does not name."""
-    kept: set[str] = set()
-    if has_committed:
-        from ray.train import Result
+    from ray.train import Result
 
-        found = Result.from_path(run_dir.at("checkpoints"), storage_filesystem=run_dir.filesystem)
-        kept = {posixpath.basename(checkpoint.path) for checkpoint, _ in found.best_checkpoints}
-        kept.add(posixpath.basename(found.checkpoint.path))
+    found = Result.from_path(run_dir.at("checkpoints"), storage_filesystem=run_dir.filesystem)
+    kept = {posixpath.basename(checkpoint.path) for checkpoint in [found.checkpoint, *dict(found.best_checkpoints)]}
     for folder in run_dir.folders("checkpoints"):
         if folder.startswith("checkpoint_") and folder not in kept:
             run_dir.delete(f"checkpoints/{folder}")

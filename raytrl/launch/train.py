@@ -13,8 +13,9 @@ import yaml
 
 from raytrl.config.load import LoadedRun
 from raytrl.config.runs import SupervisedRun
+from raytrl.errors import RunError
 from raytrl.launch.preflight import amounts, describe, preflight
-from raytrl.launch.resume import inspect_run
+from raytrl.launch.resume import Standing, inspect_run
 from raytrl.launch.session import (
     Need,
     check_address,
@@ -53,9 +54,7 @@ def train(loaded: LoadedRun, command: str, fresh: bool, show: Callable[[Progress
     started = time.time()
     run_dir = RunDirectory(run.output_dir, run.name)
     with run_dir.locked():
-        if fresh:
-            run_dir.clear()
-        standing = inspect_run(run, run_dir)
+        standing = Standing("fresh") if fresh else inspect_run(run, run_dir)
         if standing.state == "done":
             return run_dir.manifest() | {"already_done": True}
         for notice in standing.notices:
@@ -64,15 +63,22 @@ def train(loaded: LoadedRun, command: str, fresh: bool, show: Callable[[Progress
         need = _need(run)
         if not joins_cluster(run):
             check_fits(need, machine_resources(), "this machine")
-        if standing.state == "fresh":
-            for leftover in ("tokenizer", "base"):  # of a start that ended before its first checkpoint
-                run_dir.delete(leftover)
-        rows, has_tokenizer = preflight(run, run_dir)
+        with tempfile.TemporaryDirectory() as staging:  # nothing of an earlier run is touched before all checks passed
+            staged = run_dir if standing.state == "continue" else RunDirectory(staging, run.name)
+            rows, has_tokenizer = preflight(run, staged)
+            if staged is not run_dir:
+                run_dir.clear()
+                if has_tokenizer:
+                    run_dir.store(staged.at("tokenizer"), "tokenizer")
         clock = {"checks_s": time.time() - started}
         show(Progress("plan", text=describe(run, run_dir, rows, standing)))
         _write_start(loaded, run_dir, command)
         job = SupervisedJob(run, command, versions(), has_tokenizer)
-        metrics = _run_on_ray(job, run_dir, need, clock, show)
+        try:
+            metrics = _run_on_ray(job, run_dir, need, clock, show)
+        except RunError as error:
+            run_dir.update_manifest(state="failed", error=str(error))
+            raise
         run_dir.update_manifest(state="done", finished=now(), model=f"{run_dir}/model", metrics=metrics, startup=clock)
         run_dir.delete(".scratch")
         return run_dir.manifest()

@@ -86,7 +86,11 @@ def test_a_start_that_committed_nothing_begins_again_and_says_so(tmp_path: Path)
     standing = inspect_run(run, run_dir)
     assert (standing.state, standing.checkpoint) == ("fresh", None)
     assert "starts from the beginning" in standing.notices[-1]
-    assert run_dir.folders("checkpoints") == []
+
+
+def test_settings_may_change_while_nothing_is_committed(tmp_path: Path) -> None:
+    run_dir = started(run_of(tmp_path))
+    assert inspect_run(run_of(tmp_path, seed=7), run_dir).state == "fresh"
 
 
 @pytest.mark.parametrize("state", ["running", "done"])
@@ -103,6 +107,7 @@ def test_a_start_that_committed_nothing_begins_again_and_says_so(tmp_path: Path)
 )
 def test_other_settings_are_refused_by_name(state: str, change: dict[str, Any], line: str, tmp_path: Path) -> None:
     run_dir = started(run_of(tmp_path), state)
+    commit(run_dir, [4], world_size=2)
     with pytest.raises(ConfigError) as caught:
         inspect_run(run_of(tmp_path, **change), run_dir)
     assert f"other settings: {line}; choose another name, or --fresh" in str(caught.value)

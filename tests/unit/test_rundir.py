@@ -161,3 +161,11 @@ def test_without_append_the_lines_are_stored_when_asked(tmp_path: Path) -> None:
     assert run_dir.read("metrics.jsonl") is None
     log.flush()
     assert steps(run_dir) == [{"step": 1, "loss": 3.0}]
+
+
+def test_a_folder_of_somebody_else_is_not_cleared(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/thesis.txt").write_text("do not lose")
+    with pytest.raises(ConfigError, match=r"not a run directory; found: thesis\.txt"):
+        RunDirectory(str(tmp_path), "mine").clear()
+    assert (tmp_path / "mine/thesis.txt").read_text() == "do not lose"

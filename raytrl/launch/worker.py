@@ -31,11 +31,11 @@ class RayWorkerContext:
         self.rank: int = context.get_world_rank()
         self.local_rank: int = context.get_local_rank()
         self.world_size: int = context.get_world_size()
-        self.scratch = scratch
+        self.scratch = f"{scratch}/node-{context.get_node_rank()}"  # nodes may share the run's disk
         self._board = board
         if self.local_rank == 0:
-            shutil.rmtree(scratch, ignore_errors=True)  # of a killed attempt
-            os.makedirs(scratch)
+            shutil.rmtree(self.scratch, ignore_errors=True)  # of a killed attempt
+            os.makedirs(self.scratch)
         self.barrier()
 
     @contextlib.contextmanager

@@ -1,0 +1,35 @@
+"""Every `raytrl` command of the README, in its order and in a folder laid out as a clone is; trainings cut to two steps."""
+
+import re
+import shlex
+from pathlib import Path
+
+from tests.runs import metrics, raytrl
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def commands() -> list[list[str]]:
+    """The words of each `raytrl …` line in the README's shell blocks."""
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    lines = [line for block in blocks for line in block.splitlines()]
+    found = [line.rpartition("&&")[2].partition("#")[0].replace(".venv/bin/", "") for line in lines]
+    return [shlex.split(line)[1:] for line in found if line.strip().startswith("raytrl ")]
+
+
+def test_every_command_runs(tmp_path: Path) -> None:
+    clone = tmp_path / "clone"
+    clone.mkdir()
+    (clone / "configs").symlink_to(ROOT / "configs")
+    (tmp_path / "shared").symlink_to(ROOT.parent / "shared")
+    ran = set()
+    for words in commands():
+        if words in [["sft", "configs/sft-reviews.yaml"]] and (clone / "runs/sft-reviews/model").exists():
+            continue  # the same command as under "Start"
+        cut = [] if words[0] == "config" else ["training.max_steps=2", "data.eval=null"]
+        output = raytrl(*words, *cut, cwd=clone, PYTHONPATH=str(ROOT))
+        assert output
+        ran.add(words[0])
+    assert {"sft", "reward", "config"} <= ran
+    assert len(metrics(clone / "runs/zero2")) == 2
+    assert (clone / "runs/sft-reviews-lora/model/merged").is_dir()

@@ -22,13 +22,15 @@ def preflight(run: SupervisedRun, run_dir: RunDirectory) -> tuple[dict[str, int]
     from raytrl.data import check_columns, conversation_of, load_data, texts_of  # datasets: 1.3 s
 
     _check_trackers(run)
-    _check_model(run)
+    if run.model.path is not None:
+        check_model_path(run.model.path, "model.path", run.model.revision)
     train_rows = load_data(run.data.train, "data.train")
-    columns = check_columns(train_rows, run, "data.train")
+    text_field = run.training.get("dataset_text_field", "text")
+    columns = check_columns(train_rows, run.kind, "data.train", text_field)
     rows = {"train": len(train_rows)}
     if run.data.eval is not None:
         eval_rows = load_data(run.data.eval, "data.eval")
-        check_columns(eval_rows, run, "data.eval")
+        check_columns(eval_rows, run.kind, "data.eval", text_field)
         rows["eval"] = len(eval_rows)
     from raytrl.roles.tokenizer import check_tokenizer, load_tokenizer, train_tokenizer
 
@@ -64,29 +66,33 @@ def _check_trackers(run: SupervisedRun) -> None:
             )
 
 
-def _check_model(run: SupervisedRun) -> None:
-    """A local folder with a model in it, or a hub id that is cached or can be reached."""
-    path = run.model.path
-    if path is None:
-        return
+def check_model_path(path: str, key: str, revision: str | None = None, adapters: bool = False) -> None:
+    """A local folder with a model in it, or a hub id that is cached or can be reached.
+
+    Args:
+        adapters: whether a folder with an adapter alone will do.
+
+    Raises:
+        ConfigError: naming the key.
+    """
     if os.path.isdir(path):
-        if not os.path.isfile(os.path.join(path, "config.json")):
-            raise ConfigError(
-                f"model.path: {path!r} is a folder without config.json; expected: a Hugging Face model folder"
-            )
+        is_adapter = os.path.isfile(os.path.join(path, "adapter_config.json"))
+        if not os.path.isfile(os.path.join(path, "config.json")) and not (adapters and is_adapter):
+            found = "an adapter; use the model in its folder merged/" if is_adapter else "a folder without config.json"
+            raise ConfigError(f"{key}: found: {path!r}, {found}; expected: a Hugging Face model folder")
         return
     from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
     try:
-        if isinstance(try_to_load_from_cache(path, "config.json", revision=run.model.revision), str):
+        if isinstance(try_to_load_from_cache(path, "config.json", revision=revision), str):
             return
-        get_hf_file_metadata(hf_hub_url(path, "config.json", revision=run.model.revision), timeout=3)
+        get_hf_file_metadata(hf_hub_url(path, "config.json", revision=revision), timeout=3)
     except HFValidationError:
-        raise ConfigError(f"model.path: no such folder; found: {path!r} (nor can it be a hub id)") from None
+        raise ConfigError(f"{key}: no such folder; found: {path!r} (nor can it be a hub id)") from None
     except Exception as error:  # offline, gated, missing: each has its own class in each version of the client
         raise ConfigError(
-            f"model.path: {path!r} cannot be had: no such folder, not in the local cache, and the hub says: "
+            f"{key}: {path!r} cannot be had: no such folder, not in the local cache, and the hub says: "
             f"{type(error).__name__}: {str(error).splitlines()[0]}"
         ) from None
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import ray
 
-from raytrl.config.runs import SupervisedRun
+from raytrl.config.runs import TrainingRun
 from raytrl.errors import RunError, StalledError, WorkerError
 from raytrl.records import Progress
-from raytrl.rundir import MetricsLog, RunDirectory, now
+from raytrl.rundir import RunDirectory, StepLog, now
 
 _POLL_S = 0.2
 
@@ -39,7 +39,7 @@ class Watch:
 
     def __init__(
         self,
-        run: SupervisedRun,
+        run: TrainingRun,
         run_dir: RunDirectory,
         board: Any,
         clock: dict[str, float],
@@ -47,7 +47,8 @@ class Watch:
     ) -> None:
         self._run, self._run_dir, self._board, self._show = run, run_dir, board, show
         self._clock = clock
-        self._log = MetricsLog(run_dir)
+        self._log = StepLog(run_dir, "metrics.jsonl")
+        self._samples = StepLog(run_dir, "samples.jsonl")
         self._began = time.time()
         self._last_event = time.monotonic()
         self._last: Progress | None = None
@@ -72,6 +73,7 @@ class Watch:
             self._check_stall()
         self._take()
         self._log.flush()
+        self._samples.flush()
         if "error" in outcome:
             raise self._readable(outcome["error"])
         value = outcome["result"].return_value
@@ -92,13 +94,16 @@ class Watch:
                 self._clock["workers_s"] = time.time() - self._began
             self._attempts += 1
             self._log.rewind(event.step)
+            self._samples.rewind(event.step)
         elif event.kind in ("step", "eval"):
             if not self._stepped:
                 self._stepped = True
                 self._clock["first_step_s"] = time.time() - self._began
-            self._log.append({"step": event.step, **event.metrics})
+            self._log.join({"step": event.step, **event.metrics})
+            self._samples.append(event.samples)
         elif event.kind == "checkpoint" and not self._run_dir.is_local:
             self._log.flush()
+            self._samples.flush()
         elif event.kind == "failure":
             self._note_failure(event)
         self._show(event)
@@ -107,8 +112,8 @@ class Watch:
         self._failure = self._failure if self._failure and self._attempts == 0 else event
         text = (self._run_dir.read("failures.log") or "") + f"{now()} {event.text}\n{event.details}\n"
         self._run_dir.write("failures.log", text)
-        if self._attempts == 0:
-            # Nothing was trained yet: the same inputs would fail the same way at every restart.
+        if self._attempts == 0 or event.final:
+            # Nothing was trained yet, or the step itself fails: a restart would fail the same way.
             raise self._worker_error(event)
 
     def _worker_error(self, event: Progress) -> RunError:

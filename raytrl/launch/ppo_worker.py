@@ -64,7 +64,7 @@ def train_ppo(
         start_timeout_s=run.rollout.start_timeout_s,
         gather=gather_over_workers,
     )
-    reporter = StepReporter(run, context, tensorboard, learner.step)
+    reporter = StepReporter(run, context, tensorboard, learner.step, lambda: generator.num_up)
     loop.run(_schedule(run), _prompts(run, tokenizer, context), generator, scorer, learner, reporter)
     say("saving model")
     _save(job, networks, tokenizer, learner.step, reporter.last, context)
@@ -157,8 +157,10 @@ class _Phases:
 class StepReporter:
     """`ppo.protocols.Reporter`: rank 0 tells the driver and the tracker; all ranks commit checkpoints."""
 
-    def __init__(self, run: PpoRun, context: RayWorkerContext, tensorboard: str, step: int) -> None:
-        self._run, self._context = run, context
+    def __init__(
+        self, run: PpoRun, context: RayWorkerContext, tensorboard: str, step: int, num_actors: Callable[[], int]
+    ) -> None:
+        self._run, self._context, self._num_actors = run, context, num_actors
         self.last: Mapping[str, float] = {}
         self._writer: Any = None
         if context.rank == 0:
@@ -171,6 +173,7 @@ class StepReporter:
     def report(
         self, step: int, metrics: Mapping[str, float], rollout: Rollout, save: Callable[[Path], None] | None
     ) -> None:
+        metrics = {**metrics, "rollout/actors": float(self._num_actors())}
         self.last = metrics
         if self._context.rank == 0:
             samples = _sample_rows(rollout, self._run.rollout.samples, step)

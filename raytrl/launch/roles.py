@@ -31,6 +31,11 @@ class RolloutPool:
         self._attempt, self._share = attempt, share
         self._version: int | None = None
 
+    @property
+    def num_up(self) -> int:
+        """Actors that serve at the moment, as far as this worker knows."""
+        return len(self._pool.up)
+
     def load_weights(self, weights: Weights) -> None:
         """Every actor that can be reached proves version and checksum; the others have to before they serve."""
         first = self._version is None

@@ -93,7 +93,9 @@ class Display:
         if not self._console.is_terminal and due:
             self._line_due = time.monotonic() + 5
             spent = _ppo_seconds(event.metrics) if is_ppo else f"{event.metrics.get('time/step_s', 0.0):.2f} s"
-            self._console.print(f"step {event.step}/{event.total_steps}  {text}  {spent}", highlight=False)
+            self._console.print(
+                f"step {event.step}/{event.total_steps}  {text}  {spent}", highlight=False, soft_wrap=True
+            )
 
     def _on_eval(self, event: Event) -> None:
         shown = {k.removeprefix("eval_"): v for k, v in event.metrics.items() if k in ("eval_loss", "eval_accuracy")}

@@ -9,7 +9,7 @@ import datasets
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from raytrl.config.runs import DataSource
+from raytrl.config.runs import DataSource, SupervisedRun, TrainingRun
 from raytrl.errors import DataError
 from raytrl.functions import load_function
 
@@ -92,27 +92,22 @@ def _bad_json_line(file: str) -> tuple[int, str] | None:
     return None
 
 
-def check_columns(dataset: datasets.Dataset, kind: str, where: str, text_field: str = "text") -> tuple[str, ...]:
+def check_columns(dataset: datasets.Dataset, run: TrainingRun, where: str) -> tuple[str, ...]:
     """The columns this kind of run trains on; each has been found without missing values and of the right type.
-
-    Args:
-        dataset: what was loaded.
-        kind: of the run.
-        where: the dataset's key, for error messages.
-        text_field: the column that holds plain text (`training.dataset_text_field`).
 
     Raises:
         DataError: no usable columns (naming those there are), or a row with a missing or mistyped value.
     """
-    layouts = [tuple(text_field if c == "text" else c for c in layout) for layout in _LAYOUTS[kind]]
+    text_field = run.training.get("dataset_text_field", "text") if isinstance(run, SupervisedRun) else "text"
+    layouts = [tuple(text_field if c == "text" else c for c in layout) for layout in _LAYOUTS[run.kind]]
     layout = next((columns for columns in layouts if set(columns) <= set(dataset.column_names)), None)
     if layout is None:
         expected = " | ".join("+".join(columns) for columns in layouts)
         raise DataError(
-            f"{where}: no columns that `raytrl {kind}` can train on; found: {', '.join(dataset.column_names)}; "
+            f"{where}: no columns that `raytrl {run.kind}` can train on; found: {', '.join(dataset.column_names)}; "
             f"expected: {expected}; rename them with a transform"
         )
-    prompt = ("prompt",) if "prompt" in dataset.column_names and "prompt" not in layout and kind != "sft" else ()
+    prompt = ("prompt",) if "prompt" in dataset.column_names and "prompt" not in layout and run.kind != "sft" else ()
     for column in (*prompt, *layout):
         _check_column(dataset, column, where)
     kinds = {_is_conversation(dataset, column) for column in (*prompt, *layout)}

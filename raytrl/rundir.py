@@ -140,15 +140,8 @@ class StepLog:
         self._lines = [line for line in self._lines if _step_of(line) <= step]
         self.flush()
 
-    def join(self, metrics: Mapping[str, Any]) -> None:
-        """One line a step: what else is known of the last step (an evaluation after it) joins its line."""
-        if self._lines and _step_of(self._lines[-1]) == metrics["step"]:
-            self._lines[-1] = json.dumps(json.loads(self._lines[-1]) | metrics)
-            self.flush()
-        else:
-            self.append([metrics])
-
-    def append(self, rows: Sequence[Mapping[str, Any]]) -> None:
+    def extend(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Adds lines."""
         lines = [json.dumps(row, ensure_ascii=False) for row in rows]
         self._lines += lines
         if lines and self._run_dir.is_local:
@@ -159,6 +152,21 @@ class StepLog:
         """Writes the whole file; object stores cannot append, so there this is called at checkpoints and at the end."""
         if self._lines or self._run_dir.exists(self._name):
             self._run_dir.write(self._name, "".join(f"{line}\n" for line in self._lines))
+
+
+class MetricsLog(StepLog):
+    """metrics.jsonl: one line a step."""
+
+    def __init__(self, run_dir: RunDirectory) -> None:
+        super().__init__(run_dir, "metrics.jsonl")
+
+    def append(self, metrics: dict[str, Any]) -> None:
+        """Adds a step's line; what else is known of the same step (an evaluation after it) joins that line."""
+        if self._lines and _step_of(self._lines[-1]) == metrics["step"]:
+            self._lines[-1] = json.dumps(json.loads(self._lines[-1]) | metrics)
+            self.flush()
+        else:
+            self.extend([metrics])
 
 
 def _step_of(line: str) -> int:

@@ -49,7 +49,7 @@ def _check_prompts(run: PpoRun, source: DataSource, where: str) -> str:
     from raytrl.roles.tokenizer import load_tokenizer
 
     dataset = load_data(source, where)
-    check_columns(dataset, run.kind, where)
+    check_columns(dataset, run, where)
     try:
         tokenizer = load_tokenizer(run.tokenizer_path, None, run.model.trust_remote_code)
     except (OSError, ValueError) as error:

@@ -25,12 +25,11 @@ def preflight(run: SupervisedRun, run_dir: RunDirectory) -> tuple[dict[str, int]
     if run.model.path is not None:
         check_model_path(run.model.path, "model.path", run.model.revision)
     train_rows = load_data(run.data.train, "data.train")
-    text_field = run.training.get("dataset_text_field", "text")
-    columns = check_columns(train_rows, run.kind, "data.train", text_field)
+    columns = check_columns(train_rows, run, "data.train")
     rows = {"train": len(train_rows)}
     if run.data.eval is not None:
         eval_rows = load_data(run.data.eval, "data.eval")
-        check_columns(eval_rows, run.kind, "data.eval", text_field)
+        check_columns(eval_rows, run, "data.eval")
         rows["eval"] = len(eval_rows)
     from raytrl.roles.tokenizer import check_tokenizer, load_tokenizer, train_tokenizer
 

@@ -10,7 +10,7 @@ import ray
 from raytrl.config.runs import TrainingRun
 from raytrl.errors import RunError, StalledError, WorkerError
 from raytrl.records import Progress
-from raytrl.rundir import RunDirectory, StepLog, now
+from raytrl.rundir import MetricsLog, RunDirectory, StepLog, now
 
 _POLL_S = 0.2
 
@@ -47,7 +47,7 @@ class Watch:
     ) -> None:
         self._run, self._run_dir, self._board, self._show = run, run_dir, board, show
         self._clock = clock
-        self._log = StepLog(run_dir, "metrics.jsonl")
+        self._log = MetricsLog(run_dir)
         self._samples = StepLog(run_dir, "samples.jsonl")
         self._began = time.time()
         self._last_event = time.monotonic()
@@ -99,8 +99,8 @@ class Watch:
             if not self._stepped:
                 self._stepped = True
                 self._clock["first_step_s"] = time.time() - self._began
-            self._log.join({"step": event.step, **event.metrics})
-            self._samples.append(event.samples)
+            self._log.append({"step": event.step, **event.metrics})
+            self._samples.extend(event.samples)
         elif event.kind == "checkpoint" and not self._run_dir.is_local:
             self._log.flush()
             self._samples.flush()

@@ -7,6 +7,7 @@ import pytest
 from datasets import Dataset
 
 from raytrl.config.ppo import RolloutConfig
+from raytrl.config.ppo_run import PpoRun
 from raytrl.config.runs import TokenizerSpec
 from raytrl.data import check_columns
 from raytrl.errors import ConfigError, DataError
@@ -14,6 +15,12 @@ from raytrl.records import chunks
 from raytrl.roles.prompts import PromptOrder, PromptTable, SharedPrompts, check_prompts
 from raytrl.roles.tokenizer import load_tokenizer, train_tokenizer
 
+RUN = PpoRun(
+    name="a",
+    model={"path": "a"},
+    data={"train": "a.jsonl"},
+    reward={"sources": [{"name": "a", "function": "a.py:a"}]},
+)
 TEMPLATE = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% if not (loop.last and continue_final_message) %}"
     "{{ eos_token }}{% endif %}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
@@ -95,8 +102,8 @@ def test_what_is_refused(tokenizer: Any) -> None:
     with pytest.raises(DataError, match=r"row 2: the prompt has no tokens"):
         check_prompts(table(tokenizer, [{"prompt": "film"}, {"prompt": ""}]), tokenizer, "data.train")
     with pytest.raises(DataError, match=r"data\.train: row 2: 'prompt' is missing or null"):
-        check_columns(Dataset.from_list([{"prompt": "a"}, {"prompt": None}]), "ppo", "data.train")
+        check_columns(Dataset.from_list([{"prompt": "a"}, {"prompt": None}]), RUN, "data.train")
     with pytest.raises(DataError, match=r"no columns that `raytrl ppo` can train on; found: text; expected: prompt"):
-        check_columns(Dataset.from_list([{"text": "a"}]), "ppo", "data.train")
+        check_columns(Dataset.from_list([{"text": "a"}]), RUN, "data.train")
     pairs = Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}])
-    assert check_columns(pairs, "ppo", "data.train") == ("prompt",)
+    assert check_columns(pairs, RUN, "data.train") == ("prompt",)

@@ -26,7 +26,11 @@ def make_policy(folder: Path) -> str:
     torch.manual_seed(0)
     values = {key: value for key, value in TINY_LLAMA.items() if key != "model_type"}
     config = LlamaConfig(
-        vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, **values
+        vocab_size=len(tokenizer),
+        initializer_range=0.2,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        **values,
     )
     LlamaForCausalLM(config).save_pretrained(folder / "policy")
     tokenizer.save_pretrained(folder / "policy")
@@ -48,7 +52,7 @@ def ppo_file(folder: Path, name: str, **sections: Any) -> str:
         "output_dir": str(folder / "runs"),
         "model": {"path": str(folder / "policy")},
         "data": {"train": str(folder / "prompts.jsonl")},
-        "learner": {"workers": 2},
+        "learner": {"workers": 2, "resources": {"CPU": 0.25}},
         "rollout": {"actors": 2, "resources": {"CPU": 0.5}, "sampling": {"max_new_tokens": 8}, "chunk_prompts": 4},
         "reward": {
             "resources": {"CPU": 0.5},

@@ -10,7 +10,7 @@ import pytest
 from tests.ppo_files import make_files, ppo_file
 from tests.runs import kill_everything, last_step, metrics, raytrl, start, wait_for, weights_hash, worker_pids
 
-STEPS = 40
+STEPS = 32
 SETTINGS: dict[str, dict[str, Any]] = {
     "full": {},
     "lora": {"lora": {"r": 4, "target_modules": "all-linear"}},
@@ -36,8 +36,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def written(folder: Path, name: str, kind: str) -> str:
     ppo = {"steps": STEPS, "batch_size": 16, "epochs": 2, "minibatches": 2, "learning_rate": 3e-3}
-    learner = {"workers": 2, "resources": {"CPU": 0.25}}
-    return ppo_file(folder, name, **{"ppo": ppo, "learner": learner, "checkpoint": {"every": 4}, **SETTINGS[kind]})
+    return ppo_file(folder, name, **{"ppo": ppo, "checkpoint": {"every": 4}, **SETTINGS[kind]})
 
 
 @pytest.fixture(scope="module")

@@ -8,9 +8,10 @@ from typing import Any
 
 import ray
 import ray.train.torch
+import torch
 from ray.train.collective import broadcast_from_rank_zero
 
-from raytrl.config.deepspeed import without_auto
+from raytrl.config.deepspeed import without_auto, zero_stage
 from raytrl.config.ppo_run import PpoRun
 from raytrl.data import load_data
 from raytrl.launch.pool import Pool
@@ -21,8 +22,8 @@ from raytrl.launch.worker import RayWorkerContext
 from raytrl.ppo import loop
 from raytrl.ppo.protocols import Rollout
 from raytrl.records import Progress, Score
-from raytrl.roles.backends import build_backend
-from raytrl.roles.collectives import gather_over_workers
+from raytrl.roles.backends import Backend, build_backend
+from raytrl.roles.collectives import gather_over_workers, worker_rank
 from raytrl.roles.job import PpoJob
 from raytrl.roles.learner import PpoLearner
 from raytrl.roles.model_card import write_model_card
@@ -41,7 +42,7 @@ def train_ppo(
     run = job.run
     say = _Phases(context)
     say("loading models")
-    learner, networks = _learner(run)
+    learner, backend = _learner(run)
     tokenizer = load_tokenizer(run.tokenizer_path, None, run.model.trust_remote_code)
     with context.restored() as folder:
         if folder is not None:
@@ -67,24 +68,15 @@ def train_ppo(
     reporter = StepReporter(run, context, tensorboard, learner.step, lambda: generator.num_up)
     loop.run(_schedule(run), _prompts(run, tokenizer, context), generator, scorer, learner, reporter)
     say("saving model")
-    _save(job, networks, tokenizer, learner.step, reporter.last, context)
+    _save(job, _whole_networks(run, backend), tokenizer, learner.step, reporter.last, context)
     context.barrier()  # no rank leaves before the model is in place
     return {key: value for key, value in reporter.last.items() if value - value == 0.0}
 
 
-def _learner(run: PpoRun) -> tuple[PpoLearner, Networks]:
-    networks = build_networks(
-        str(run.model.path),
-        lora=run.lora,
-        value_init=run.value_model.init,
-        reference_path=run.reference.path,
-        dtype=torch_dtype(run.model.dtype, run.learner.uses_gpu),
-        trust_remote_code=run.model.trust_remote_code,
-        seed=run.seed,
-    )
+def _learner(run: PpoRun) -> tuple[PpoLearner, Backend]:
     deepspeed = run.learner.deepspeed
     backend = build_backend(
-        networks,
+        _networks(run),
         run.ppo,
         deepspeed=None if deepspeed is None else without_auto(deepspeed),
         device=str(ray.train.torch.get_device()),
@@ -96,7 +88,34 @@ def _learner(run: PpoRun) -> tuple[PpoLearner, Networks]:
         seed=run.seed,
         reference_is_start=run.reference.path is None,
     )
-    return learner, networks
+    return learner, backend
+
+
+def _networks(run: PpoRun) -> Networks:
+    return build_networks(
+        str(run.model.path),
+        lora=run.lora,
+        value_init=run.value_model.init,
+        reference_path=run.reference.path,
+        dtype=torch_dtype(run.model.dtype, run.learner.uses_gpu),
+        trust_remote_code=run.model.trust_remote_code,
+        seed=run.seed,
+    )
+
+
+def _whole_networks(run: PpoRun, backend: Backend) -> Networks:
+    """The networks with all their weights in this process. Collective: under ZeRO-3 each worker holds a part."""
+    if zero_stage(run.learner.deepspeed) != 3:
+        return backend.networks
+    tensors = backend.trainable_tensors()
+    if worker_rank() != 0:
+        return backend.networks
+    networks = _networks(run)
+    with torch.no_grad():
+        for name, parameter in networks.named_parameters():
+            if name in tensors:
+                parameter.copy_(tensors[name])
+    return networks
 
 
 def _schedule(run: PpoRun) -> loop.Schedule:

@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raytrl.config.ppo_run import PpoRun
@@ -37,7 +38,14 @@ class PpoKind:
             for name, amount in resources.items():
                 total[name] = total.get(name, 0.0) + count * amount
         who = " + ".join(f"{key}: {count} x {amounts(resources)}" for key, count, resources in parts)
-        return Need(total, who)
+        # Two versions of the weights, in float32 at most, are there while actors change from one to the next.
+        return Need(total, who, Need.object_store_bytes + 4 * self._travelling_bytes())
+
+    def _travelling_bytes(self) -> int:
+        """Size on disk of what goes to the rollout actors at every step; little with LoRA, unknown for a hub id."""
+        if self._run.lora is not None:
+            return 0
+        return sum(file.stat().st_size for file in Path(str(self._run.model.path)).glob("*.safetensors"))
 
     def check(self, run_dir: RunDirectory, standing: Standing) -> str:
         return describe_ppo(self._run, run_dir, check_ppo(self._run), standing)

@@ -2,6 +2,8 @@
 
 import logging
 import os
+import signal
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -88,6 +90,7 @@ def ray_session(run: Run, need: Need) -> Iterator[None]:
     """
     import ray
 
+    stop = signal.getsignal(signal.SIGTERM)
     if not joins_cluster(run):
         there = machine_resources()
         ray.init(
@@ -107,6 +110,8 @@ def ray_session(run: Run, need: Need) -> Iterator[None]:
                 f"cluster.address: no Ray answers at {address!r}: {str(error).splitlines()[0]}"
             ) from None
         check_fits(need, ray.cluster_resources(), f"the cluster at {address!r}")
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, stop)  # Ray's own handler, installed by init, aborts the process
     try:
         yield
     finally:

@@ -96,6 +96,12 @@ def dpo(config: File, overrides: Overrides = None, fresh: Fresh = False, debug: 
     _guarded(lambda: _train("dpo", config, overrides, fresh), debug)
 
 
+@app.command()
+def ppo(config: File, overrides: Overrides = None, fresh: Fresh = False, debug: Debug = False) -> None:
+    """PPO against reward models, rules or endpoints, with rollout and reward actors."""
+    _guarded(lambda: _train("ppo", config, overrides, fresh), debug)
+
+
 @config_app.command("show")
 def config_show(config: File, overrides: Overrides = None, debug: Debug = False) -> None:
     """Every value of a run file and where it comes from."""
@@ -117,12 +123,12 @@ def config_show(config: File, overrides: Overrides = None, debug: Debug = False)
 
 @config_app.command("schema")
 def config_schema(
-    kind: Annotated[str, typer.Argument(metavar="KIND", help="sft, reward or dpo", show_default=False)],
+    kind: Annotated[str, typer.Argument(metavar="KIND", help="sft, reward, dpo or ppo", show_default=False)],
 ) -> None:
     """The JSON schema of a kind of run file, for editors."""
 
     def work() -> None:
-        from raytrl.config.runs import RUNS
+        from raytrl.config.kinds import RUNS
         from raytrl.config.schema import json_schema
         from raytrl.errors import ConfigError
 

@@ -10,7 +10,7 @@ import datasets
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from raytrl.config.runs import DataSource, SupervisedRun
+from raytrl.config.runs import DataSource, SupervisedRun, TrainingRun
 from raytrl.errors import DataError
 from raytrl.functions import describe_raised, load_function
 
@@ -23,6 +23,7 @@ _LAYOUTS: dict[str, list[tuple[str, ...]]] = {
     "sft": [("messages",), ("conversations",), ("prompt", "completion"), ("text",), ("input_ids",)],
     "reward": [("chosen", "rejected")],
     "dpo": [("chosen", "rejected")],
+    "ppo": [("prompt",)],
 }
 
 
@@ -106,13 +107,13 @@ def _bad_json_line(file: str) -> tuple[int, str] | None:
     return None
 
 
-def check_columns(dataset: datasets.Dataset, run: SupervisedRun, where: str) -> tuple[str, ...]:
+def check_columns(dataset: datasets.Dataset, run: TrainingRun, where: str) -> tuple[str, ...]:
     """The columns this kind of run trains on; each has been found without missing values and of the right type.
 
     Raises:
         DataError: no usable columns (naming those there are), or a row with a missing or mistyped value.
     """
-    text_field = run.training.get("dataset_text_field", "text")
+    text_field = run.training.get("dataset_text_field", "text") if isinstance(run, SupervisedRun) else "text"
     layouts = [tuple(text_field if c == "text" else c for c in layout) for layout in _LAYOUTS[run.kind]]
     layout = next((columns for columns in layouts if set(columns) <= set(dataset.column_names)), None)
     if layout is None:

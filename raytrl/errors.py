@@ -48,3 +48,7 @@ class NonFiniteError(RunError):
 
 class WeightsVersionError(RunError):
     """A rollout engine holds (or answered with) other weights than the request named."""
+
+
+class StaleAttemptError(RunError):
+    """A request of a learner group that has ended reached an actor; nobody waits for the answer."""

@@ -59,6 +59,8 @@ class Progress:
     text: str = ""  # phase: what is being done; failure: rank, node and cause
     metrics: Mapping[str, float] = field(default_factory=dict)
     details: str = ""  # failure: the traceback
+    final: bool = False  # failure: a restart would fail the same way
+    samples: tuple[Mapping[str, Any], ...] = ()  # step: rows for samples.jsonl
 
 
 def chunks(prompts: Sequence[Prompt], chunk_prompts: int) -> list[list[Prompt]]:

@@ -5,7 +5,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -154,32 +154,45 @@ def _from_uri(uri: str) -> tuple[fs.FileSystem, str]:
     return filesystem, str(path)
 
 
-class MetricsLog:
-    """metrics.jsonl: one object a step. A redone step replaces its line, so that each step stands once."""
+class StepLog:
+    """A file of JSON objects that each name their step; what a redone step logs replaces what it logged before."""
 
-    def __init__(self, run_dir: RunDirectory) -> None:
-        self._run_dir = run_dir
-        self._lines = (run_dir.read("metrics.jsonl") or "").splitlines()
+    def __init__(self, run_dir: RunDirectory, name: str) -> None:
+        self._run_dir, self._name = run_dir, name
+        self._lines = (run_dir.read(name) or "").splitlines()
 
     def rewind(self, step: int) -> None:
         """Forgets what was logged after a step: the run goes on from there."""
         self._lines = [line for line in self._lines if _step_of(line) <= step]
         self.flush()
 
+    def extend(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Adds lines."""
+        lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+        self._lines += lines
+        if lines and self._run_dir.is_local:
+            with open(self._run_dir.at(self._name), "a", encoding="utf-8") as file:
+                file.write("".join(f"{line}\n" for line in lines))
+
+    def flush(self) -> None:
+        """Writes the whole file; object stores cannot append, so there this is called at checkpoints and at the end."""
+        if self._lines or self._run_dir.exists(self._name):
+            self._run_dir.write(self._name, "".join(f"{line}\n" for line in self._lines))
+
+
+class MetricsLog(StepLog):
+    """metrics.jsonl: one line a step."""
+
+    def __init__(self, run_dir: RunDirectory) -> None:
+        super().__init__(run_dir, "metrics.jsonl")
+
     def append(self, metrics: dict[str, Any]) -> None:
         """Adds a step's line; what else is known of the same step (an evaluation after it) joins that line."""
         if self._lines and _step_of(self._lines[-1]) == metrics["step"]:
             self._lines[-1] = json.dumps(json.loads(self._lines[-1]) | metrics)
             self.flush()
-            return
-        self._lines.append(json.dumps(metrics))
-        if self._run_dir.is_local:
-            with open(self._run_dir.at("metrics.jsonl"), "a", encoding="utf-8") as file:
-                file.write(self._lines[-1] + "\n")
-
-    def flush(self) -> None:
-        """Writes the whole file; object stores cannot append, so there this is called at checkpoints and at the end."""
-        self._run_dir.write("metrics.jsonl", "".join(f"{line}\n" for line in self._lines))
+        else:
+            self.extend([metrics])
 
 
 def _step_of(line: str) -> int:

@@ -115,10 +115,15 @@ def last_step(run: Path) -> int:
     return max((row["step"] for row in metrics(run)), default=0)
 
 
-def worker_pids(process: subprocess.Popen[str]) -> list[int]:
-    """The training processes below a driver."""
-    children = psutil.Process(process.pid).children(recursive=True)
-    return [c.pid for c in children if "RayTrainWorker" in " ".join(c.cmdline())]
+def worker_pids(process: subprocess.Popen[str], kind: str = "RayTrainWorker") -> list[int]:
+    """The training processes, or the actors of another kind, below a driver."""
+    found = []
+    for child in psutil.Process(process.pid).children(recursive=True):
+        try:
+            found += [child.pid] if kind in " ".join(child.cmdline()) else []
+        except psutil.NoSuchProcess:  # ended while we looked
+            continue
+    return found
 
 
 def kill_everything(process: subprocess.Popen[str]) -> None:

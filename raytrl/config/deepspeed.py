@@ -47,6 +47,17 @@ _EXAMPLES = {
     "offload_param": "{device: cpu}",
 }
 
+_OWNED_BY_PPO = {
+    "train_batch_size": "ppo.batch_size",
+    "train_micro_batch_size_per_gpu": "ppo.max_tokens_per_microbatch",
+    "gradient_accumulation_steps": "ppo.minibatches and ppo.max_tokens_per_microbatch",
+    "gradient_clipping": "ppo.max_grad_norm",
+    "optimizer": "ppo.learning_rate and ppo.adam_epsilon",
+    "scheduler": "ppo.lr_schedule",
+    "bf16": "model.dtype",
+    "fp16": "model.dtype",
+}
+
 
 @functools.cache
 def _top_level_keys() -> frozenset[str]:
@@ -101,6 +112,35 @@ def zero_stage(deepspeed: dict[str, Any] | None) -> int | None:
 
 def check_deepspeed(deepspeed: dict[str, Any], training: dict[str, Any], native: Any) -> list[str]:
     """Problems of the dictionary itself and of its agreement with `training:`, one line each."""
+    return check_keys(deepspeed) + _conflicts(deepspeed, training, native)
+
+
+def check_for_ppo(deepspeed: dict[str, Any]) -> list[str]:
+    """Problems of the dictionary itself and of what PPO sets on its own, one line each."""
+    where, problems = "learner.deepspeed", check_keys(deepspeed)
+    if zero_stage(deepspeed) == 0:
+        problems.append(
+            f"{where}.zero_optimization.stage: is 0, which is plain data parallelism; expected: 1, 2 or 3, or no "
+            f"learner.deepspeed"
+        )
+    for key, owner in _OWNED_BY_PPO.items():
+        if (value := without_auto(deepspeed).get(key)) not in (None, {}, {"enabled": False}):
+            problems.append(f'{where}.{key}: found: {value!r}; is set by {owner}; leave it out, or write "auto"')
+    return problems
+
+
+def without_auto(settings: dict[str, Any]) -> dict[str, Any]:
+    """The dictionary without "auto" values, which only transformers' trainers fill in."""
+    kept = {}
+    for key, value in settings.items():
+        inner = without_auto(value) if isinstance(value, dict) else value
+        if inner != "auto" and not (isinstance(value, dict) and value and not inner):
+            kept[key] = inner
+    return kept
+
+
+def check_keys(deepspeed: dict[str, Any]) -> list[str]:
+    """Unknown keys and values that cannot be, one line each."""
     where = "learner.deepspeed"
     problems = [unknown_key(where, key, _top_level_keys()) for key in deepspeed if key not in _top_level_keys()]
     zero = deepspeed.get("zero_optimization", {})
@@ -129,7 +169,7 @@ def check_deepspeed(deepspeed: dict[str, Any], training: dict[str, Any], native:
             problems += _wrong_values(f"{where}.{name}", section_class, section)
         elif section is not None:
             problems.append(f"{where}.{name}: found: {section!r}; expected: a dictionary, such as {_EXAMPLES[key]}")
-    return problems + _conflicts(deepspeed, training, native)
+    return problems
 
 
 def _wrong_values(where: str, native: NativeClass, section: dict[str, Any]) -> list[str]:

@@ -10,8 +10,9 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from raytrl.config.deepspeed import read_deepspeed
+from raytrl.config.kinds import RUNS
 from raytrl.config.nearest import unknown_key
-from raytrl.config.runs import RUNS, Run
+from raytrl.config.runs import Run
 from raytrl.errors import ConfigError
 
 

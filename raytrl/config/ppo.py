@@ -55,10 +55,14 @@ class RolloutConfig(Section):
     engine: Literal["auto", "vllm", "transformers"] = "auto"
     engine_args: dict[str, Any] = Field(default={})
     sampling: SamplingConfig = SamplingConfig()
-    max_prompt_length: PositiveInt = 512  # tokens; longer prompts lose their beginning
+    max_prompt_length: PositiveInt = 512  # tokens
+    long_prompts: Literal["cut", "refuse"] = "cut"  # cut: a longer prompt loses its beginning
     # Prompts that are always sampled together, whichever actor does it: the bits of a matrix product depend on what
     # shares its batch, so a chunk is what makes a response the same however many actors there are.
     chunk_prompts: PositiveInt = 8
+    start_timeout_s: PositiveFloat = 600.0  # for rollout and reward actors to be placed and to load their models
+    timeout_s: PositiveFloat = 600.0  # without a single answer of any actor before the run fails
+    samples: Annotated[int, Field(ge=0)] = 8  # responses a step that go to samples.jsonl
 
 
 class KlConfig(Section):

@@ -183,18 +183,15 @@ class Run(Section):
         return name
 
 
-class SupervisedRun(Run):
-    """SFT, reward modelling or DPO: one TRL trainer on Ray Train workers."""
+class TrainingRun(Run):
+    """What every kind has that trains a network on Ray Train workers."""
 
     model: ModelSection
     lora: dict[str, Any] | None = Field(default=None, description="PEFT LoraConfig fields; absent: full fine-tuning")
     data: DataSection
-    training: dict[str, Any] = Field(default={}, description="fields of TRL's config class for this kind")
     learner: LearnerSection = LearnerSection()
     checkpoint: CheckpointSection = CheckpointSection()
     report_to: list[str] = Field(default=["tensorboard"], description="trackers, by their names in transformers")
-
-    native_class: ClassVar[NativeClass]
 
     @field_validator("report_to", mode="before")
     @classmethod
@@ -205,7 +202,28 @@ class SupervisedRun(Run):
     @classmethod
     def _known_trackers(cls, trackers: list[str]) -> list[str]:
         unknown = [f"found: {t!r}; expected: some of {', '.join(TRACKERS)}" for t in trackers if t not in TRACKERS]
-        return _or_raise(unknown[:1], trackers)
+        return or_raise(unknown[:1], trackers)
+
+    @field_validator("lora", mode="after")
+    @classmethod
+    def _native_lora(cls, lora: dict[str, Any] | None) -> dict[str, Any] | None:
+        if lora is None:
+            return None
+        lora = dict(lora)
+        known = native_fields(LORA_CLASS)
+        problems = [unknown_key("", key, known) for key in lora if key not in known]
+        problems += [p.removeprefix(".") for p in check_values("", LORA_CLASS, lora)]
+        if "task_type" in lora:
+            problems.append("task_type: is set by `kind`")
+        return or_raise(problems, lora)
+
+
+class SupervisedRun(TrainingRun):
+    """SFT, reward modelling or DPO: one TRL trainer on Ray Train workers."""
+
+    training: dict[str, Any] = Field(default={}, description="fields of TRL's config class for this kind")
+
+    native_class: ClassVar[NativeClass]
 
     @field_validator("training", mode="after")
     @classmethod
@@ -220,20 +238,7 @@ class SupervisedRun(Run):
         known = native_fields(cls.native_class)
         problems += [unknown_key("", k, set(known) - set(OWNED)) for k in training if k not in known]
         problems += [p.removeprefix(".") for p in check_values("", cls.native_class, training)]
-        return _or_raise(problems, training)
-
-    @field_validator("lora", mode="after")
-    @classmethod
-    def _native_lora(cls, lora: dict[str, Any] | None) -> dict[str, Any] | None:
-        if lora is None:
-            return None
-        lora = dict(lora)
-        known = native_fields(LORA_CLASS)
-        problems = [unknown_key("", key, known) for key in lora if key not in known]
-        problems += [p.removeprefix(".") for p in check_values("", LORA_CLASS, lora)]
-        if "task_type" in lora:
-            problems.append("task_type: is set by `kind`")
-        return _or_raise(problems, lora)
+        return or_raise(problems, training)
 
     @model_validator(mode="after")
     def _agreement(self) -> "SupervisedRun":
@@ -253,7 +258,7 @@ class SupervisedRun(Run):
             )
         if not self.learner.uses_gpu and self.training.get("tf32"):
             problems.append("training.tf32: does nothing without a GPU; found: learner.resources without GPU")
-        _or_raise(problems, None)
+        or_raise(problems, None)
         return self
 
 
@@ -272,10 +277,8 @@ class DpoRun(SupervisedRun):
     native_class: ClassVar[NativeClass] = TRAINING_CLASSES["dpo"]
 
 
-RUNS: dict[str, type[Run]] = {"sft": SftRun, "reward": RewardRun, "dpo": DpoRun}
-
-
-def _or_raise(problems: list[str], value: T) -> T:
+def or_raise(problems: list[str], value: T) -> T:
+    """The value, or all its problems as one ValueError with a line each."""
     if problems:
         raise ValueError("\n".join(problems))
     return value

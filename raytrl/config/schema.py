@@ -4,9 +4,10 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
+from raytrl.config.kinds import RUNS
 from raytrl.config.native import LORA_CLASS, NativeClass, native_fields
 from raytrl.config.nearest import OWNED
-from raytrl.config.runs import RUNS, SupervisedRun
+from raytrl.config.runs import SupervisedRun, TrainingRun
 
 
 def json_schema(kind: str) -> dict[str, Any]:
@@ -15,6 +16,7 @@ def json_schema(kind: str) -> dict[str, Any]:
     schema: dict[str, Any] = {"$schema": "https://json-schema.org/draft/2020-12/schema", **model.model_json_schema()}
     if issubclass(model, SupervisedRun):
         schema["properties"]["training"] = _native_schema(model.native_class, leave_out=set(OWNED))
+    if issubclass(model, TrainingRun):
         schema["properties"]["lora"] = {"anyOf": [_native_schema(LORA_CLASS, {"task_type"}), {"type": "null"}]}
     # What the loader takes besides: one tracker's name, or null for none.
     schema["properties"]["report_to"]["anyOf"] = [{"type": "array"}, {"type": "string"}, {"type": "null"}]

@@ -7,7 +7,6 @@ import tempfile
 from raytrl.config.deepspeed import zero_stage
 from raytrl.config.runs import SupervisedRun, TokenizerSpec
 from raytrl.errors import ConfigError
-from raytrl.launch.resume import Standing
 from raytrl.launch.session import joins_cluster
 from raytrl.roles.device import check_cpu
 from raytrl.rundir import RunDirectory
@@ -22,7 +21,8 @@ def preflight(run: SupervisedRun, run_dir: RunDirectory) -> tuple[dict[str, int]
     from raytrl.data import check_columns, conversation_of, load_data, texts_of  # datasets: 1.3 s
 
     _check_trackers(run)
-    _check_model(run)
+    if run.model.path is not None:
+        check_model_path(run.model.path, "model.path", run.model.revision)
     train_rows = load_data(run.data.train, "data.train")
     columns = check_columns(train_rows, run, "data.train")
     rows = {"train": len(train_rows)}
@@ -64,29 +64,33 @@ def _check_trackers(run: SupervisedRun) -> None:
             )
 
 
-def _check_model(run: SupervisedRun) -> None:
-    """A local folder with a model in it, or a hub id that is cached or can be reached."""
-    path = run.model.path
-    if path is None:
-        return
+def check_model_path(path: str, key: str, revision: str | None = None, adapters: bool = False) -> None:
+    """A local folder with a model in it, or a hub id that is cached or can be reached.
+
+    Args:
+        adapters: whether a folder with an adapter alone will do.
+
+    Raises:
+        ConfigError: naming the key.
+    """
     if os.path.isdir(path):
-        if not os.path.isfile(os.path.join(path, "config.json")):
-            raise ConfigError(
-                f"model.path: {path!r} is a folder without config.json; expected: a Hugging Face model folder"
-            )
+        is_adapter = os.path.isfile(os.path.join(path, "adapter_config.json"))
+        if not os.path.isfile(os.path.join(path, "config.json")) and not (adapters and is_adapter):
+            found = "an adapter; use the model in its folder merged/" if is_adapter else "a folder without config.json"
+            raise ConfigError(f"{key}: found: {path!r}, {found}; expected: a Hugging Face model folder")
         return
     from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
     try:
-        if isinstance(try_to_load_from_cache(path, "config.json", revision=run.model.revision), str):
+        if isinstance(try_to_load_from_cache(path, "config.json", revision=revision), str):
             return
-        get_hf_file_metadata(hf_hub_url(path, "config.json", revision=run.model.revision), timeout=3)
+        get_hf_file_metadata(hf_hub_url(path, "config.json", revision=revision), timeout=3)
     except HFValidationError:
-        raise ConfigError(f"model.path: no such folder; found: {path!r} (nor can it be a hub id)") from None
+        raise ConfigError(f"{key}: no such folder; found: {path!r} (nor can it be a hub id)") from None
     except Exception as error:  # offline, gated, missing: each has its own class in each version of the client
         raise ConfigError(
-            f"model.path: {path!r} cannot be had: no such folder, not in the local cache, and the hub says: "
+            f"{key}: {path!r} cannot be had: no such folder, not in the local cache, and the hub says: "
             f"{type(error).__name__}: {str(error).splitlines()[0]}"
         ) from None
 
@@ -96,7 +100,7 @@ def amounts(resources: dict[str, float]) -> str:
     return ", ".join(f"{name} {amount:g}" for name, amount in resources.items())
 
 
-def describe(run: SupervisedRun, run_dir: RunDirectory, rows: dict[str, int], standing: Standing) -> str:
+def describe(run: SupervisedRun, rows: dict[str, int]) -> str:
     """The table of what will run where, and how large a step is, in words."""
     stage = zero_stage(run.learner.deepspeed)
     workers = run.learner.workers
@@ -112,7 +116,4 @@ def describe(run: SupervisedRun, run_dir: RunDirectory, rows: dict[str, int], st
         f"batch    {batch * accumulate * run.learner.max_workers} rows a step = {batch} a worker"
         f"{f' x {accumulate} accumulated' if accumulate > 1 else ''} x {run.learner.max_workers} workers",
     ]
-    if standing.checkpoint is not None:
-        lines.append(f"resume   from step {standing.checkpoint.step}")
-    lines.append(f"output   {run_dir}")
     return "\n".join(lines)

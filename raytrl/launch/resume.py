@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 
 from raytrl.config.deepspeed import zero_stage
-from raytrl.config.runs import Run, SupervisedRun
+from raytrl.config.runs import Run, SupervisedRun, TrainingRun
 from raytrl.errors import ConfigError
 from raytrl.rundir import RunDirectory
 
@@ -22,6 +22,13 @@ _OPERATIONAL = (
     "cluster.",
     "checkpoint.",
     "report_to",
+    "rollout.actors",
+    "rollout.resources",
+    "rollout.start_timeout_s",
+    "rollout.timeout_s",
+    "rollout.samples",
+    "reward.actors",
+    "reward.resources",
 )
 _SNAPSHOT = "checkpoints/checkpoint_manager_snapshot.json"
 
@@ -68,7 +75,7 @@ def inspect_run(run: Run, run_dir: RunDirectory) -> Standing:
         return Standing("done")
     sweep(run_dir)
     notices = list(changed.values())
-    if isinstance(run, SupervisedRun):
+    if isinstance(run, TrainingRun):
         notices += _worker_change(run, checkpoint, run_dir)
     return Standing("continue", checkpoint, tuple(notices))
 
@@ -109,7 +116,7 @@ def _changes(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> dict
     return changes
 
 
-def _worker_change(run: SupervisedRun, checkpoint: Committed, run_dir: RunDirectory) -> list[str]:
+def _worker_change(run: TrainingRun, checkpoint: Committed, run_dir: RunDirectory) -> list[str]:
     learner = run.learner
     if learner.min_workers <= checkpoint.world_size <= learner.max_workers:
         return []
@@ -119,6 +126,11 @@ def _worker_change(run: SupervisedRun, checkpoint: Committed, run_dir: RunDirect
             f"{checkpoint.world_size} workers under ZeRO-{stage}, and DeepSpeed loads it only on as many; "
             f"found: {learner.workers}; expected: {checkpoint.world_size}, or --fresh"
         )
+    if not isinstance(run, SupervisedRun):
+        return [
+            f"the checkpoint was written by {checkpoint.world_size} workers: with {learner.workers} the batch stays the "
+            f"same, but sums are taken in another order, so the result is equal to rounding, not to the bit"
+        ]
     batch = int(run.training.get("per_device_train_batch_size", 8)) * int(
         run.training.get("gradient_accumulation_steps", 1)
     )

@@ -28,7 +28,6 @@ QUIET_LIBRARIES = {
     "TRANSFORMERS_VERBOSITY": "error",
     "DS_ACCELERATOR_LOG_LEVEL": "error",
 }
-_OBJECT_STORE_BYTES = 512 * 1024**2
 
 
 def prepare_environment() -> None:
@@ -59,6 +58,7 @@ class Need:
 
     total: Mapping[str, float]
     who: str
+    object_store_bytes: int = 512 * 1024**2  # of a local Ray
 
 
 def check_fits(need: Need, there: Mapping[str, float], where: str) -> None:
@@ -96,6 +96,10 @@ def check_address(run: Run) -> None:
         ) from None
 
 
+def _memory_bytes() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 @contextmanager
 def ray_session(run: Run, need: Need) -> Iterator[None]:
     """Starts or joins Ray, checks that the run fits, and leaves nothing of a local Ray behind.
@@ -112,7 +116,7 @@ def ray_session(run: Run, need: Need) -> Iterator[None]:
             address="local",
             num_cpus=int(max(there["CPU"], need.total.get("CPU", 0))),
             include_dashboard=False,
-            object_store_memory=_OBJECT_STORE_BYTES,
+            object_store_memory=min(need.object_store_bytes, _memory_bytes() // 3),
             logging_level=logging.ERROR,
             log_to_driver=False,
         )

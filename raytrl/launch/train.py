@@ -1,4 +1,4 @@
-"""A supervised run on Ray Train: checks, starts, watches, finishes."""
+"""A training run on Ray Train, of whatever kind: checks, starts, watches, finishes."""
 
 import importlib.metadata
 import os
@@ -7,14 +7,15 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
 
 import yaml
 
 from raytrl.config.load import LoadedRun
-from raytrl.config.runs import SupervisedRun
+from raytrl.config.ppo_run import PpoRun
+from raytrl.config.runs import SupervisedRun, TrainingRun
 from raytrl.errors import RunError
-from raytrl.launch.preflight import amounts, describe, preflight
 from raytrl.launch.resume import Standing, inspect_run
 from raytrl.launch.session import (
     Need,
@@ -26,14 +27,49 @@ from raytrl.launch.session import (
     ray_session,
 )
 from raytrl.records import Progress
-from raytrl.roles.job import SupervisedJob
 from raytrl.rundir import RunDirectory, now
 
 _LIBRARIES = ("raytrl", "ray", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "deepspeed")
+Worker = Callable[[dict[str, Any]], dict[str, float]]
+
+
+class Kind(Protocol):
+    """What differs between the kinds of run."""
+
+    @property
+    def need(self) -> Need:
+        """What all processes of the run take together."""
+        ...
+
+    def check(self, run_dir: RunDirectory) -> str:
+        """Everything that can be checked before Ray starts; returns what will run where, for people.
+
+        A tokenizer that the run trains for itself is read from, or put into, this directory.
+
+        Raises:
+            ConfigError: the request cannot be run.
+        """
+        ...
+
+    def running(self, command: str, versions: dict[str, str]) -> AbstractContextManager[tuple[Worker, dict[str, Any]]]:
+        """Ray runs: starts what belongs to the driver; gives Ray Train's function and its config."""
+        ...
+
+
+def kind_of(run: TrainingRun) -> Kind:
+    """The kind's own part of a run."""
+    if isinstance(run, PpoRun):
+        from raytrl.launch.ppo import PpoKind
+
+        return PpoKind(run)
+    from raytrl.launch.supervised import SupervisedKind
+
+    assert isinstance(run, SupervisedRun)
+    return SupervisedKind(run)
 
 
 def train(loaded: LoadedRun, command: str, fresh: bool, show: Callable[[Progress], None]) -> dict[str, Any]:
-    """Runs SFT, reward modelling or DPO to its end, from wherever the run stands.
+    """Runs SFT, reward modelling, DPO or PPO to its end, from wherever the run stands.
 
     Args:
         loaded: the checked run file.
@@ -49,10 +85,11 @@ def train(loaded: LoadedRun, command: str, fresh: bool, show: Callable[[Progress
         RunError: it was started and failed.
     """
     run = loaded.run
-    assert isinstance(run, SupervisedRun)
+    assert isinstance(run, TrainingRun)
     prepare_environment()
     started = time.time()
     run_dir = RunDirectory(run.output_dir, run.name)
+    kind = kind_of(run)
     with run_dir.locked():
         standing = Standing("fresh") if fresh else inspect_run(run, run_dir)
         if standing.state == "done":
@@ -60,34 +97,29 @@ def train(loaded: LoadedRun, command: str, fresh: bool, show: Callable[[Progress
         for notice in standing.notices:
             show(Progress("notice", text=notice))
         check_address(run)
-        need = _need(run)
         if not joins_cluster(run):
-            check_fits(need, machine_resources(), "this machine")
+            check_fits(kind.need, machine_resources(), "this machine")
         with tempfile.TemporaryDirectory() as staging:  # nothing of an earlier run is touched before all checks passed
             staged = run_dir if standing.state == "continue" else RunDirectory(staging, run.name)
-            rows, has_tokenizer = preflight(run, staged)
+            plan = kind.check(staged)
             if staged is not run_dir:
                 run_dir.clear()
-                if has_tokenizer:
+                if staged.exists("tokenizer"):
                     run_dir.store(staged.at("tokenizer"), "tokenizer")
+        if standing.checkpoint is not None:
+            plan += f"\nresume   from step {standing.checkpoint.step}"
+        plan += f"\noutput   {run_dir}"
         clock = {"checks_s": time.time() - started}
-        show(Progress("plan", text=describe(run, run_dir, rows, standing)))
+        show(Progress("plan", text=plan))
         _write_start(loaded, run_dir, command)
-        job = SupervisedJob(run, command, versions(), has_tokenizer)
         try:
-            metrics = _run_on_ray(job, run_dir, need, clock, show)
+            metrics = _run_on_ray(run, kind, run_dir, command, clock, show)
         except RunError as error:
             run_dir.update_manifest(state="failed", error=str(error))
             raise
         run_dir.update_manifest(state="done", finished=now(), model=f"{run_dir}/model", metrics=metrics, startup=clock)
         run_dir.delete(".scratch")
         return run_dir.manifest()
-
-
-def _need(run: SupervisedRun) -> Need:
-    workers, resources = run.learner.min_workers, run.learner.resources
-    total = {name: amount * workers for name, amount in resources.items()}
-    return Need(total, f"learner.workers: {workers} x {amounts(resources)}")
 
 
 def versions() -> dict[str, str]:
@@ -116,46 +148,48 @@ def _write_start(loaded: LoadedRun, run_dir: RunDirectory, command: str) -> None
 
 
 def _run_on_ray(
-    job: SupervisedJob, run_dir: RunDirectory, need: Need, clock: dict[str, float], show: Callable[[Progress], None]
+    run: TrainingRun,
+    kind: Kind,
+    run_dir: RunDirectory,
+    command: str,
+    clock: dict[str, float],
+    show: Callable[[Progress], None],
 ) -> dict[str, float]:
-    learner = job.run.learner
-    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(learner.start_timeout_s)
-    os.environ["RAY_TRAIN_COLLECTIVE_TIMEOUT_S"] = str(learner.stall_timeout_s)
+    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(run.learner.start_timeout_s)
+    os.environ["RAY_TRAIN_COLLECTIVE_TIMEOUT_S"] = str(run.learner.stall_timeout_s)
     show(Progress("phase", text="starting Ray"))
     # The driver needs Ray Train's torch backend, whose import takes as long as Ray's own start: do both at once.
     importer = threading.Thread(target=_import_train, daemon=True)
     importer.start()
     mark = time.time()
-    with ray_session(job.run, need):
+    with ray_session(run, kind.need):
         importer.join()
         clock["ray_s"] = time.time() - mark
         from raytrl.launch.watch import Watch, start_board
 
         board = start_board()
-        trainer = _trainer(job, run_dir, board)
         show(Progress("phase", text="starting workers"))
-        return Watch(job.run, run_dir, board, clock, show).until_done(trainer)
+        with kind.running(command, versions()) as (worker, config):
+            trainer = _trainer(run, run_dir, board, worker, config)
+            return Watch(run, run_dir, board, clock, show).until_done(trainer)
 
 
 def _import_train() -> None:
     import ray.train.torch  # noqa: F401
 
 
-def _trainer(job: SupervisedJob, run_dir: RunDirectory, board: Any) -> Any:
+def _trainer(run: TrainingRun, run_dir: RunDirectory, board: Any, worker: Worker, config: dict[str, Any]) -> Any:
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    from raytrl.launch.worker import supervised_worker
-
-    run = job.run
     local = run_dir.path if run_dir.is_local else os.path.join(tempfile.gettempdir(), f"raytrl-{run.name}")
     return TorchTrainer(
-        supervised_worker,
+        worker,
         train_loop_config={
-            "job": job,
             "board": board,
             "scratch": os.path.join(local, ".scratch"),
             "tensorboard": os.path.join(local, "tensorboard"),
+            **config,
         },
         torch_config=TorchConfig(timeout_s=int(run.learner.stall_timeout_s)),
         scaling_config=ScalingConfig(

@@ -8,10 +8,10 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from raytrl.config.runs import SupervisedRun
+from raytrl.config.runs import TrainingRun
 from raytrl.errors import RunError, StalledError, WorkerError
 from raytrl.records import Progress
-from raytrl.rundir import MetricsLog, RunDirectory, now
+from raytrl.rundir import MetricsLog, RunDirectory, StepLog, now
 
 _POLL_S = 0.2
 
@@ -41,7 +41,7 @@ class Watch:
 
     def __init__(
         self,
-        run: SupervisedRun,
+        run: TrainingRun,
         run_dir: RunDirectory,
         board: Any,
         clock: dict[str, float],
@@ -50,6 +50,7 @@ class Watch:
         self._run, self._run_dir, self._board, self._show = run, run_dir, board, show
         self._clock = clock
         self._log = MetricsLog(run_dir)
+        self._samples = StepLog(run_dir, "samples.jsonl")
         self._began = time.time()
         self._last_event = time.monotonic()
         self._last: Progress | None = None
@@ -74,6 +75,7 @@ class Watch:
             self._check_stall()
         self._take()
         self._log.flush()
+        self._samples.flush()
         if "error" in outcome:
             raise self._readable(outcome["error"])
         value = outcome["result"].return_value
@@ -99,13 +101,16 @@ class Watch:
             self._attempts += 1
             self._failure = None
             self._log.rewind(event.step)
+            self._samples.rewind(event.step)
         elif event.kind in ("step", "eval"):
             if not self._stepped:
                 self._stepped = True
                 self._clock["first_step_s"] = time.time() - self._began
             self._log.append({"step": event.step, **event.metrics})
+            self._samples.extend(event.samples)
         elif event.kind == "checkpoint" and not self._run_dir.is_local:
             self._log.flush()
+            self._samples.flush()
         elif event.kind == "failure":
             self._note_failure(event)
         self._show(event)
@@ -114,8 +119,8 @@ class Watch:
         self._failure = self._failure or event  # the first of an attempt; the others follow from it
         text = (self._run_dir.read("failures.log") or "") + f"{now()} {event.text}\n{event.details}\n"
         self._run_dir.write("failures.log", text)
-        if self._attempts == 0:
-            # Nothing was trained yet: the same inputs would fail the same way at every restart.
+        if self._attempts == 0 or event.final:
+            # Nothing was trained yet, or the step itself fails: a restart would fail the same way.
             raise self._worker_error(event)
 
     def _worker_error(self, event: Progress) -> RunError:

@@ -8,19 +8,21 @@ import shutil
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import ray
 import ray.train
 import ray.train.collective
 
-from raytrl.errors import RaytrlError, WorkerError
+from raytrl.errors import ConfigError, NonFiniteError, RaytrlError, RewardError, WorkerError
 from raytrl.launch.session import QUIET_LIBRARIES
 from raytrl.records import Progress
 
 # A peer's death seen from another rank: a consequence, not a cause, so never the message a user should read.
 _PEER_DEATH = ("connection closed by peer", "connection reset", "nccl", "gloo", "broken pipe", "timed out waiting")
+# A restart from the last checkpoint would come to the same end.
+_SAME_AGAIN = (ConfigError, NonFiniteError, RewardError)
 
 
 class RayWorkerContext:
@@ -77,7 +79,18 @@ def _move(checkpoint: Any, name: str) -> Any:
 
 
 def supervised_worker(config: dict[str, Any]) -> dict[str, float]:
-    """The train function that Ray Train runs in each worker."""
+    """The train function that Ray Train runs in each worker of a supervised run."""
+
+    def work(context: RayWorkerContext) -> dict[str, float]:
+        from raytrl.roles.supervised import train
+
+        return train(config["job"], context)
+
+    return as_worker(config, work)
+
+
+def as_worker(config: dict[str, Any], work: Callable[[RayWorkerContext], dict[str, float]]) -> dict[str, float]:
+    """Prepares a Ray Train worker process, does its work, and tells the driver what it failed of."""
     for name, value in QUIET_LIBRARIES.items():  # a cluster's nodes do not have the driver's environment
         os.environ.setdefault(name, value)
     # A virtual environment's bin holds ninja, which DeepSpeed's compiler calls by name.
@@ -86,15 +99,15 @@ def supervised_worker(config: dict[str, Any]) -> dict[str, float]:
     _quiet()
     context = RayWorkerContext(config["board"], config["scratch"])
     try:
-        from raytrl.roles.supervised import train
-
-        return train(config["job"], context)
+        return work(context)
     except Exception as error:
         node = ray.util.get_node_ip_address()
         cause = str(error) if isinstance(error, RaytrlError) else f"{type(error).__name__}: {error}"
         text = f"worker {context.rank} on node {node}: {cause}"
         if not any(word in str(error).lower() for word in _PEER_DEATH):
-            failure = Progress("failure", text=text, details=traceback.format_exc())
+            failure = Progress(
+                "failure", text=text, details=traceback.format_exc(), final=isinstance(error, _SAME_AGAIN)
+            )
             ray.get(config["board"].post.remote(failure), timeout=30)  # before this process may be ended
         raise WorkerError(text) from None
 

@@ -1,6 +1,7 @@
 """A run on the terminal: the plan, a bar with loss and time left (or a line a step where there is no terminal)."""
 
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
@@ -19,6 +20,12 @@ from rich.table import Table
 from rich.text import Text
 
 from raytrl.records import Progress as Event
+
+_PPO_PHASES = ("generate", "score", "experience", "update", "sync", "eval", "idle")
+_CLOSING = (
+    *("loss", "eval_loss", "eval_accuracy", "eval_mean_token_accuracy", "eval_margin"),
+    *("objective/scores_raw", "objective/kl", "response/length", "eval/score"),
+)
 
 
 class Display:
@@ -81,13 +88,17 @@ class Display:
         self._describe("training", total=event.total_steps, completed=event.step)
 
     def _on_step(self, event: Event) -> None:
-        text = f"loss {event.metrics['loss']:.4f}"
+        is_ppo = "objective/kl" in event.metrics
+        text = _ppo_text(event.metrics) if is_ppo else f"loss {event.metrics['loss']:.4f}"
         self._describe("training", completed=event.step, loss=text)
-        due = time.monotonic() >= self._line_due or event.step == event.total_steps
+        # A log file wants a sign of life, not every step; PPO's take so long, and tell so much, that each has a line.
+        due = is_ppo or time.monotonic() >= self._line_due or event.step == event.total_steps
         if not self._console.is_terminal and due:
-            self._line_due = time.monotonic() + 5  # a log file wants a sign of life, not every step
-            seconds = event.metrics.get("time/step_s", 0.0)
-            self._console.print(f"step {event.step}/{event.total_steps}  {text}  {seconds:.2f} s", highlight=False)
+            self._line_due = time.monotonic() + 5
+            spent = _ppo_seconds(event.metrics) if is_ppo else f"{event.metrics.get('time/step_s', 0.0):.2f} s"
+            self._console.print(
+                f"step {event.step}/{event.total_steps}  {text}  {spent}", highlight=False, soft_wrap=True
+            )
 
     def _on_eval(self, event: Event) -> None:
         shown = {k.removeprefix("eval_"): v for k, v in event.metrics.items() if k in ("eval_loss", "eval_accuracy")}
@@ -98,11 +109,32 @@ class Display:
         self._console.print(f"[yellow]failed:[/] {escape(event.text)}", highlight=False)
 
 
+def _ppo_text(metrics: Mapping[str, float]) -> str:
+    parts = [
+        f"score {metrics['objective/scores_raw']:.3f}",
+        f"KL {metrics['objective/kl']:.3f}",
+        f"entropy {metrics['policy/entropy_avg']:.2f}",
+        f"length {metrics['response/length']:.1f}",
+        f"clipped {metrics['policy/clipfrac_avg']:.0%}",
+    ]
+    if "eval/score" in metrics:
+        parts.append(f"evaluation {metrics['eval/score']:.3f}")
+    if dropped := metrics.get("objective/dropped"):
+        parts.append(f"dropped {dropped:g}")
+    return "  ".join(parts)
+
+
+def _ppo_seconds(metrics: Mapping[str, float]) -> str:
+    phases = [(name, metrics[f"time/{name}_s"]) for name in _PPO_PHASES if metrics.get(f"time/{name}_s", 0.0) >= 0.005]
+    split = " ".join(f"{name} {seconds:.2f}" for name, seconds in phases)
+    return f"{metrics['time/step_s']:.2f} s ({split})"
+
+
 def summary(manifest: dict[str, Any], run_dir: str) -> Table:
     """The closing table of a finished run."""
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     for key, value in manifest.get("metrics", {}).items():
-        if key in ("loss", "eval_loss", "eval_accuracy", "eval_mean_token_accuracy", "eval_margin"):
+        if key in _CLOSING:
             table.add_row(key, f"{value:.4f}")
     table.add_row("model", escape(manifest["model"]))
     table.add_row("metrics", escape(f"{run_dir}/metrics.jsonl"))

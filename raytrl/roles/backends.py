@@ -63,6 +63,10 @@ class Backend(ABC):
         """The full tensors that rollout engines need, by name. Collective."""
 
     @abstractmethod
+    def trainable_tensors(self) -> dict[str, Tensor]:
+        """Everything that learns, whole, by its name in `networks`. Collective."""
+
+    @abstractmethod
     def save(self, folder: Path) -> None:
         """Weights and optimizer state. Collective; returns when all is written."""
 
@@ -107,18 +111,18 @@ class TorchBackend(Backend):
 
     def save(self, folder: Path) -> None:
         if worker_rank() == 0:
-            torch.save(self._trainable(), folder / "networks.pt")
+            torch.save(self.trainable_tensors(), folder / "networks.pt")
             torch.save(self._optimizer.state_dict(), folder / "optimizer.pt")
         wait_for_all()
 
     def load(self, folder: Path) -> None:
         stored = torch.load(folder / "networks.pt", map_location=self.device, weights_only=True)
         with torch.no_grad():
-            for name, value in self._trainable().items():
+            for name, value in self.trainable_tensors().items():
                 value.copy_(stored[name])
         self._optimizer.load_state_dict(torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True))
 
-    def _trainable(self) -> dict[str, Tensor]:
+    def trainable_tensors(self) -> dict[str, Tensor]:
         return {name: value.data for name, value in self.networks.named_parameters() if value.requires_grad}
 
 

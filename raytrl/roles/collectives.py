@@ -1,8 +1,13 @@
 """Sums and maxima over the learner workers; with one worker, or without torch.distributed, they are the identity."""
 
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 def num_workers() -> int:
@@ -35,6 +40,15 @@ def copy_from_first(parameters: list[Tensor]) -> None:
     if _distributed():
         for parameter in parameters:
             dist.broadcast(parameter, src=0)
+
+
+def gather_over_workers(items: Sequence[T]) -> list[T]:
+    """The items of all workers, rank 0's first, on every worker; they are pickled, so keep them small."""
+    if not _distributed():
+        return list(items)
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, list(items))
+    return [item for part in found for item in part]
 
 
 def wait_for_all() -> None:

@@ -93,6 +93,13 @@ class DeepSpeedBackend(Backend):
         with deepspeed.zero.GatheredParameters(list(parameters.values())):
             return {name: value.data.to("cpu", copy=True) for name, value in parameters.items()}
 
+    def trainable_tensors(self) -> dict[str, Tensor]:
+        named = {name: value for name, value in self.networks.named_parameters() if value.requires_grad}
+        if self._engine.zero_optimization_stage() < 3:
+            return {name: value.data for name, value in named.items()}
+        with deepspeed.zero.GatheredParameters(list(named.values())):
+            return {name: value.data.to("cpu", copy=True) for name, value in named.items()}
+
     def save(self, folder: Path) -> None:
         self._engine.save_checkpoint(str(folder), tag=TAG, exclude_frozen_parameters=True)
         wait_for_all()

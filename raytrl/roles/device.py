@@ -4,17 +4,18 @@ import platform
 import resource
 import sys
 
-from raytrl.config.runs import SupervisedRun
+from raytrl.config.runs import SupervisedRun, TrainingRun
 from raytrl.errors import ConfigError
 
 
-def check_cpu(run: SupervisedRun) -> None:
+def check_cpu(run: TrainingRun) -> None:
     """Refuses bf16 where the CPU would only emulate it.
 
     Raises:
         ConfigError: naming the key.
     """
-    key = next((k for k in ("bf16", "bf16_full_eval") if run.training.get(k)), None)
+    training = run.training if isinstance(run, SupervisedRun) else {}
+    key = next((k for k in ("bf16", "bf16_full_eval") if training.get(k)), None)
     key = f"training.{key}" if key else "model.dtype" if run.model.dtype == "bfloat16" else None
     if key is None and ((run.learner.deepspeed or {}).get("bf16") or {}).get("enabled") is True:
         key = "learner.deepspeed.bf16.enabled"

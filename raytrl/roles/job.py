@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from raytrl.config.ppo_run import PpoRun
 from raytrl.config.runs import SupervisedRun
 
 
@@ -13,3 +14,12 @@ class SupervisedJob:
     command: str
     versions: dict[str, str]
     has_tokenizer: bool  # the driver trained one: it lies in the run directory
+
+
+@dataclass(frozen=True)
+class PpoJob:
+    """A PPO run as a learner worker needs it; pickled once, the same for every attempt."""
+
+    run: PpoRun
+    command: str
+    versions: dict[str, str]

@@ -1,0 +1,6 @@
+"""Every kind of run file, by the name that `kind` gives it."""
+
+from raytrl.config.ppo_run import PpoRun
+from raytrl.config.runs import DpoRun, RewardRun, Run, SftRun
+
+RUNS: dict[str, type[Run]] = {"sft": SftRun, "reward": RewardRun, "dpo": DpoRun, "ppo": PpoRun}

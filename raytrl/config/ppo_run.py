@@ -1,0 +1,106 @@
+"""The run file of `raytrl ppo`: its sections, and what must agree between them."""
+
+from typing import Any, Literal
+
+from pydantic import model_validator
+
+from raytrl.config.deepspeed import check_for_ppo
+from raytrl.config.ppo import EvalConfig, KlConfig, PpoConfig, ReferenceConfig, RolloutConfig, ValueModelConfig
+from raytrl.config.reward import RewardSection
+from raytrl.config.runs import TokenizerSpec, TrainingRun, or_raise
+
+
+class PpoRun(TrainingRun):
+    """PPO: learner workers on Ray Train, rollout and reward actors beside them."""
+
+    kind: Literal["ppo"] = "ppo"
+    rollout: RolloutConfig = RolloutConfig()
+    reward: RewardSection
+    ppo: PpoConfig = PpoConfig()
+    value_model: ValueModelConfig = ValueModelConfig()
+    reference: ReferenceConfig = ReferenceConfig()
+    eval: EvalConfig | None = None
+
+    @property
+    def tokenizer_path(self) -> str:
+        """Where the policy's tokenizer is."""
+        assert isinstance(self.model.tokenizer, str | None)
+        return str(self.model.tokenizer or self.model.path)
+
+    @property
+    def chunks_per_step(self) -> int:
+        """Pieces that a step's prompts are sampled in."""
+        return -(-self.ppo.prompts_per_step // self.rollout.chunk_prompts)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _evaluate_where_there_is_data(cls, values: Any) -> Any:
+        """`data.eval` alone turns evaluation on, as in the other kinds; written here so that defaults are shown."""
+        if isinstance(values, dict) and "eval" not in values:
+            data = values.get("data")
+            if isinstance(data, dict) and data.get("eval") is not None:
+                return {**values, "eval": {}}
+        return values
+
+    @model_validator(mode="after")
+    def _agreement(self) -> "PpoRun":
+        or_raise(self._model_problems() + self._role_problems() + self._idle_settings(), None)
+        return self
+
+    def _model_problems(self) -> list[str]:
+        model, problems = self.model, []
+        if model.path is None:
+            problems.append("model.path: missing; PPO goes on from a trained model: a Hugging Face id or local folder")
+        if isinstance(model.tokenizer, TokenizerSpec):
+            problems.append("model.tokenizer: a tokenizer cannot be trained here; found: vocab_size; expected: a path")
+        for key in ("revision", "pad_token"):
+            if (value := getattr(model, key)) is not None:
+                what = "download that revision and name its folder in model.path"
+                why = what if key == "revision" else "PPO keeps lengths and needs no padding token; leave it out"
+                problems.append(f"model.{key}: does nothing for ppo; found: {value!r}; {why}")
+        return problems
+
+    def _role_problems(self) -> list[str]:
+        learner, problems = self.learner, []
+        if not isinstance(learner.workers, int):
+            problems.append(
+                f"learner.workers: PPO cannot change its number of workers on the way yet; found: "
+                f"{list(learner.workers)}; expected: one number"
+            )
+        if self.chunks_per_step < learner.max_workers:
+            problems.append(
+                f"learner.workers: {learner.max_workers} workers share the prompts of a step in whole chunks; found: "
+                f"{self.chunks_per_step} chunks (ppo.batch_size {self.ppo.batch_size} / responses_per_prompt "
+                f"{self.ppo.responses_per_prompt} = {self.ppo.prompts_per_step} prompts, rollout.chunk_prompts "
+                f"{self.rollout.chunk_prompts}); expected: at least one each; lower rollout.chunk_prompts"
+            )
+        if learner.deepspeed is not None:
+            problems += check_for_ppo(learner.deepspeed)
+        if self.rollout.engine == "vllm":
+            problems.append(
+                "rollout.engine: vllm is not there yet: its engine is not part of this version; expected: auto or "
+                "transformers"
+            )
+        if any(amount <= 0 for amount in self.rollout.resources.values()) or not self.rollout.resources:
+            problems.append(f"rollout.resources: found: {self.rollout.resources}; expected: amounts above 0")
+        for tracker in self.report_to:
+            if tracker != "tensorboard":
+                problems.append(f"report_to: ppo writes to tensorboard only so far; found: {tracker!r}; leave it out")
+        return problems
+
+    def _idle_settings(self) -> list[str]:
+        """Settings that would do nothing. A default written out does no harm: config.yaml holds every value."""
+        ppo, problems = self.ppo, []
+        if self.eval is not None and self.data.eval is None:
+            problems.append("eval: does nothing without data.eval; name the prompts to evaluate on, or leave eval out")
+        if self.eval is None and self.data.eval is not None:
+            problems.append("data.eval: does nothing with eval: null; leave out one of the two")
+        if ppo.kl.target is None and ppo.kl.horizon != KlConfig().horizon:
+            problems.append(
+                f"ppo.kl.horizon: does nothing without ppo.kl.target; found: {ppo.kl.horizon}; leave it out"
+            )
+        if ppo.max_lag == 0 and ppo.importance_cap != PpoConfig().importance_cap:
+            problems.append(
+                f"ppo.importance_cap: does nothing with max_lag 0; found: {ppo.importance_cap}; leave it out"
+            )
+        return problems

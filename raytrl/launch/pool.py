@@ -1,0 +1,214 @@
+"""Requests over a pool of actors that may die: what is lost goes to another actor, and no wait is without limit.
+
+Knows nothing of Ray: `Calls` says how an actor is called. A pool belongs to one thread of one learner worker.
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from raytrl.errors import RunError, StalledError, WeightsVersionError
+
+_REVIVE_PAUSE_S = 0.5
+# A request that was lost this often is taken for the cause of it.
+_MAX_LOSSES = 8
+
+
+class ActorLostError(Exception):
+    """The actor died, or cannot be reached; `final`: it does not come back."""
+
+    def __init__(self, text: str, final: bool = False) -> None:
+        super().__init__(text)
+        self.final = final
+
+
+class Calls(Protocol):
+    """How the actors of a pool are called. A ticket stands for a call under way."""
+
+    def __len__(self) -> int:
+        """Actors in the pool, living or not."""
+        ...
+
+    def call(self, actor: int, method: str, *arguments: Any) -> Any:
+        """Start a call; returns a ticket at once."""
+        ...
+
+    def wait(self, tickets: Sequence[Any], timeout_s: float) -> list[Any]:
+        """The tickets that are done; waits until at least one is, or the time is up."""
+        ...
+
+    def result(self, ticket: Any) -> Any:
+        """Of a ticket that is done. Raises what the actor raised, or ActorLostError."""
+        ...
+
+
+@dataclass(frozen=True)
+class Request:
+    """One call that any actor of the pool may answer."""
+
+    name: str  # for messages
+    place: int  # the actor of choice is `place` modulo the pool's size
+    method: str
+    arguments: tuple[Any, ...]
+    losses: int = 0
+
+
+class Pool:
+    """Sends requests, takes answers in any order, and brings reborn actors up to date before they serve."""
+
+    def __init__(self, calls: Calls, what: str, who: str, timeout_s: float) -> None:
+        """
+        Args:
+            what: the actors, in the plural, for messages: "rollout actors".
+            who: the one that waits.
+            timeout_s: without any answer before StalledError.
+        """
+        self._calls, self._what, self._who, self._timeout_s = calls, what, who, timeout_s
+        self._prepare: tuple[Any, ...] = ()  # the call that brings an actor up to date: method, then arguments
+        self._expect: Any = None
+        self._up: set[int] = set()
+        self._gone: dict[int, str] = {}  # for good, and why
+        self._next_try: dict[int, float] = {}  # actors that are down and not being prepared
+        self._preparing: dict[Any, int] = {}
+        self._flying: dict[Any, tuple[Request, int]] = {}
+        self._unsent: list[Request] = []
+        self._last_loss = ""
+
+    @property
+    def up(self) -> frozenset[int]:
+        """Actors that have proved to be up to date."""
+        return frozenset(self._up)
+
+    def prepare_all(self, method: str, *arguments: Any, expect: Any = None, timeout_s: float | None = None) -> None:
+        """Bring all actors up to date; returns when at least one is, and none that can be reached is behind.
+
+        An actor that is down now is brought up to date by the same call when it is back.
+
+        Args:
+            expect: what the call must answer, the proof that the actor is up to date.
+            timeout_s: default: the pool's.
+
+        Raises:
+            StalledError: none was up in time. And what an actor raised.
+        """
+        assert not self._flying and not self._unsent, "requests are under way"
+        self._prepare, self._expect = (method, *arguments), expect
+        self._up.clear()
+        self._preparing.clear()
+        self._next_try = {actor: 0.0 for actor in range(len(self._calls)) if actor not in self._gone}
+        limit_s = timeout_s or self._timeout_s
+        deadline = time.monotonic() + limit_s
+        self._start_preparing()
+        first_round = set(self._preparing)
+        while first_round & self._preparing.keys() or not self._up:
+            self._take(deadline, limit_s, method)
+
+    def send(self, request: Request) -> None:
+        """Returns at once; the request goes to its actor of choice, or to the least busy one that is up."""
+        if not self._up:
+            self._unsent.append(request)
+            return
+        actor = request.place % len(self._calls)
+        if actor not in self._up or request.losses:
+            load = dict.fromkeys(sorted(self._up), 0)
+            for _, busy in self._flying.values():
+                if busy in load:
+                    load[busy] += 1
+            actor = min(load, key=lambda candidate: load[candidate])
+        self._flying[self._calls.call(actor, request.method, *request.arguments)] = (request, actor)
+
+    def answers(self) -> Iterator[tuple[Request, Any]]:
+        """The answer to every request that was sent, as they come.
+
+        Raises:
+            StalledError: no actor answered within the limit. And what an actor raised.
+        """
+        deadline = time.monotonic() + self._timeout_s
+        while self._flying or self._unsent:
+            for answer in self._take(deadline, self._timeout_s, "an answer"):
+                yield answer
+                deadline = time.monotonic() + self._timeout_s
+
+    def _take(self, deadline: float, limit_s: float, awaited: str) -> list[tuple[Request, Any]]:
+        """Wait for whatever comes next: answers (returned), an actor that is up to date, or a loss."""
+        self._start_preparing()
+        pause = min((due - time.monotonic() for due in self._next_try.values()), default=limit_s)
+        tickets = [*self._flying, *self._preparing]
+        ready = self._calls.wait(tickets, max(0.01, min(pause, deadline - time.monotonic())))
+        if not ready and time.monotonic() > deadline:
+            raise self._stalled(awaited, limit_s)
+        answers: list[tuple[Request, Any]] = []
+        for ticket in ready:
+            if ticket in self._preparing:
+                self._prepared(ticket)
+            else:
+                answers += self._answered(ticket)
+        return answers
+
+    def _prepared(self, ticket: Any) -> None:
+        actor = self._preparing.pop(ticket)
+        try:
+            proof = self._calls.result(ticket)
+        except ActorLostError as loss:
+            self._lost(actor, loss)
+            return
+        if proof != self._expect:
+            raise WeightsVersionError(
+                f"{self._who}: actor {actor} of the {self._what} is not up to date after {self._prepare[0]}; found: "
+                f"{proof}; expected: {self._expect}"
+            )
+        self._up.add(actor)
+        unsent, self._unsent = self._unsent, []
+        for request in unsent:
+            self.send(request)
+
+    def _answered(self, ticket: Any) -> list[Any]:
+        request, actor = self._flying.pop(ticket)
+        try:
+            return [(request, self._calls.result(ticket))]
+        except ActorLostError as loss:
+            self._lost(actor, loss)
+        except WeightsVersionError as error:  # restarted behind our back: up again, but not up to date
+            self._lost(actor, ActorLostError(str(error)))
+        if request.losses + 1 >= _MAX_LOSSES:
+            raise RunError(
+                f"{self._who}: {request.name}: was lost with {_MAX_LOSSES} {self._what} one after the other, so it may "
+                f"be what ends them; last: {self._last_loss}"
+            ) from None
+        self.send(Request(request.name, request.place, request.method, request.arguments, request.losses + 1))
+        return []
+
+    def _lost(self, actor: int, loss: ActorLostError) -> None:
+        self._up.discard(actor)
+        self._last_loss = f"actor {actor}: {loss}"
+        if loss.final:
+            self._gone[actor] = str(loss)
+            self._next_try.pop(actor, None)
+            if len(self._gone) == len(self._calls):
+                raise RunError(f"{self._who}: all {self._what} are gone for good; last: {self._last_loss}") from None
+        elif actor not in self._preparing.values():
+            self._next_try.setdefault(actor, time.monotonic() + _REVIVE_PAUSE_S)
+
+    def _start_preparing(self) -> None:
+        for actor in [actor for actor, due in self._next_try.items() if due <= time.monotonic()]:
+            del self._next_try[actor]
+            self._preparing[self._calls.call(actor, *self._prepare)] = actor
+
+    def _stalled(self, awaited: str, limit_s: float) -> StalledError:
+        waiting = sorted({request.name for request, _ in self._flying.values()} | {r.name for r in self._unsent})
+        actors = sorted({actor for _, actor in self._flying.values()} | set(self._preparing.values()))
+        named = f" ({', '.join(waiting[:4])})" if waiting else ""
+        return StalledError(
+            f"{self._who} has waited {limit_s:g} s for {awaited} of the {self._what}{named}; "
+            f"{'; '.join(self._doing(actor) for actor in actors) or 'none is up'}"
+            f"{'; last loss: ' + self._last_loss if self._last_loss else ''}"
+        )
+
+    def _doing(self, actor: int) -> str:
+        ticket = self._calls.call(actor, "doing")
+        try:
+            found = self._calls.result(ticket) if self._calls.wait([ticket], 2.0) else "does not answer"
+        except ActorLostError:
+            found = "is down"
+        return f"actor {actor}: {found}"

@@ -1,0 +1,102 @@
+"""What is particular to launching PPO: checks, and the actors that the driver owns."""
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from raytrl.config.ppo_run import PpoRun
+from raytrl.launch.ppo_preflight import check_ppo, describe_ppo
+from raytrl.launch.preflight import amounts
+from raytrl.launch.session import Need
+from raytrl.roles.job import PpoJob
+from raytrl.rundir import RunDirectory
+
+if TYPE_CHECKING:
+    from raytrl.roles.reward import RewardSources
+    from raytrl.roles.rollout import RolloutEngine
+
+
+class PpoKind:
+    """`train.Kind` of PPO."""
+
+    def __init__(self, run: PpoRun) -> None:
+        self._run = run
+
+    @property
+    def need(self) -> Need:
+        run = self._run
+        parts = [
+            ("learner.workers", run.learner.max_workers, run.learner.resources),
+            ("rollout.actors", run.rollout.actors, run.rollout.resources),
+            ("reward.actors", run.reward.actors, run.reward.resources),
+        ]
+        total: dict[str, float] = {}
+        for _, count, resources in parts:
+            for name, amount in resources.items():
+                total[name] = total.get(name, 0.0) + count * amount
+        who = " + ".join(f"{key}: {count} x {amounts(resources)}" for key, count, resources in parts)
+        # Two versions of the weights, in float32 at most, are there while actors change from one to the next.
+        return Need(total, who, Need.object_store_bytes + 4 * self._travelling_bytes())
+
+    def _travelling_bytes(self) -> int:
+        """Size on disk of what goes to the rollout actors at every step; little with LoRA, unknown for a hub id."""
+        if self._run.lora is not None:
+            return 0
+        return sum(file.stat().st_size for file in Path(str(self._run.model.path)).glob("*.safetensors"))
+
+    def check(self, run_dir: RunDirectory) -> str:
+        return describe_ppo(self._run, check_ppo(self._run))
+
+    @contextmanager
+    def running(self, command: str, versions: dict[str, str]) -> Iterator[tuple[Any, dict[str, Any]]]:
+        from raytrl.launch.ray_actors import started_actors
+
+        run = self._run
+        engine, sources = functools.partial(make_engine, run), functools.partial(make_sources, run)
+        with started_actors(run, engine, sources) as (rollout, reward):
+            job = PpoJob(run, command, versions)
+            yield ppo_worker, {"job": job, "rollout": rollout, "reward": reward}
+
+
+# Ray sends these by name: the driver never imports torch and the models' libraries, the processes that need them do.
+
+
+def make_engine(run: PpoRun) -> "RolloutEngine":
+    """The engine of one rollout actor; its weights are the learners', in their dtype."""
+    from raytrl.roles.models import torch_dtype
+    from raytrl.roles.rollout import TransformersEngine
+
+    return TransformersEngine.from_pretrained(
+        str(run.model.path),
+        run.tokenizer_path,
+        run.rollout,
+        seed=run.seed,
+        lora=run.lora,
+        dtype=torch_dtype(run.model.dtype, run.learner.uses_gpu),
+        device="cuda" if run.rollout.resources.get("GPU", 0) else "cpu",
+        trust_remote_code=run.model.trust_remote_code,
+    )
+
+
+def make_sources(run: PpoRun) -> "RewardSources":
+    """The sources of one reward actor. It sees parts of a batch, so how many may be dropped is judged by the learner."""
+    from raytrl.roles.reward import RewardSources
+
+    section = run.reward
+    if section.on_error == "drop":
+        section = section.model_copy(update={"max_dropped_fraction": 1.0})
+    return RewardSources(section, "cuda" if run.reward.resources.get("GPU", 0) else "cpu")
+
+
+def ppo_worker(config: dict[str, Any]) -> dict[str, float]:
+    """The train function that Ray Train runs in each learner worker."""
+    from raytrl.launch.worker import RayWorkerContext, as_worker
+
+    def work(context: RayWorkerContext) -> dict[str, float]:
+        from raytrl.launch.ppo_worker import train_ppo
+
+        return train_ppo(config["job"], context, config["rollout"], config["reward"], config["tensorboard"])
+
+    return as_worker(config, work)

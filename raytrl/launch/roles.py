@@ -1,0 +1,111 @@
+"""The loop's `Generator` and `Scorer` on pools of actors: one of each in every learner worker."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+from raytrl.config.ppo import RolloutConfig
+from raytrl.config.reward import RewardSection
+from raytrl.errors import RunError, WeightsVersionError
+from raytrl.launch.pool import Pool, Request
+from raytrl.records import Prompt, Response, Score, chunks
+from raytrl.roles.reward import check_dropped
+from raytrl.roles.reward_call import Pair
+from raytrl.roles.weights import Weights
+
+
+class RolloutPool:
+    """`ppo.protocols.Generator` on rollout actors."""
+
+    def __init__(
+        self, pool: Pool, rollout: RolloutConfig, *, samples: int, attempt: int, share: Callable[[Weights], Any]
+    ) -> None:
+        """
+        Args:
+            samples: responses per prompt.
+            attempt: of the learner group; the actors refuse requests of earlier ones.
+            share: puts the weights, once for all workers, where the actors can take them; returns what to send them.
+                Collective.
+        """
+        self._pool, self._rollout, self._samples = pool, rollout, samples
+        self._attempt, self._share = attempt, share
+        self._version: int | None = None
+
+    @property
+    def num_up(self) -> int:
+        """Actors that serve at the moment, as far as this worker knows."""
+        return len(self._pool.up)
+
+    def load_weights(self, weights: Weights) -> None:
+        """Every actor that can be reached proves version and checksum; the others have to before they serve."""
+        first = self._version is None
+        self._version = None
+        self._pool.prepare_all(
+            "load_weights",
+            self._attempt,
+            self._share(weights),
+            expect=(weights.version, weights.checksum),
+            timeout_s=self._rollout.start_timeout_s if first else None,  # the models are still being loaded
+        )
+        self._version = weights.version
+
+    def generate(self, prompts: Sequence[Prompt], version: int, *, greedy: bool) -> Iterable[Sequence[Response]]:
+        if version != self._version:
+            raise WeightsVersionError(f"asked for responses of version {version}; the actors have {self._version}")
+        samples = 1 if greedy else self._samples
+        for chunk in chunks(prompts, self._rollout.chunk_prompts):
+            bare = [replace(prompt, columns={}) for prompt in chunk]  # the columns are for reward functions
+            self._pool.send(
+                Request(
+                    name=f"rows {bare[0].row} to {bare[-1].row} of step {bare[0].step}",
+                    place=bare[0].row // self._rollout.chunk_prompts,
+                    method="generate",
+                    arguments=(self._attempt, bare, version, samples, greedy),
+                )
+            )
+        return self._responses()
+
+    def _responses(self) -> Iterator[Sequence[Response]]:
+        for request, responses in self._pool.answers():
+            _, prompts, version, samples, _ = request.arguments
+            wanted = [(prompt.step, prompt.row, sample, version) for prompt in prompts for sample in range(samples)]
+            if [(r.step, r.row, r.sample, r.policy_version) for r in responses] != wanted:
+                raise RunError(f"rollout actors: the answer to {request.name} is not what was asked for; please report")
+            yield responses
+
+
+class RewardPool:
+    """`ppo.protocols.Scorer` on reward actors."""
+
+    def __init__(
+        self,
+        pool: Pool,
+        section: RewardSection,
+        *,
+        attempt: int,
+        start_timeout_s: float,
+        gather: Callable[[Sequence[Score]], Sequence[Score]],
+    ) -> None:
+        """
+        Args:
+            gather: the scores of all workers, on every worker; collective.
+        """
+        self._pool, self._section, self._attempt, self._gather = pool, section, attempt, gather
+        self._start_timeout_s, self._started, self._sent = start_timeout_s, False, 0
+
+    def submit(self, prompts: Sequence[Prompt], responses: Sequence[Response]) -> None:
+        if not self._started:
+            self._pool.prepare_all("prepare", self._attempt, timeout_s=self._start_timeout_s)
+            self._started = True
+        by_row = {prompt.row: prompt for prompt in prompts}
+        pairs: list[Pair] = [(by_row[response.row], response) for response in responses]
+        first = responses[0]
+        name = f"scores of rows {first.row} to {responses[-1].row} of step {first.step}"
+        self._pool.send(Request(name, self._sent, "score", (self._attempt, pairs)))
+        self._sent += 1
+
+    def collect(self) -> list[Score]:
+        scores = [score for _, answer in self._pool.answers() for score in answer]
+        if self._section.on_error == "drop":  # judged over the step's whole batch, whoever scored it
+            check_dropped(self._gather(scores), self._section.drop_budget)
+        return scores

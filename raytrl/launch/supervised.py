@@ -1,0 +1,35 @@
+"""What is particular to launching SFT, reward modelling and DPO."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from raytrl.config.runs import SupervisedRun
+from raytrl.launch.preflight import amounts, describe, preflight
+from raytrl.launch.session import Need
+from raytrl.roles.job import SupervisedJob
+from raytrl.rundir import RunDirectory
+
+
+class SupervisedKind:
+    """`train.Kind` of a TRL trainer: workers alone."""
+
+    def __init__(self, run: SupervisedRun) -> None:
+        self._run = run
+        self._has_tokenizer = False
+
+    @property
+    def need(self) -> Need:
+        workers, resources = self._run.learner.min_workers, self._run.learner.resources
+        total = {name: amount * workers for name, amount in resources.items()}
+        return Need(total, f"learner.workers: {workers} x {amounts(resources)}")
+
+    def check(self, run_dir: RunDirectory) -> str:
+        rows, self._has_tokenizer = preflight(self._run, run_dir)
+        return describe(self._run, rows)
+
+    @contextmanager
+    def running(self, command: str, versions: dict[str, str]) -> Iterator[tuple[Any, dict[str, Any]]]:
+        from raytrl.launch.worker import supervised_worker
+
+        yield supervised_worker, {"job": SupervisedJob(self._run, command, versions, self._has_tokenizer)}

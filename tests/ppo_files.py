@@ -1,0 +1,70 @@
+"""A small PPO run: a llama of random weights, and a rule that likes what could be words."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tests.runs import TINY_LLAMA, WORDS, text_rows, write_rows
+
+RULE = '''
+def spelling(completions, **columns):
+    """The share of letters in a completion."""
+    return [sum(letter.isascii() and letter.isalpha() for letter in text) / max(1, len(text)) for text in completions]
+'''
+
+
+def make_policy(folder: Path) -> str:
+    """Writes a model and its tokenizer; the same weights each time."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from raytrl.config.runs import TokenizerSpec
+    from raytrl.roles.tokenizer import train_tokenizer
+
+    tokenizer = train_tokenizer(iter([" " + " ".join(WORDS)] * 50), TokenizerSpec(vocab_size=300))
+    torch.manual_seed(0)
+    values = {key: value for key, value in TINY_LLAMA.items() if key != "model_type"}
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        initializer_range=0.2,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        **values,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder / "policy")
+    tokenizer.save_pretrained(folder / "policy")
+    return str(folder / "policy")
+
+
+def make_files(folder: Path) -> None:
+    """Model, prompts and reward rule of every run in the folder."""
+    make_policy(folder)
+    write_rows(folder / "prompts.jsonl", [{"prompt": row["text"], "topic": "film"} for row in text_rows(40)])
+    (folder / "rule.py").write_text(RULE)
+
+
+def ppo_file(folder: Path, name: str, **sections: Any) -> str:
+    """Writes a small run file (2 learners, 2 rollout actors, 8 steps); keyword arguments extend its sections."""
+    values: dict[str, Any] = {
+        "kind": "ppo",
+        "name": name,
+        "output_dir": str(folder / "runs"),
+        "model": {"path": str(folder / "policy")},
+        "data": {"train": str(folder / "prompts.jsonl")},
+        "learner": {"workers": 2, "resources": {"CPU": 0.25}},
+        "rollout": {"actors": 2, "resources": {"CPU": 0.5}, "sampling": {"max_new_tokens": 8}, "chunk_prompts": 4},
+        "reward": {
+            "resources": {"CPU": 0.5},
+            "sources": [{"name": "spelling", "function": f"{folder}/rule.py:spelling"}],
+        },
+        "ppo": {"steps": 8, "batch_size": 16, "epochs": 2, "minibatches": 2, "learning_rate": 1e-2},
+        "checkpoint": {"every": 2},
+        "report_to": [],
+    }
+    for key, value in sections.items():
+        both = isinstance(value, dict) and isinstance(values.get(key), dict)
+        values[key] = values[key] | value if both else value
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return str(path)

@@ -1,0 +1,311 @@
+"""The pools of actors, on real actor objects in this process: deaths, rebirths, stale weights, limits."""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from toy import gpt2, make_engine, prompt_batch
+
+from raytrl.config.ppo import RolloutConfig
+from raytrl.config.reward import RewardSection
+from raytrl.errors import RewardError, RunError, StaleAttemptError, StalledError, WeightsVersionError
+from raytrl.launch.actors import RewardActor, RolloutActor
+from raytrl.launch.pool import ActorLostError, Pool, Request
+from raytrl.launch.roles import RewardPool, RolloutPool
+from raytrl.launch.transport import pack, unpack
+from raytrl.records import Prompt, Response, Score
+from raytrl.roles.weights import Weights, policy_parameters
+
+ROLLOUT = RolloutConfig(chunk_prompts=4)
+
+
+class LocalCalls:
+    """`pool.Calls` on objects; a call runs when it is waited for. `deaths` may kill an actor before a call runs."""
+
+    def __init__(self, make: Callable[[], Any], size: int) -> None:
+        self._make = make
+        self.actors = [make() for _ in range(size)]
+        self.deaths: Callable[[int, str], bool] = lambda actor, method: False
+        self.silent: set[int] = set()
+        self.ran: list[tuple[int, str]] = []
+        self._calls: dict[int, tuple[int, str, tuple[Any, ...]]] = {}
+        self._results: dict[int, Any] = {}
+        self._lives = [0] * size
+        self._number = 0
+
+    def __len__(self) -> int:
+        return len(self.actors)
+
+    def kill(self, actor: int) -> None:
+        self.actors[actor] = self._make()
+        for ticket, (called, _, _) in self._calls.items():
+            if called == actor:
+                self._results[ticket] = ActorLostError("killed")
+
+    def call(self, actor: int, method: str, *arguments: Any) -> int:
+        self._number += 1
+        self._calls[self._number] = (actor, method, arguments)
+        return self._number
+
+    def wait(self, tickets: Sequence[int], timeout_s: float) -> list[int]:
+        for ticket in tickets:
+            actor, method, arguments = self._calls[ticket]
+            if ticket in self._results or (actor in self.silent and method != "doing"):
+                continue
+            if self.deaths(actor, method):
+                self.kill(actor)
+                continue
+            self.ran.append((actor, method))
+            try:
+                self._results[ticket] = getattr(self.actors[actor], method)(*arguments)
+            except Exception as error:
+                self._results[ticket] = error
+        ready = [ticket for ticket in tickets if ticket in self._results]
+        if not ready:
+            time.sleep(min(timeout_s, 0.02))
+        return ready
+
+    def result(self, ticket: int) -> Any:
+        del self._calls[ticket]
+        found = self._results.pop(ticket)
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+
+def weights(version: int, seed: int = 0) -> Weights:
+    return Weights.of(version, policy_parameters(gpt2(seed, width=16)).items(), torch.float32)
+
+
+def engines(size: int) -> LocalCalls:
+    return LocalCalls(lambda: RolloutActor(lambda: make_engine(gpt2(width=16), chunk=4)), size)
+
+
+def pool_on(calls: LocalCalls, timeout_s: float = 5.0, attempt: int = 1) -> RolloutPool:
+    pool = Pool(calls, "rollout actors", "worker 0", timeout_s)
+    return RolloutPool(pool, ROLLOUT, samples=2, attempt=attempt, share=pack)
+
+
+def responses(pool: RolloutPool, version: int, step: int = 0) -> dict[tuple[int, int], Response]:
+    made = pool.generate(prompt_batch(step, range(16)), version, greedy=False)
+    return {(r.row, r.sample): r for chunk in made for r in chunk}
+
+
+def expected(version: int, seed: int = 0, step: int = 0) -> dict[tuple[int, int], Response]:
+    pool = pool_on(engines(1))
+    pool.load_weights(weights(version, seed))
+    return responses(pool, version, step)
+
+
+def once(*which: tuple[int, str]) -> Callable[[int, str], bool]:
+    left = list(which)
+
+    def dies(actor: int, method: str) -> bool:
+        if (actor, method) in left:
+            left.remove((actor, method))
+            return True
+        return False
+
+    return dies
+
+
+def test_a_death_in_the_middle_changes_no_response() -> None:
+    calls = engines(3)
+    pool = pool_on(calls)
+    pool.load_weights(weights(0))
+    calls.deaths = once((1, "generate"))
+    assert responses(pool, 0) == expected(0)
+    assert pool.num_up == 2
+
+
+def test_a_reborn_actor_serves_only_after_it_took_the_current_weights() -> None:
+    calls = engines(2)
+    pool = pool_on(calls)
+    pool.load_weights(weights(0))
+    pool.load_weights(weights(1, seed=1))
+    calls.kill(0)
+    calls.kill(1)  # both: nobody is left who could serve at once
+    assert responses(pool, 1) == expected(1, seed=1)
+    assert pool.num_up >= 1
+
+
+def test_death_while_weights_are_loaded() -> None:
+    calls = engines(2)
+    pool = pool_on(calls)
+    calls.deaths = once((0, "load_weights"))
+    pool.load_weights(weights(0))
+    assert pool.num_up == 1
+    assert responses(pool, 0) == expected(0)
+    pool.load_weights(weights(1))
+    assert pool.num_up == 2
+
+
+def test_two_workers_load_once() -> None:
+    calls = engines(2)
+    first, second = pool_on(calls), pool_on(calls)
+    first.load_weights(weights(0))
+    loaded = [actor._engine for actor in calls.actors]
+    for engine in loaded:
+        engine.load_weights = None  # a second load would fail
+    second.load_weights(weights(0))
+    assert responses(second, 0) == expected(0)
+
+
+def test_a_new_attempt_replaces_the_weights_of_the_old_one_and_refuses_its_requests() -> None:
+    """After a resume the same version may stand for other weights, and the dead worker's calls still wait."""
+    calls = engines(1)
+    old, new = pool_on(calls, attempt=1), pool_on(calls, attempt=2)
+    old.load_weights(weights(3, seed=1))
+    waiting = old.generate(prompt_batch(3, range(4)), 3, greedy=False)
+    new.load_weights(weights(3))
+    with pytest.raises(StaleAttemptError):
+        list(waiting)
+    with pytest.raises(StaleAttemptError):
+        old.load_weights(weights(4))
+    assert responses(new, 3, step=3) == expected(3, step=3)
+
+
+def test_corrupt_weights_are_refused() -> None:
+    good = weights(0)
+    pool = pool_on(engines(1))
+    with pytest.raises(WeightsVersionError, match="checksum"):
+        pool.load_weights(Weights(0, good.tensors, "0" * 32))
+    with pytest.raises(WeightsVersionError, match="asked for responses of version 0"):
+        pool.generate(prompt_batch(0, range(4)), 0, greedy=False)
+
+
+def test_an_actor_must_prove_what_it_holds() -> None:
+    calls = engines(2)
+    calls.actors[1].load_weights = lambda attempt, packed: (packed.version - 1, packed.checksum)
+    with pytest.raises(WeightsVersionError, match=r"actor 1 .*is not up to date.*found: \(4, .*expected: \(5, "):
+        pool_on(calls).load_weights(weights(5))
+
+
+def test_weights_of_an_earlier_attempt_do_not_serve_a_new_one() -> None:
+    actor = RolloutActor(lambda: make_engine(gpt2(width=16)))
+    actor.load_weights(1, pack(weights(3)))
+    assert len(actor.generate(1, prompt_batch(3, [0]), 3, 1, True)) == 1
+    with pytest.raises(WeightsVersionError, match="asked for attempt 2, version 3"):
+        actor.generate(2, prompt_batch(3, [0]), 3, 1, True)
+
+
+def test_a_silent_actor_is_named_with_what_it_does() -> None:
+    calls = engines(2)
+    pool = pool_on(calls, timeout_s=0.2)
+    pool.load_weights(weights(0))
+    calls.silent = {1}
+    with pytest.raises(StalledError, match=r"worker 0 has waited 0\.2 s .*rows 4 to 7 of step 0.*actor 1: nothing"):
+        responses(pool, 0)
+
+
+def test_a_request_that_kills_every_actor_ends_the_run() -> None:
+    calls = engines(2)
+    pool = pool_on(calls, timeout_s=30.0)
+    pool.load_weights(weights(0))
+    calls.deaths = lambda actor, method: method == "generate"
+    with pytest.raises(RunError, match="may be what ends them"):
+        responses(pool, 0)
+
+
+def test_all_gone_for_good() -> None:
+    class Gone(LocalCalls):
+        def result(self, ticket: int) -> Any:
+            raise ActorLostError("no such actor", final=True)
+
+    pool = Pool(Gone(lambda: RolloutActor(lambda: make_engine(gpt2())), 2), "rollout actors", "worker 0", 5.0)
+    with pytest.raises(RunError, match="all rollout actors are gone for good; last: actor 1: no such actor"):
+        pool.prepare_all("load_weights", 1, None)
+
+
+def test_greedy_asks_for_one_response_and_sends_no_columns() -> None:
+    calls = engines(1)
+    pool = pool_on(calls)
+    pool.load_weights(weights(0))
+    seen: list[Prompt] = []
+    generate = calls.actors[0].generate
+    calls.actors[0].generate = lambda attempt, prompts, *rest: seen.extend(prompts) or generate(attempt, prompts, *rest)
+    prompts = [Prompt(0, 0, "1", (1,), {"answer": "secret"})]
+    (chunk,) = pool.generate(prompts, 0, greedy=True)
+    assert len(chunk) == 1
+    assert [prompt.columns for prompt in seen] == [{}]
+
+
+def test_weights_survive_the_journey_as_bytes() -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        tensors = {"a": torch.randn(3, 2).to(dtype), "empty": torch.empty(0, 4, dtype=dtype)}
+        sent = Weights.of(5, tensors.items(), dtype)
+        arrived = unpack(pack(sent))
+        assert arrived.checksum == sent.checksum and arrived.version == 5
+        assert all(torch.equal(arrived.tensors[name], tensors[name]) for name in tensors)
+
+
+class FirstTokens:
+    """Stands for `RewardSources`: the score is the first token; rows named are dropped, or raise."""
+
+    def __init__(self, dropped: Sequence[int] = (), raises: bool = False) -> None:
+        self.dropped, self.raises = dropped, raises
+
+    def score(self, pairs: Sequence[tuple[Prompt, Response]]) -> list[Score]:
+        if self.raises:
+            raise RewardError("source 'a' raised ValueError")
+        values = [None if r.row in self.dropped else float(r.token_ids[0]) for _, r in pairs]
+        return [Score(r.step, r.row, r.sample, v, {"a": v}) for (_, r), v in zip(pairs, values, strict=True)]
+
+
+def reward_pool(calls: LocalCalls, **section: Any) -> RewardPool:
+    sources = [{"name": "a", "function": "a.py:a"}]
+    return RewardPool(
+        Pool(calls, "reward actors", "worker 0", 5.0),
+        RewardSection(sources=sources, **section),
+        attempt=1,
+        start_timeout_s=5.0,
+        gather=list,
+    )
+
+
+def answered(rows: Sequence[int]) -> list[Response]:
+    return [Response(0, row, 0, (row,), "", True, (0.0,), 0) for row in rows]
+
+
+def test_scores_survive_a_reward_actor() -> None:
+    calls = LocalCalls(lambda: RewardActor(lambda: FirstTokens()), 2)  # type: ignore[arg-type, return-value]
+    scorer, prompts = reward_pool(calls), prompt_batch(0, range(8))
+    calls.deaths = once((1, "score"))
+    for start in (0, 4):
+        scorer.submit(prompts, answered(range(start, start + 4)))
+    assert sorted((score.row, score.value) for score in scorer.collect()) == [(row, float(row)) for row in range(8)]
+    assert list(scorer.collect()) == []
+
+
+def test_drops_are_judged_over_the_whole_batch() -> None:
+    calls = LocalCalls(lambda: RewardActor(lambda: FirstTokens(dropped=[0, 1])), 1)  # type: ignore[arg-type, return-value]
+    prompts = prompt_batch(0, range(8))
+    for fraction, passes in ((0.25, True), (0.2, False)):
+        scorer = reward_pool(calls, on_error="drop", max_dropped_fraction=fraction)
+        for start in (0, 4):
+            scorer.submit(prompts, answered(range(start, start + 4)))
+        if passes:
+            assert sum(score.value is None for score in scorer.collect()) == 2
+        else:
+            with pytest.raises(RewardError, match="found 2 of 8"):
+                scorer.collect()
+
+
+def test_a_failing_source_fails_with_its_own_error() -> None:
+    calls = LocalCalls(lambda: RewardActor(lambda: FirstTokens(raises=True)), 2)  # type: ignore[arg-type, return-value]
+    scorer = reward_pool(calls)
+    scorer.submit(prompt_batch(0, range(4)), answered(range(4)))
+    with pytest.raises(RewardError, match="source 'a' raised ValueError"):
+        scorer.collect()
+
+
+def test_requests_are_not_lost_while_none_is_up() -> None:
+    calls = engines(1)
+    pool = Pool(calls, "rollout actors", "worker 0", 5.0)
+    pool.prepare_all("begin", 1)
+    calls.kill(0)
+    for place in range(3):
+        pool.send(Request(f"call {place}", place, "doing", ()))
+    assert sorted(request.name for request, _ in pool.answers()) == ["call 0", "call 1", "call 2"]

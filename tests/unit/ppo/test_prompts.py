@@ -1,0 +1,109 @@
+"""Prompts: their order, their shares, their tokens, and what is refused."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from datasets import Dataset
+
+from raytrl.config.ppo import RolloutConfig
+from raytrl.config.ppo_run import PpoRun
+from raytrl.config.runs import TokenizerSpec
+from raytrl.data import check_columns
+from raytrl.errors import ConfigError, DataError
+from raytrl.records import chunks
+from raytrl.roles.prompts import PromptOrder, PromptTable, SharedPrompts, check_prompts
+from raytrl.roles.tokenizer import load_tokenizer, train_tokenizer
+
+RUN = PpoRun(
+    name="a",
+    model={"path": "a"},
+    data={"train": "a.jsonl"},
+    reward={"sources": [{"name": "a", "function": "a.py:a"}]},
+)
+TEMPLATE = (
+    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% if not (loop.last and continue_final_message) %}"
+    "{{ eos_token }}{% endif %}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return train_tokenizer(iter([" a the film is good bad slow"] * 50), TokenizerSpec(vocab_size=270))
+
+
+def table(tokenizer: Any, rows: list[dict[str, Any]], **rollout: Any) -> PromptTable:
+    return PromptTable(Dataset.from_list(rows), tokenizer, RolloutConfig(**rollout), "data.train")
+
+
+def shared(tokenizer: Any, rank: int = 0, world: int = 1, **changes: Any) -> SharedPrompts:
+    rows = [{"prompt": f"film {i}", "answer": i} for i in range(10)]
+    options: dict[str, Any] = {"per_step": 8, "eval_rows": 5, "chunk_prompts": 2, "seed": 0} | changes
+    prompts = table(tokenizer, rows)
+    return SharedPrompts(prompts, prompts, rank=rank, world_size=world, **options)
+
+
+def test_every_epoch_is_a_permutation_of_its_own() -> None:
+    order = PromptOrder(10, 4, seed=0)
+    drawn = [order.index(step, row) for step in range(15) for row in range(4)]
+    epochs = [drawn[start : start + 10] for start in range(0, 60, 10)]
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 6
+    assert [PromptOrder(10, 4, seed=0).index(7, row) for row in range(4)] == drawn[28:32]  # no cursor
+    assert [PromptOrder(10, 4, seed=1).index(0, row) for row in range(4)] != drawn[:4]
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+def test_shares_are_whole_chunks_and_together_the_batch(tokenizer: Any, world: int) -> None:
+    whole = shared(tokenizer).next(3)
+    shares = [shared(tokenizer, rank, world).next(3) for rank in range(world)]
+    assert [prompt for share in shares for prompt in share] == whole
+    assert [chunk for share in shares for chunk in chunks(share, 2)] == chunks(whole, 2)
+    assert all(share for share in shares)
+    evaluations = [p for rank in range(world) for p in shared(tokenizer, rank, world).evaluation(3)]
+    assert [(p.row, p.text, p.step) for p in evaluations] == [(i, f"film {i}", 3) for i in range(5)]
+
+
+def test_the_other_columns_travel(tokenizer: Any) -> None:
+    for prompt in shared(tokenizer).next(0):
+        assert prompt.text == f"film {prompt.columns['answer']}"
+        assert set(prompt.columns) == {"answer"}
+
+
+def test_a_long_prompt_loses_its_beginning_or_is_refused(tokenizer: Any) -> None:
+    rows = [{"prompt": "film"}, {"prompt": "the film is good the film is bad"}]
+    whole = table(tokenizer, rows)
+    ids = whole.prompt(1, 0, 0).token_ids
+    assert table(tokenizer, rows, max_prompt_length=4).prompt(1, 0, 0).token_ids == ids[-4:]
+    assert check_prompts(table(tokenizer, rows, max_prompt_length=4), tokenizer, "data.train") == (len(ids), 1)
+    refusing = table(tokenizer, rows, max_prompt_length=4, long_prompts="refuse")
+    with pytest.raises(DataError, match=r"data\.train: row 2: the prompt is too long; found: \d+ tokens"):
+        check_prompts(refusing, tokenizer, "data.train")
+
+
+def test_conversations_take_the_chat_template(tokenizer: Any, tmp_path: Path) -> None:
+    rows = [{"prompt": [{"role": "user", "content": "is the film good"}]}]
+    with pytest.raises(ConfigError, match="no chat template"):
+        check_prompts(table(tokenizer, rows), tokenizer, "data.train")
+    tokenizer.save_pretrained(tmp_path)
+    chat = load_tokenizer(str(tmp_path), None, False)
+    chat.chat_template = TEMPLATE
+    prompt = table(chat, rows).prompt(0, 0, 0)
+    assert chat.decode(prompt.token_ids) == "<user>is the film good<|end|><assistant>"
+    assert prompt.text == rows[0]["prompt"]
+    begun = [{"prompt": [*rows[0]["prompt"], {"role": "assistant", "content": "the film is"}]}]
+    assert chat.decode(table(chat, begun).prompt(0, 0, 0).token_ids).endswith("<assistant>the film is")
+    chat.chat_template = "{{ raise_exception('no system turn') }}"
+    with pytest.raises(DataError, match=r"row 1: the chat template cannot render the prompt: no system turn"):
+        table(chat, rows).prompt(0, 0, 0)
+
+
+def test_what_is_refused(tokenizer: Any) -> None:
+    with pytest.raises(DataError, match=r"row 2: the prompt has no tokens"):
+        check_prompts(table(tokenizer, [{"prompt": "film"}, {"prompt": ""}]), tokenizer, "data.train")
+    with pytest.raises(DataError, match=r"data\.train: row 2: 'prompt' is missing or null"):
+        check_columns(Dataset.from_list([{"prompt": "a"}, {"prompt": None}]), RUN, "data.train")
+    with pytest.raises(DataError, match=r"no columns that `raytrl ppo` can train on; found: text; expected: prompt"):
+        check_columns(Dataset.from_list([{"text": "a"}]), RUN, "data.train")
+    pairs = Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}])
+    assert check_columns(pairs, RUN, "data.train") == ("prompt",)

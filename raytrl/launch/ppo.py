@@ -5,11 +5,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from raytrl.config.eval_run import EvalRun
 from raytrl.config.ppo_run import PpoRun
 from raytrl.launch.ppo_preflight import check_ppo, describe_ppo
-from raytrl.launch.preflight import amounts
 from raytrl.launch.resume import Standing
-from raytrl.launch.session import Need
+from raytrl.launch.session import Need, needed
 from raytrl.roles.job import PpoJob
 from raytrl.rundir import RunDirectory
 
@@ -27,17 +27,13 @@ class PpoKind:
     @property
     def need(self) -> Need:
         run = self._run
-        parts = [
-            ("learner.workers", run.learner.max_workers, run.learner.resources),
-            ("rollout.actors", run.rollout.actors, run.rollout.resources),
-            ("reward.actors", run.reward.actors, run.reward.resources),
-        ]
-        total: dict[str, float] = {}
-        for _, count, resources in parts:
-            for name, amount in resources.items():
-                total[name] = total.get(name, 0.0) + count * amount
-        who = " + ".join(f"{key}: {count} x {amounts(resources)}" for key, count, resources in parts)
-        return Need(total, who)
+        return needed(
+            [
+                ("learner.workers", run.learner.max_workers, run.learner.resources),
+                ("rollout.actors", run.rollout.actors, run.rollout.resources),
+                ("reward.actors", run.reward.actors, run.reward.resources),
+            ]
+        )
 
     def check(self, run_dir: RunDirectory, standing: Standing) -> str:
         return describe_ppo(self._run, run_dir, check_ppo(self._run), standing)
@@ -73,7 +69,7 @@ def make_engine(run: PpoRun) -> "RolloutEngine":
     )
 
 
-def make_sources(run: PpoRun) -> "RewardSources":
+def make_sources(run: PpoRun | EvalRun) -> "RewardSources":
     """The sources of one reward actor. It sees parts of a batch, so how many may be dropped is judged by the learner."""
     from raytrl.roles.reward import RewardSources
 

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -75,6 +75,51 @@ def check_fits(need: Need, there: Mapping[str, float], where: str) -> None:
             raise ResourceError(f"{need.who} need {amount:g} {name}; found: {have:g} {name} on {where}")
 
 
+def needed(parts: Sequence[tuple[str, int, Mapping[str, float]]]) -> Need:
+    """The sum over (key, processes, resources of each)."""
+    total: dict[str, float] = {}
+    for _, count, resources in parts:
+        for name, amount in resources.items():
+            total[name] = total.get(name, 0.0) + count * amount
+    return Need(total, " + ".join(f"{key}: {count} x {amounts(resources)}" for key, count, resources in parts))
+
+
+def amounts(resources: Mapping[str, float]) -> str:
+    """`CPU 1, GPU 1`."""
+    return ", ".join(f"{name} {amount:g}" for name, amount in resources.items())
+
+
+@contextmanager
+def kept_ray() -> Iterator[None]:
+    """A local Ray that all runs of this process share: to start one takes longer than a small run.
+
+    Nothing is started where the runs join a cluster anyway.
+    """
+    import ray
+
+    if "RAY_ADDRESS" in os.environ:
+        yield
+        return
+    _start_local(0)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _start_local(num_cpus: float) -> None:
+    import ray
+
+    ray.init(
+        address="local",
+        num_cpus=int(max(machine_resources()["CPU"], num_cpus)),
+        include_dashboard=False,
+        object_store_memory=_OBJECT_STORE_BYTES,
+        logging_level=logging.ERROR,
+        log_to_driver=False,
+    )
+
+
 @contextmanager
 def ray_session(run: Run, need: Need) -> Iterator[None]:
     """Starts or joins Ray, checks that the run fits, and leaves nothing of a local Ray behind.
@@ -84,16 +129,12 @@ def ray_session(run: Run, need: Need) -> Iterator[None]:
     """
     import ray
 
+    if ray.is_initialized():  # `kept_ray`: whoever started it ends it
+        check_fits(need, ray.cluster_resources(), "the Ray of this process")
+        yield
+        return
     if not joins_cluster(run):
-        there = machine_resources()
-        ray.init(
-            address="local",
-            num_cpus=int(max(there["CPU"], need.total.get("CPU", 0))),
-            include_dashboard=False,
-            object_store_memory=_OBJECT_STORE_BYTES,
-            logging_level=logging.ERROR,
-            log_to_driver=False,
-        )
+        _start_local(need.total.get("CPU", 0))
     else:
         address = run.cluster.address or "auto"
         try:

@@ -2,11 +2,12 @@
 
 import platform
 
+from raytrl.config.eval_run import EvalRun
 from raytrl.config.runs import SupervisedRun, TrainingRun
 from raytrl.errors import ConfigError
 
 
-def check_cpu(run: TrainingRun) -> None:
+def check_cpu(run: TrainingRun | EvalRun) -> None:
     """Refuses bf16 where the CPU would only emulate it.
 
     Raises:

@@ -97,8 +97,8 @@ def _quickstart(output_dir: str, overrides: list[str], fresh: bool) -> None:
 
     @contextmanager
     def showing(title: str) -> Iterator[Callable[[Any], None]]:
-        out.rule(escape(title), align="left", style="dim")
-        with Display(out, title.split()[2]) as display:
+        out.print(f"[bold]{escape(title)}[/]", soft_wrap=True)
+        with Display(out, title.split()[0]) as display:
             yield display.show
 
     stages = {stage.kind: stage for stage in quickstart(output_dir, overrides, fresh, showing)}
@@ -184,7 +184,7 @@ def config_show(config: File, overrides: Overrides = None, debug: Debug = False)
 
 @config_app.command("schema")
 def config_schema(
-    kind: Annotated[str, typer.Argument(metavar="KIND", help="sft, reward, dpo or ppo", show_default=False)],
+    kind: Annotated[str, typer.Argument(metavar="KIND", help="sft, reward, dpo, ppo or eval", show_default=False)],
 ) -> None:
     """The JSON schema of a kind of run file, for editors."""
 

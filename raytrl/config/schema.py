@@ -18,8 +18,8 @@ def json_schema(kind: str) -> dict[str, Any]:
         schema["properties"]["training"] = _native_schema(model.native_class, leave_out=set(OWNED))
     if issubclass(model, TrainingRun):
         schema["properties"]["lora"] = {"anyOf": [_native_schema(LORA_CLASS, {"task_type"}), {"type": "null"}]}
-    learner = schema["$defs"]["LearnerSection"]["properties"]
-    learner["deepspeed"] = {"anyOf": [{"type": "string"}, *learner["deepspeed"]["anyOf"]]}
+        learner = schema["$defs"]["LearnerSection"]["properties"]
+        learner["deepspeed"] = {"anyOf": [{"type": "string"}, *learner["deepspeed"]["anyOf"]]}
     source = schema["$defs"]["DataSource"]
     schema["$defs"]["DataSource"] = {"anyOf": [{"type": "string"}, source]}
     return schema

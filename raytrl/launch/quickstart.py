@@ -1,6 +1,7 @@
 """`raytrl quickstart`: the whole way from nothing to an aligned model, by the ordinary runs of configs/quickstart."""
 
 import json
+import re
 import shlex
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -97,7 +98,12 @@ def _moved(file: str, kind: str, output_dir: str) -> list[str]:
         return []
     values = load_run(file, [], kind).values()
     inside = [(key, value) for key, value, _ in values if isinstance(value, str) and value.startswith(_WRITTEN)]
-    return [f"{key}={json.dumps(output_dir + value.removeprefix(_WRITTEN))}" for key, value in inside]
+    return [f"{key}={_as_yaml(output_dir + value.removeprefix(_WRITTEN))}" for key, value in inside]
+
+
+def _as_yaml(path: str) -> str:
+    """Quoted where YAML could read it as something else."""
+    return path if re.fullmatch(r"[./\w][./\w\-]*[A-Za-z]\w*", path) else json.dumps(path)
 
 
 @contextmanager

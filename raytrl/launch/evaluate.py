@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from raytrl.config.eval_run import EvalRun
 from raytrl.config.load import LoadedRun
-from raytrl.errors import ConfigError
+from raytrl.errors import ConfigError, DataError
 from raytrl.launch.ppo_preflight import check_prompt_data, check_sources
 from raytrl.launch.preflight import check_model_path
 from raytrl.launch.resume import inspect_run
@@ -99,7 +99,15 @@ def check_eval(run: EvalRun) -> str:
     check_sources(run.reward)
     if not run.uses_gpu and not joins_cluster(run):
         check_cpu(run)
-    words = check_prompt_data(run, run.data.eval, "data.eval")
+    words = ""
+    for key, (path, tokenizer) in reversed(run.models.items()):
+        own = run.model_copy(update={"model": run.model.model_copy(update={"path": path, "tokenizer": tokenizer})})
+        try:
+            words = check_prompt_data(own, run.data.eval, "data.eval")
+        except DataError:
+            raise  # names the row already
+        except ConfigError as error:
+            raise ConfigError(f"{key}: {error}" if key != "model" else str(error)) from None
     if run.reference.path is not None:
         from raytrl.roles.tokenizer import load_tokenizer
 

@@ -66,8 +66,8 @@ def _response(row: Mapping[str, Any]) -> str:
 
 
 def _spread(spread: Mapping[str, float] | None) -> str:
-    return "-" if spread is None else f"{spread['mean']:.3f} ± {spread['std']:.3f}"
+    return "-" if spread is None else f"{spread['mean']:z.3f} ± {spread['std']:z.3f}"
 
 
 def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"
+    return "-" if value is None else f"{value:z.2f}"

@@ -9,11 +9,11 @@ Rows = Sequence[Mapping[str, Any]]
 
 # Of each training stage: what is shown, its metric, and how.
 _SHOWN = {
-    "sft": [("loss on held-out reviews", "eval_loss", "{:.2f}")],
+    "sft": [("loss on held-out reviews", "eval_loss", "{:z.2f}")],
     "reward": [("right on held-out pairs", "eval_accuracy", "{:.0%}")],
     "ppo": [
-        ("learned reward, as it trains", "objective/scores_raw", "{:.2f}"),
-        ("KL to the SFT model, nats", "objective/kl", "{:.2f}"),
+        ("learned reward, as it trains", "objective/scores_raw", "{:z.2f}"),
+        ("KL to the SFT model, nats", "objective/kl", "{:z.2f}"),
     ],
 }
 
@@ -35,10 +35,10 @@ def stages_table(rows: Mapping[str, Rows], results: Mapping[str, Any], seconds: 
         _add(table, stage, [(text, *_ends(rows[stage], key, form)) for text, key, form in shown], seconds[stage])
     before, after, found = results["compare"], results["model"], results["comparison"]
     lines = [
-        (f"{name} reward, unseen prompts", f"{before['by_source'][name]['mean']:.2f}", f"{spread['mean']:.2f}")
+        (f"{name} reward, unseen prompts", f"{before['by_source'][name]['mean']:z.2f}", f"{spread['mean']:z.2f}")
         for name, spread in after["by_source"].items()
     ]
-    lines.append(("KL to the SFT model, nats", f"{before['kl_mean']:.2f}", f"{after['kl_mean']:.2f}"))
+    lines.append(("KL to the SFT model, nats", f"{before['kl_mean']:z.2f}", f"{after['kl_mean']:z.2f}"))
     lines.append(("responses better than before", "", f"{found['win_rate']:.0%}"))
     _add(table, "eval", lines, seconds["eval"])
     return table

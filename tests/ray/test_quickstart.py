@@ -51,12 +51,12 @@ def test_the_tables_hold_what_was_measured(small: tuple[Path, str]) -> None:
     folder, output = small
     results, scores = results_of(folder / "eval"), [row["objective/scores_raw"] for row in metrics(folder / "ppo")]
     line = next(line for line in output.splitlines() if "learned reward, as it trains" in line)
-    assert f"{scores[0]:.2f}" in line
-    assert f"{scores[-1]:.2f}" in line
+    assert f"{scores[0]:z.2f}" in line
+    assert f"{scores[-1]:z.2f}" in line
     for name in ("learned", "gold"):
         line = next(line for line in output.splitlines() if f"{name} reward, unseen prompts" in line)
         for model in ("compare", "model"):
-            assert f"{results[model]['by_source'][name]['mean']:.2f}" in line
+            assert f"{results[model]['by_source'][name]['mean']:z.2f}" in line
     assert f"{results['comparison']['win_rate']:.0%}" in output
     assert str(folder / "ppo/model") in output
 

@@ -17,3 +17,9 @@ def pairs(reviews: Dataset) -> Dataset:
 def positive(reviews: Dataset) -> Dataset:
     """The positive reviews alone."""
     return reviews.filter(lambda row: row["label"] == 1)
+
+
+def prompts(reviews: Dataset) -> Dataset:
+    """The first five words of each review, for a policy to go on from."""
+    beginnings = [" ".join(text.split()[:5]) for text in reviews["text"]]
+    return Dataset.from_dict({"prompt": beginnings})

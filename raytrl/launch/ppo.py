@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raytrl.config.eval_run import EvalRun
@@ -27,13 +28,19 @@ class PpoKind:
     @property
     def need(self) -> Need:
         run = self._run
-        return needed(
-            [
-                ("learner.workers", run.learner.max_workers, run.learner.resources),
-                ("rollout.actors", run.rollout.actors, run.rollout.resources),
-                ("reward.actors", run.reward.actors, run.reward.resources),
-            ]
-        )
+        parts = [
+            ("learner.workers", run.learner.max_workers, run.learner.resources),
+            ("rollout.actors", run.rollout.actors, run.rollout.resources),
+            ("reward.actors", run.reward.actors, run.reward.resources),
+        ]
+        # Two versions of the weights, in float32 at most, are there while actors change from one to the next.
+        return needed(parts, Need.object_store_bytes + 4 * self._travelling_bytes())
+
+    def _travelling_bytes(self) -> int:
+        """Size on disk of what goes to the rollout actors at every step; little with LoRA, unknown for a hub id."""
+        if self._run.lora is not None:
+            return 0
+        return sum(file.stat().st_size for file in Path(str(self._run.model.path)).glob("*.safetensors"))
 
     def check(self, run_dir: RunDirectory, standing: Standing) -> str:
         return describe_ppo(self._run, run_dir, check_ppo(self._run), standing)

@@ -2,6 +2,8 @@
 
 import logging
 import os
+import signal
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,7 +27,6 @@ QUIET_LIBRARIES = {
     "TRANSFORMERS_VERBOSITY": "error",
     "DS_ACCELERATOR_LOG_LEVEL": "error",
 }
-_OBJECT_STORE_BYTES = 512 * 1024**2
 
 
 def prepare_environment() -> None:
@@ -56,6 +57,7 @@ class Need:
 
     total: Mapping[str, float]
     who: str
+    object_store_bytes: int = 512 * 1024**2  # of a local Ray
 
 
 def check_fits(need: Need, there: Mapping[str, float], where: str) -> None:
@@ -75,18 +77,23 @@ def check_fits(need: Need, there: Mapping[str, float], where: str) -> None:
             raise ResourceError(f"{need.who} need {amount:g} {name}; found: {have:g} {name} on {where}")
 
 
-def needed(parts: Sequence[tuple[str, int, Mapping[str, float]]]) -> Need:
+def needed(parts: Sequence[tuple[str, int, Mapping[str, float]]], object_store_bytes: int | None = None) -> Need:
     """The sum over (key, processes, resources of each)."""
     total: dict[str, float] = {}
     for _, count, resources in parts:
         for name, amount in resources.items():
             total[name] = total.get(name, 0.0) + count * amount
-    return Need(total, " + ".join(f"{key}: {count} x {amounts(resources)}" for key, count, resources in parts))
+    who = " + ".join(f"{key}: {count} x {amounts(resources)}" for key, count, resources in parts)
+    return Need(total, who, object_store_bytes or Need.object_store_bytes)
 
 
 def amounts(resources: Mapping[str, float]) -> str:
     """`CPU 1, GPU 1`."""
     return ", ".join(f"{name} {amount:g}" for name, amount in resources.items())
+
+
+def _memory_bytes() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 @contextmanager
@@ -100,24 +107,43 @@ def kept_ray() -> Iterator[None]:
     if "RAY_ADDRESS" in os.environ:
         yield
         return
-    _start_local(0)
+    with _own_sigterm_handler():
+        _start_local(Need({}, "all runs"))
     try:
         yield
     finally:
         ray.shutdown()
 
 
-def _start_local(num_cpus: float) -> None:
+@contextmanager
+def _own_sigterm_handler() -> Iterator[None]:
+    """Keeps this process' handler: Ray's own, which init installs, aborts the process."""
+    stop = signal.getsignal(signal.SIGTERM)
+    yield
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, stop)
+
+
+def _start_local(need: Need) -> None:
     import ray
 
     ray.init(
         address="local",
-        num_cpus=int(max(machine_resources()["CPU"], num_cpus)),
+        num_cpus=int(max(machine_resources()["CPU"], need.total.get("CPU", 0))),
         include_dashboard=False,
-        object_store_memory=_OBJECT_STORE_BYTES,
+        object_store_memory=min(need.object_store_bytes, _memory_bytes() // 3),
         logging_level=logging.ERROR,
         log_to_driver=False,
     )
+
+
+def _join(address: str) -> None:
+    import ray
+
+    try:
+        ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
+    except ConnectionError as error:
+        raise ResourceError(f"cluster.address: no Ray answers at {address!r}: {str(error).splitlines()[0]}") from None
 
 
 @contextmanager
@@ -133,17 +159,13 @@ def ray_session(run: Run, need: Need) -> Iterator[None]:
         check_fits(need, ray.cluster_resources(), "the Ray of this process")
         yield
         return
-    if not joins_cluster(run):
-        _start_local(need.total.get("CPU", 0))
-    else:
-        address = run.cluster.address or "auto"
-        try:
-            ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
-        except ConnectionError as error:
-            raise ResourceError(
-                f"cluster.address: no Ray answers at {address!r}: {str(error).splitlines()[0]}"
-            ) from None
-        check_fits(need, ray.cluster_resources(), f"the cluster at {address!r}")
+    with _own_sigterm_handler():
+        if not joins_cluster(run):
+            _start_local(need)
+        else:
+            address = run.cluster.address or "auto"
+            _join(address)
+            check_fits(need, ray.cluster_resources(), f"the cluster at {address!r}")
     try:
         yield
     finally:

@@ -10,6 +10,9 @@ import pytest
 from tests.ppo_files import make_files, ppo_file
 from tests.runs import kill_everything, last_step, metrics, raytrl, start, wait_for, weights_hash, worker_pids
 
+# Three or four starts of Ray in one test.
+pytestmark = pytest.mark.timeout(600)
+
 STEPS = 32
 SETTINGS: dict[str, dict[str, Any]] = {
     "full": {},

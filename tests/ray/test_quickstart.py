@@ -1,7 +1,6 @@
 """The quickstart as a user types it, with fewer steps; and an evaluation by itself, with what it refuses."""
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -82,8 +81,8 @@ def test_again_does_nothing_again(small: tuple[Path, str]) -> None:
     again = raytrl("quickstart", "--output-dir", str(folder), *SMALL, cwd=REPOSITORY)
     assert again.count("done before") == 4
     assert "step 1/" not in again
-    tables = [text[text.index("prompt ") :] for text in (first, again)]
-    assert len({re.sub(r"\s+(\d+|done before)\s*\n", "\n", table) for table in tables}) == 1
+    samples = [text[text.index("prompt ") : text.index("stage ")] for text in (first, again)]
+    assert samples[0] == samples[1]
     assert "finished already" in raytrl("eval", *eval_words(folder), cwd=REPOSITORY)
 
 

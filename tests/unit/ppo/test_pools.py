@@ -176,6 +176,21 @@ def test_corrupt_weights_are_refused() -> None:
         pool.generate(prompt_batch(0, range(4)), 0, greedy=False)
 
 
+def test_an_actor_must_prove_what_it_holds() -> None:
+    calls = engines(2)
+    calls.actors[1].load_weights = lambda attempt, packed: (packed.version - 1, packed.checksum)
+    with pytest.raises(WeightsVersionError, match=r"actor 1 .*is not up to date.*found: \(4, .*expected: \(5, "):
+        pool_on(calls).load_weights(weights(5))
+
+
+def test_weights_of_an_earlier_attempt_do_not_serve_a_new_one() -> None:
+    actor = RolloutActor(lambda: make_engine(gpt2(width=16)))
+    actor.load_weights(1, pack(weights(3)))
+    assert len(actor.generate(1, prompt_batch(3, [0]), 3, 1, True)) == 1
+    with pytest.raises(WeightsVersionError, match="asked for attempt 2, version 3"):
+        actor.generate(2, prompt_batch(3, [0]), 3, 1, True)
+
+
 def test_a_silent_actor_is_named_with_what_it_does() -> None:
     calls = engines(2)
     pool = pool_on(calls, timeout_s=0.2)

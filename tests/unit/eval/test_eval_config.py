@@ -7,7 +7,9 @@ import pytest
 import yaml
 
 from raytrl.config.eval_run import EvalRun
+from raytrl.config.kinds import RUNS
 from raytrl.config.load import load_run
+from raytrl.config.schema import json_schema
 from raytrl.errors import ConfigError
 from raytrl.launch.quickstart import STAGES, stage_runs
 
@@ -84,3 +86,8 @@ def test_quickstart_refuses_what_names_no_stage() -> None:
         stage_runs("q", ["steps=3"])
     with pytest.raises(ConfigError, match="nearest known key: steps"):
         stage_runs("q", ["ppo.ppo.stepz=3"])
+
+
+def test_every_kind_has_a_schema() -> None:
+    for kind in RUNS:
+        assert json_schema(kind)["properties"]["kind"]["const"] == kind

@@ -4,7 +4,7 @@ import json
 import shlex
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Annotated, Any
 
 import typer
@@ -68,6 +68,48 @@ def _train(kind: str, file: str, overrides: list[str] | None, fresh: bool) -> No
     out.print(summary(manifest, manifest["model"].removesuffix("/model")))
 
 
+def _evaluate(file: str, overrides: list[str] | None, fresh: bool) -> None:
+    from raytrl.config.load import load_run
+
+    loaded = load_run(file, overrides or [], "eval")
+    from raytrl.launch.evaluate import evaluate
+    from raytrl.report.evaluation import results_table, samples_table
+    from raytrl.report.progress import Display
+
+    _stop_on_sigterm()
+    with Display(out, f"eval {loaded.run.name}") as display:
+        found = evaluate(loaded, shlex.join(["raytrl", *sys.argv[1:]]), fresh, display.show)
+    if found["already_done"]:
+        out.print("this evaluation is finished already; --fresh does it anew")
+    out.print(samples_table(found["samples"]))
+    out.print(results_table(found["results"]))
+
+
+def _quickstart(output_dir: str, overrides: list[str], fresh: bool) -> None:
+    from contextlib import contextmanager
+
+    from raytrl.launch.quickstart import quickstart
+    from raytrl.report.evaluation import samples_table
+    from raytrl.report.progress import Display
+    from raytrl.report.quickstart import paths_table, stages_table
+
+    _stop_on_sigterm()
+
+    @contextmanager
+    def showing(title: str) -> Iterator[Callable[[Any], None]]:
+        out.print(f"[bold]{escape(title)}[/]", soft_wrap=True)
+        with Display(out, title.split()[0]) as display:
+            yield display.show
+
+    stages = {stage.kind: stage for stage in quickstart(output_dir, overrides, fresh, showing)}
+    last = stages["eval"].manifest
+    out.rule("done", align="left")
+    out.print(samples_table(last["samples"], titles={"compare": "before PPO", "model": "after PPO"}))
+    rows = {kind: stage.rows for kind, stage in stages.items()}
+    out.print(stages_table(rows, last["results"], {kind: stage.seconds for kind, stage in stages.items()}))
+    out.print(paths_table(output_dir))
+
+
 def _stop_on_sigterm() -> None:
     """A stopped job or a full queue slot ends the run as Ctrl-C does: Ray is taken down, checkpoints stay."""
     import signal
@@ -76,6 +118,20 @@ def _stop_on_sigterm() -> None:
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, stop)
+
+
+@app.command()
+def quickstart(
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[STAGE.KEY=VALUE]...", help="such as ppo.ppo.steps=8", show_default=False),
+    ] = None,
+    output_dir: Annotated[str, typer.Option("--output-dir", help="where data and runs go")] = "runs/quickstart",
+    fresh: Fresh = False,
+    debug: Debug = False,
+) -> None:
+    """From nothing to an aligned model on this machine: SFT, reward model, PPO, evaluation; data included."""
+    _guarded(lambda: _quickstart(output_dir, overrides or [], fresh), debug)
 
 
 @app.command()
@@ -102,6 +158,12 @@ def ppo(config: File, overrides: Overrides = None, fresh: Fresh = False, debug: 
     _guarded(lambda: _train("ppo", config, overrides, fresh), debug)
 
 
+@app.command("eval")
+def evaluate(config: File, overrides: Overrides = None, fresh: Fresh = False, debug: Debug = False) -> None:
+    """Scores a model's responses, alone or against a second model."""
+    _guarded(lambda: _evaluate(config, overrides, fresh), debug)
+
+
 @config_app.command("show")
 def config_show(config: File, overrides: Overrides = None, debug: Debug = False) -> None:
     """Every value of a run file and where it comes from."""
@@ -123,7 +185,7 @@ def config_show(config: File, overrides: Overrides = None, debug: Debug = False)
 
 @config_app.command("schema")
 def config_schema(
-    kind: Annotated[str, typer.Argument(metavar="KIND", help="sft, reward, dpo or ppo", show_default=False)],
+    kind: Annotated[str, typer.Argument(metavar="KIND", help="sft, reward, dpo, ppo or eval", show_default=False)],
 ) -> None:
     """The JSON schema of a kind of run file, for editors."""
 

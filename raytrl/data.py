@@ -10,7 +10,7 @@ import datasets
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from raytrl.config.runs import DataSource, SupervisedRun, TrainingRun
+from raytrl.config.runs import DataSource, Run, SupervisedRun
 from raytrl.errors import DataError
 from raytrl.functions import describe_raised, load_function
 
@@ -24,6 +24,7 @@ _LAYOUTS: dict[str, list[tuple[str, ...]]] = {
     "reward": [("chosen", "rejected")],
     "dpo": [("chosen", "rejected")],
     "ppo": [("prompt",)],
+    "eval": [("prompt",)],
 }
 
 
@@ -107,7 +108,7 @@ def _bad_json_line(file: str) -> tuple[int, str] | None:
     return None
 
 
-def check_columns(dataset: datasets.Dataset, run: TrainingRun, where: str) -> tuple[str, ...]:
+def check_columns(dataset: datasets.Dataset, run: Run, where: str) -> tuple[str, ...]:
     """The columns this kind of run trains on; each has been found without missing values and of the right type.
 
     Raises:

@@ -1,6 +1,8 @@
 """Every kind of run file, by the name that `kind` gives it."""
 
+from raytrl.config.eval_run import EvalRun
 from raytrl.config.ppo_run import PpoRun
 from raytrl.config.runs import DpoRun, RewardRun, Run, SftRun
 
-RUNS: dict[str, type[Run]] = {"sft": SftRun, "reward": RewardRun, "dpo": DpoRun, "ppo": PpoRun}
+RUNS: dict[str, type[Run]] = {"sft": SftRun, "reward": RewardRun, "dpo": DpoRun, "ppo": PpoRun, "eval": EvalRun}
+"""The run files by kind; `train` runs all but eval, which trains nothing."""

@@ -18,11 +18,11 @@ def json_schema(kind: str) -> dict[str, Any]:
         schema["properties"]["training"] = _native_schema(model.native_class, leave_out=set(OWNED))
     if issubclass(model, TrainingRun):
         schema["properties"]["lora"] = {"anyOf": [_native_schema(LORA_CLASS, {"task_type"}), {"type": "null"}]}
-    # What the loader takes besides: one tracker's name, or null for none.
-    schema["properties"]["report_to"]["anyOf"] = [{"type": "array"}, {"type": "string"}, {"type": "null"}]
-    schema["properties"]["report_to"].pop("type")
-    learner = schema["$defs"]["LearnerSection"]["properties"]
-    learner["deepspeed"] = {"anyOf": [{"type": "string"}, *learner["deepspeed"]["anyOf"]]}
+        # What the loader takes besides: one tracker's name, or null for none.
+        schema["properties"]["report_to"]["anyOf"] = [{"type": "array"}, {"type": "string"}, {"type": "null"}]
+        schema["properties"]["report_to"].pop("type")
+        learner = schema["$defs"]["LearnerSection"]["properties"]
+        learner["deepspeed"] = {"anyOf": [{"type": "string"}, *learner["deepspeed"]["anyOf"]]}
     source = schema["$defs"]["DataSource"]
     schema["$defs"]["DataSource"] = {"anyOf": [{"type": "string"}, source]}
     return schema

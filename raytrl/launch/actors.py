@@ -95,12 +95,23 @@ class RolloutActor(_Actor):
             StaleAttemptError: a newer attempt has begun.
         """
         with self._busy(f"generating for rows {prompts[0].row} to {prompts[-1].row} of step {prompts[0].step}"):
-            self._refuse_if_old(attempt)
-            if self._held is None or self._held[:2] != (attempt, version):
-                raise WeightsVersionError(
-                    f"rollout actor: asked for attempt {attempt}, version {version}; found: {self._held}"
-                )
+            self._check(attempt, version)
             return self._loaded().generate(prompts, version, samples=samples, greedy=greedy)
+
+    def logprobs(
+        self, attempt: int, prompts: Sequence[Prompt], responses: Sequence[Response], version: int
+    ) -> list[float]:
+        """Log-probability of each response under the weights of this attempt and version; raises as `generate`."""
+        with self._busy(f"log-probabilities of rows {prompts[0].row} to {prompts[-1].row}"):
+            self._check(attempt, version)
+            return self._loaded().logprobs(prompts, responses, version)
+
+    def _check(self, attempt: int, version: int) -> None:
+        self._refuse_if_old(attempt)
+        if self._held is None or self._held[:2] != (attempt, version):
+            raise WeightsVersionError(
+                f"rollout actor: asked for attempt {attempt}, version {version}; found: {self._held}"
+            )
 
     def _loaded(self) -> "RolloutEngine":
         if self._engine is None:

@@ -6,10 +6,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from raytrl.config.eval_run import EvalRun
 from raytrl.config.ppo_run import PpoRun
 from raytrl.launch.ppo_preflight import check_ppo, describe_ppo
-from raytrl.launch.preflight import amounts
-from raytrl.launch.session import Need
+from raytrl.launch.session import Need, needed
 from raytrl.roles.job import PpoJob
 from raytrl.rundir import RunDirectory
 
@@ -32,13 +32,8 @@ class PpoKind:
             ("rollout.actors", run.rollout.actors, run.rollout.resources),
             ("reward.actors", run.reward.actors, run.reward.resources),
         ]
-        total: dict[str, float] = {}
-        for _, count, resources in parts:
-            for name, amount in resources.items():
-                total[name] = total.get(name, 0.0) + count * amount
-        who = " + ".join(f"{key}: {count} x {amounts(resources)}" for key, count, resources in parts)
         # Two versions of the weights, in float32 at most, are there while actors change from one to the next.
-        return Need(total, who, Need.object_store_bytes + 4 * self._travelling_bytes())
+        return needed(parts, Need.object_store_bytes + 4 * self._travelling_bytes())
 
     def _travelling_bytes(self) -> int:
         """Size on disk of what goes to the rollout actors at every step; little with LoRA, unknown for a hub id."""
@@ -80,7 +75,7 @@ def make_engine(run: PpoRun) -> "RolloutEngine":
     )
 
 
-def make_sources(run: PpoRun) -> "RewardSources":
+def make_sources(run: PpoRun | EvalRun) -> "RewardSources":
     """The sources of one reward actor. It sees parts of a batch, so how many may be dropped is judged by the learner."""
     from raytrl.roles.reward import RewardSources
 

@@ -1,11 +1,13 @@
 """What is checked before a PPO run is started, and what is then going to run where."""
 
 from raytrl.config.deepspeed import zero_stage
+from raytrl.config.eval_run import EvalRun
 from raytrl.config.ppo_run import PpoRun
+from raytrl.config.reward import RewardSection
 from raytrl.config.runs import DataSource
 from raytrl.errors import ConfigError
-from raytrl.launch.preflight import amounts, check_model_path
-from raytrl.launch.session import joins_cluster
+from raytrl.launch.preflight import check_model_path
+from raytrl.launch.session import amounts, joins_cluster
 from raytrl.roles.device import check_cpu
 from raytrl.roles.reward_function import FunctionSource
 
@@ -27,21 +29,27 @@ def check_ppo(run: PpoRun) -> dict[str, str]:
     for key, path in models.items():
         if path is not None:
             check_model_path(path, key)
-    for i, source in enumerate(run.reward.sources):
+    check_sources(run.reward)
+    if not run.learner.uses_gpu and not joins_cluster(run):
+        check_cpu(run)
+    words = {"data.train": check_prompt_data(run, run.data.train, "data.train")}
+    if run.data.eval is not None:
+        words["data.eval"] = check_prompt_data(run, run.data.eval, "data.eval")
+    return words
+
+
+def check_sources(section: RewardSection) -> None:
+    """Reward models can be had, reward functions can be loaded."""
+    for i, source in enumerate(section.sources):
         key = f"reward.sources.{i}"
         if source.model is not None:
             check_model_path(source.model, f"{key}.model", adapters=True)
         elif source.function is not None:
             FunctionSource(source).close()  # in a process of its own, as in the run
-    if not run.learner.uses_gpu and not joins_cluster(run):
-        check_cpu(run)
-    words = {"data.train": _check_prompts(run, run.data.train, "data.train")}
-    if run.data.eval is not None:
-        words["data.eval"] = _check_prompts(run, run.data.eval, "data.eval")
-    return words
 
 
-def _check_prompts(run: PpoRun, source: DataSource, where: str) -> str:
+def check_prompt_data(run: PpoRun | EvalRun, source: DataSource, where: str) -> str:
+    """Goes through every prompt; returns words about them."""
     from raytrl.data import check_columns, load_data  # datasets: 1.3 s
     from raytrl.roles.prompts import PromptTable, check_prompts, max_positions
     from raytrl.roles.tokenizer import load_tokenizer

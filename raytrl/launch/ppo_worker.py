@@ -16,7 +16,7 @@ from raytrl.config.ppo_run import PpoRun
 from raytrl.data import load_data
 from raytrl.launch.pool import Pool
 from raytrl.launch.ray_actors import RayCalls
-from raytrl.launch.roles import RewardPool, RolloutPool
+from raytrl.launch.roles import RewardPool, RolloutPool, scoring_limit_s
 from raytrl.launch.transport import pack
 from raytrl.launch.worker import RayWorkerContext
 from raytrl.ppo import loop
@@ -59,7 +59,12 @@ def train_ppo(
         share=_share,
     )
     scorer = RewardPool(
-        Pool(RayCalls(reward_actors), "reward actors", who, _scoring_limit_s(run)),
+        Pool(
+            RayCalls(reward_actors),
+            "reward actors",
+            who,
+            scoring_limit_s(run.rollout, run.reward, run.ppo.responses_per_prompt),
+        ),
         run.reward,
         attempt=attempt,
         start_timeout_s=run.rollout.start_timeout_s,
@@ -152,16 +157,6 @@ def _share(weights: Weights) -> Any:
     """Rank 0 puts the weights into the object store; all ranks get the reference."""
     reference = ray.put(pack(weights)) if ray.train.get_context().get_world_rank() == 0 else None
     return broadcast_from_rank_zero([reference])[0]
-
-
-def _scoring_limit_s(run: PpoRun) -> float:
-    """A reward actor's sources have limits of their own; the pool's must not come before them."""
-    pairs = run.rollout.chunk_prompts * run.ppo.responses_per_prompt
-    slowest = 0.0
-    for source in run.reward.sources:
-        batches = -(-pairs // (source.batch_size or pairs))
-        slowest = max(slowest, batches * (source.retries + 1) * (source.timeout_s + 8.0))
-    return run.rollout.timeout_s + slowest
 
 
 class _Phases:

@@ -7,7 +7,7 @@ import tempfile
 from raytrl.config.deepspeed import zero_stage
 from raytrl.config.runs import SupervisedRun, TokenizerSpec
 from raytrl.errors import ConfigError
-from raytrl.launch.session import joins_cluster
+from raytrl.launch.session import amounts, joins_cluster
 from raytrl.roles.device import check_cpu
 from raytrl.rundir import RunDirectory
 
@@ -93,11 +93,6 @@ def check_model_path(path: str, key: str, revision: str | None = None, adapters:
             f"{key}: {path!r} cannot be had: no such folder, not in the local cache, and the hub says: "
             f"{type(error).__name__}: {str(error).splitlines()[0]}"
         ) from None
-
-
-def amounts(resources: dict[str, float]) -> str:
-    """`CPU 1, GPU 1`."""
-    return ", ".join(f"{name} {amount:g}" for name, amount in resources.items())
 
 
 def describe(run: SupervisedRun, rows: dict[str, int]) -> str:

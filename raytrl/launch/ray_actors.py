@@ -10,6 +10,7 @@ import ray.exceptions
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from raytrl.config.eval_run import EvalRun
 from raytrl.config.ppo_run import PpoRun
 from raytrl.errors import ResourceError
 from raytrl.launch.actors import CONCURRENCY_GROUPS, CONTROL, STATUS, RewardActor, RolloutActor
@@ -71,7 +72,7 @@ def _nothing_for(seconds: float) -> list[Any]:
 
 @contextmanager
 def started_actors(
-    run: PpoRun, make_engine: Callable[[], Any], make_sources: Callable[[], Any]
+    run: PpoRun | EvalRun, make_engine: Callable[[], Any], make_sources: Callable[[], Any]
 ) -> Iterator[tuple[list[Any], list[Any]]]:
     """Rollout and reward actors, loading. They belong to this process and end with it.
 

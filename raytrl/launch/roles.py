@@ -65,6 +65,25 @@ class RolloutPool:
             )
         return self._responses()
 
+    def logprobs(
+        self, prompts: Sequence[Prompt], responses: Sequence[Response], version: int
+    ) -> dict[tuple[int, int], float]:
+        """(row, sample) → log-probability of the whole response under the weights of `version`, nats."""
+        by_row: dict[int, list[Response]] = {}
+        for response in responses:
+            by_row.setdefault(response.row, []).append(response)
+        for chunk in chunks(prompts, self._rollout.chunk_prompts):
+            bare = [replace(prompt, columns={}) for prompt in chunk]
+            theirs = [response for prompt in bare for response in by_row[prompt.row]]
+            name = f"log-probabilities of rows {bare[0].row} to {bare[-1].row}"
+            place = bare[0].row // self._rollout.chunk_prompts
+            self._pool.send(Request(name, place, "logprobs", (self._attempt, bare, theirs, version)))
+        found: dict[tuple[int, int], float] = {}
+        for request, values in self._pool.answers():
+            for response, value in zip(request.arguments[2], values, strict=True):
+                found[response.row, response.sample] = value
+        return found
+
     def _responses(self) -> Iterator[Sequence[Response]]:
         for request, responses in self._pool.answers():
             _, prompts, version, samples, _ = request.arguments
@@ -109,3 +128,13 @@ class RewardPool:
         if self._section.on_error == "drop":  # judged over the step's whole batch, whoever scored it
             check_dropped(self._gather(scores), self._section.drop_budget)
         return scores
+
+
+def scoring_limit_s(rollout: RolloutConfig, reward: RewardSection, responses_per_prompt: int) -> float:
+    """A reward actor's sources have limits of their own; the pool's must not come before them."""
+    pairs = rollout.chunk_prompts * responses_per_prompt
+    slowest = 0.0
+    for source in reward.sources:
+        batches = -(-pairs // (source.batch_size or pairs))
+        slowest = max(slowest, batches * (source.retries + 1) * (source.timeout_s + 8.0))
+    return rollout.timeout_s + slowest

@@ -5,7 +5,7 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -96,8 +96,73 @@ def check_address(run: Run) -> None:
         ) from None
 
 
+def needed(parts: Sequence[tuple[str, int, Mapping[str, float]]], object_store_bytes: int | None = None) -> Need:
+    """The sum over (key, processes, resources of each)."""
+    total: dict[str, float] = {}
+    for _, count, resources in parts:
+        for name, amount in resources.items():
+            total[name] = total.get(name, 0.0) + count * amount
+    who = " + ".join(f"{key}: {count} x {amounts(resources)}" for key, count, resources in parts)
+    return Need(total, who, object_store_bytes or Need.object_store_bytes)
+
+
+def amounts(resources: Mapping[str, float]) -> str:
+    """`CPU 1, GPU 1`."""
+    return ", ".join(f"{name} {amount:g}" for name, amount in resources.items())
+
+
 def _memory_bytes() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+@contextmanager
+def kept_ray() -> Iterator[None]:
+    """A local Ray that all runs of this process share: to start one takes longer than a small run.
+
+    Nothing is started where the runs join a cluster anyway.
+    """
+    import ray
+
+    if "RAY_ADDRESS" in os.environ:
+        yield
+        return
+    with _own_sigterm_handler():
+        _start_local(Need({}, "all runs"))
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@contextmanager
+def _own_sigterm_handler() -> Iterator[None]:
+    """Keeps this process' handler: Ray's own, which init installs, aborts the process."""
+    stop = signal.getsignal(signal.SIGTERM)
+    yield
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, stop)
+
+
+def _start_local(need: Need) -> None:
+    import ray
+
+    ray.init(
+        address="local",
+        num_cpus=int(max(machine_resources()["CPU"], need.total.get("CPU", 0))),
+        include_dashboard=False,
+        object_store_memory=min(need.object_store_bytes, _memory_bytes() // 3),
+        logging_level=logging.ERROR,
+        log_to_driver=False,
+    )
+
+
+def _join(address: str) -> None:
+    import ray
+
+    try:
+        ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
+    except ConnectionError as error:
+        raise ResourceError(f"cluster.address: no Ray answers at {address!r}: {str(error).splitlines()[0]}") from None
 
 
 @contextmanager
@@ -109,29 +174,18 @@ def ray_session(run: Run, need: Need) -> Iterator[None]:
     """
     import ray
 
-    on_sigterm = signal.getsignal(signal.SIGTERM)  # Ray puts its own in place, which ends the process at once
-    if not joins_cluster(run):
-        there = machine_resources()
-        ray.init(
-            address="local",
-            num_cpus=int(max(there["CPU"], need.total.get("CPU", 0))),
-            include_dashboard=False,
-            object_store_memory=min(need.object_store_bytes, _memory_bytes() // 3),
-            logging_level=logging.ERROR,
-            log_to_driver=False,
-        )
-    else:
-        address = run.cluster.address or "auto"
-        try:
-            ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
-        except ConnectionError as error:
-            raise ResourceError(
-                f"cluster.address: no Ray answers at {address!r}: {str(error).splitlines()[0]}"
-            ) from None
-        check_fits(need, ray.cluster_resources(), f"the cluster at {address!r}")
+    if ray.is_initialized():  # `kept_ray`: whoever started it ends it
+        check_fits(need, ray.cluster_resources(), "the Ray of this process")
+        yield
+        return
+    with _own_sigterm_handler():
+        if not joins_cluster(run):
+            _start_local(need)
+        else:
+            address = run.cluster.address or "auto"
+            _join(address)
+            check_fits(need, ray.cluster_resources(), f"the cluster at {address!r}")
     try:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, on_sigterm)
         yield
     finally:
         ray.shutdown()

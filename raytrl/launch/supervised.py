@@ -5,8 +5,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from raytrl.config.runs import SupervisedRun
-from raytrl.launch.preflight import amounts, describe, preflight
-from raytrl.launch.session import Need
+from raytrl.launch.preflight import describe, preflight
+from raytrl.launch.session import Need, needed
 from raytrl.roles.job import SupervisedJob
 from raytrl.rundir import RunDirectory
 
@@ -20,9 +20,8 @@ class SupervisedKind:
 
     @property
     def need(self) -> Need:
-        workers, resources = self._run.learner.min_workers, self._run.learner.resources
-        total = {name: amount * workers for name, amount in resources.items()}
-        return Need(total, f"learner.workers: {workers} x {amounts(resources)}")
+        learner = self._run.learner
+        return needed([("learner.workers", learner.min_workers, learner.resources)])
 
     def check(self, run_dir: RunDirectory) -> str:
         rows, self._has_tokenizer = preflight(self._run, run_dir)

@@ -111,7 +111,7 @@ def train(loaded: LoadedRun, command: str, fresh: bool, show: Callable[[Progress
         plan += f"\noutput   {run_dir}"
         clock = {"checks_s": time.time() - started}
         show(Progress("plan", text=plan))
-        _write_start(loaded, run_dir, command)
+        write_start(loaded, run_dir, command)
         try:
             metrics = _run_on_ray(run, kind, run_dir, command, clock, show)
         except RunError as error:
@@ -130,7 +130,8 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _write_start(loaded: LoadedRun, run_dir: RunDirectory, command: str) -> None:
+def write_start(loaded: LoadedRun, run_dir: RunDirectory, command: str) -> None:
+    """Writes config.yaml and the manifest of a run that starts, or starts again."""
     run_dir.write(
         "config.yaml", yaml.safe_dump(loaded.run.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
     )

@@ -4,11 +4,12 @@ import platform
 import resource
 import sys
 
+from raytrl.config.eval_run import EvalRun
 from raytrl.config.runs import SupervisedRun, TrainingRun
 from raytrl.errors import ConfigError
 
 
-def check_cpu(run: TrainingRun) -> None:
+def check_cpu(run: TrainingRun | EvalRun) -> None:
     """Refuses bf16 where the CPU would only emulate it.
 
     Raises:
@@ -17,7 +18,8 @@ def check_cpu(run: TrainingRun) -> None:
     training = run.training if isinstance(run, SupervisedRun) else {}
     key = next((k for k in ("bf16", "bf16_full_eval") if training.get(k)), None)
     key = f"training.{key}" if key else "model.dtype" if run.model.dtype == "bfloat16" else None
-    if key is None and ((run.learner.deepspeed or {}).get("bf16") or {}).get("enabled") is True:
+    deepspeed = run.learner.deepspeed if isinstance(run, TrainingRun) else None
+    if key is None and ((deepspeed or {}).get("bf16") or {}).get("enabled") is True:
         key = "learner.deepspeed.bf16.enabled"
     if key is not None and not has_cpu_bf16():
         raise ConfigError(

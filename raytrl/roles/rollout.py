@@ -66,18 +66,37 @@ class RolloutEngine(ABC):
         Raises:
             WeightsVersionError: the engine holds another version than `version`.
         """
+        self._check_version(version)
+        return self._generate(prompts, version, samples, greedy)
+
+    def logprobs(self, prompts: Sequence[Prompt], responses: Sequence[Response], version: int) -> list[float]:
+        """The log-probability of each whole response at the sampling temperature, in nats.
+
+        Args:
+            prompts: the responses' own, in any order.
+            responses: of any policy with the same token ids.
+
+        Raises:
+            WeightsVersionError: the engine holds another version than `version`.
+        """
+        self._check_version(version)
+        return self._logprobs(prompts, responses)
+
+    def _check_version(self, version: int) -> None:
         if self._version != version:
             raise WeightsVersionError(
                 f"rollout engine: asked for responses of weights version {version}; found version {self._version}; "
                 f"load_weights must come first"
             )
-        return self._generate(prompts, version, samples, greedy)
 
     @abstractmethod
     def _load(self, weights: Weights) -> None: ...
 
     @abstractmethod
     def _generate(self, prompts: Sequence[Prompt], version: int, samples: int, greedy: bool) -> list[Response]: ...
+
+    @abstractmethod
+    def _logprobs(self, prompts: Sequence[Prompt], responses: Sequence[Response]) -> list[float]: ...
 
 
 def response_seed(run_seed: int, step: int, row: int, sample: int) -> int:
@@ -154,6 +173,27 @@ class TransformersEngine(RolloutEngine):
             for i, (prompt, sample) in enumerate(rows):
                 responses.append(self._response(prompt, sample, drawn, i, version))
         return responses
+
+    @torch.inference_mode()
+    def _logprobs(self, prompts: Sequence[Prompt], responses: Sequence[Response]) -> list[float]:
+        by_row = {prompt.row: prompt.token_ids for prompt in prompts}
+        device = next(self._model.parameters()).device
+        sums: list[float] = []
+        for start in range(0, len(responses), self._chunk_prompts):
+            batch = responses[start : start + self._chunk_prompts]
+            prompt_BP, prompt_mask_BP = _left_padded([by_row[response.row] for response in batch], device)
+            tokens_BR, mask_BR = (t.flip(-1) for t in _left_padded([r.token_ids[::-1] for r in batch], device))
+            mask_BT = torch.cat([prompt_mask_BP, mask_BR], dim=-1)
+            logits_BRV = self._model(
+                input_ids=torch.cat([prompt_BP, tokens_BR], dim=-1),
+                attention_mask=mask_BT,
+                position_ids=(mask_BT.cumsum(-1) - 1).clamp(min=0),
+                use_cache=False,
+                logits_to_keep=tokens_BR.shape[1] + 1,
+            ).logits[:, :-1]
+            logprobs_BR = token_logprobs(logits_BRV, tokens_BR, self._sampling.temperature)
+            sums += (logprobs_BR.double() * mask_BR).sum(-1).tolist()
+        return sums
 
     def _draws(self, rows: Sequence[tuple[Prompt, int]], greedy: bool) -> Tensor | None:
         """One uniform number a token, float64 (B, R), each row from a generator of its own; None when greedy."""

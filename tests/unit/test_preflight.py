@@ -9,7 +9,6 @@ from raytrl.config.load import load_run
 from raytrl.config.runs import SupervisedRun
 from raytrl.errors import ConfigError, ResourceError
 from raytrl.launch.preflight import describe, preflight
-from raytrl.launch.resume import Committed, Standing
 from raytrl.launch.session import Need, check_fits, joins_cluster, machine_resources
 from raytrl.roles import device
 from raytrl.rundir import RunDirectory
@@ -111,9 +110,8 @@ def test_a_problem_in_the_evaluation_rows_names_them(tmp_path: Path) -> None:
 def test_the_plan_says_what_runs_where(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     run = run_of(tmp_path, training={"gradient_accumulation_steps": 3}, lora={"r": 4})
-    text = describe(run, RunDirectory(run.output_dir, "a"), {"train": 1234}, Standing("continue", Committed(5, 2, "")))
+    text = describe(run, {"train": 1234})
     assert "a new llama, LoRA r=4" in text
     assert "1,234 rows" in text
     assert "2 x CPU 1, DDP, on a local Ray on this machine" in text
     assert "24 rows a step = 4 a worker x 3 accumulated x 2 workers" in text
-    assert "from step 5" in text

@@ -12,7 +12,8 @@ from toy import EOS, PROMPTS, LocalGenerator, gpt2, llama, make_engine, prompt_b
 from raytrl.algo.logprobs import token_logprobs
 from raytrl.errors import NonFiniteError, WeightsVersionError
 from raytrl.records import chunks
-from raytrl.roles.rollout import response_seed
+from raytrl.roles.folder_engine import FolderEngine
+from raytrl.roles.rollout import TransformersEngine, response_seed
 from raytrl.roles.weights import Weights, policy_parameters
 
 FAMILIES = pytest.mark.parametrize("family", [gpt2, llama])
@@ -169,3 +170,40 @@ def test_broken_weights_do_not_sample_nonsense() -> None:
 def test_chunks_follow_from_rows_alone() -> None:
     rows = [[p.row for p in chunk] for chunk in chunks(prompt_batch(0, [9, 3, 2, 8, 0]), 4)]
     assert rows == [[0, 2, 3], [8, 9]]
+
+
+@FAMILIES
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_logprobs_of_whole_responses(family: Callable[[], nn.Module], temperature: float) -> None:
+    """The sum of what the engine itself sampled with: over lengths, padding and batches, for its own responses."""
+    model = family().eval()
+    engine = loaded_engine(model, temperature=temperature, max_new_tokens=6, chunk=3)
+    prompts = prompt_batch(0, range(8))
+    responses = engine.generate(prompts, 0, samples=2)
+    assert len({len(r.token_ids) for r in responses}) > 1
+    found = torch.tensor(engine.logprobs(prompts, responses, 0))
+    expected = torch.tensor([sum(r.sampling_logprobs) for r in responses])
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+    with pytest.raises(WeightsVersionError):
+        engine.logprobs(prompts, responses, 1)
+
+
+def test_a_folder_engine_holds_one_model_at_a_time() -> None:
+    """Each version samples with its own model, and a path that is not that version's is refused."""
+    models = [gpt2(0).eval(), gpt2(1).eval()]
+
+    def make(version: int) -> TransformersEngine:
+        return make_engine(deepcopy(models[version]), max_new_tokens=6)
+
+    engine = FolderEngine(["a", "b"], make)
+    prompts = prompt_batch(0, range(4))
+    for version, path in enumerate("ab"):
+        assert engine.load_weights(Weights(version, {}, path)) == path
+        held = [replace(r, policy_version=0) for r in engine.generate(prompts, version)]
+        assert held == loaded_engine(models[version], max_new_tokens=6).generate(prompts, 0)
+    with pytest.raises(WeightsVersionError, match="asked for responses of weights version 0"):
+        engine.generate(prompts, 0)
+    with pytest.raises(WeightsVersionError, match="found: 'b'"):
+        engine.load_weights(Weights(1, {}, "a"))
+    with pytest.raises(WeightsVersionError):
+        engine.generate(prompts, 1)

@@ -1,0 +1,84 @@
+"""The run file of `raytrl eval`: one or two finished models, prompts, and what scores the responses."""
+
+from typing import Literal
+
+from pydantic import Field, PositiveInt, model_validator
+
+from raytrl.config.base import Section
+from raytrl.config.ppo import RolloutConfig
+from raytrl.config.reward import RewardSection
+from raytrl.config.runs import DataSource, ModelSection, Run, TokenizerSpec, or_raise
+
+
+class EvalData(Section):
+    eval: DataSource
+
+
+class EvalReference(Section):
+    """What the KL of the responses is measured against."""
+
+    path: str | None = Field(default=None, description="a model with the same tokenizer; null: no KL")
+
+
+class EvalRun(Run):
+    """Evaluation: rollout and reward actors as in PPO, and nothing is trained."""
+
+    kind: Literal["eval"] = "eval"
+    model: ModelSection
+    compare: str | None = Field(default=None, description="a second model, with its own tokenizer, on the same prompts")
+    data: EvalData
+    rows: PositiveInt | None = Field(default=64, description="the first rows of data.eval; null: all")
+    greedy: bool = Field(default=False, description="false: sampled, the same random numbers for both models")
+    rollout: RolloutConfig = RolloutConfig()
+    reward: RewardSection
+    reference: EvalReference = EvalReference()
+
+    @property
+    def tokenizer_path(self) -> str:
+        """Where the tokenizer of `model` is."""
+        assert isinstance(self.model.tokenizer, str | None)
+        return str(self.model.tokenizer or self.model.path)
+
+    @property
+    def models(self) -> dict[str, tuple[str, str]]:
+        """What is evaluated: key → folders or ids of model and tokenizer."""
+        found = {"model": (str(self.model.path), self.tokenizer_path)}
+        return found if self.compare is None else {**found, "compare": (self.compare, self.compare)}
+
+    @property
+    def uses_gpu(self) -> bool:
+        return self.rollout.resources.get("GPU", 0) > 0
+
+    @model_validator(mode="after")
+    def _agreement(self) -> "EvalRun":
+        model, rollout, problems = self.model, self.rollout, []
+        if model.path is None:
+            problems.append("model.path: missing; only a finished model can be evaluated: a Hugging Face id or folder")
+        if isinstance(model.tokenizer, TokenizerSpec):
+            problems.append("model.tokenizer: a tokenizer cannot be trained here; found: vocab_size; expected: a path")
+        for key in ("revision", "pad_token"):
+            if (value := getattr(model, key)) is not None:
+                problems.append(f"model.{key}: does nothing for eval; found: {value!r}; leave it out")
+        if rollout.engine == "vllm":
+            problems.append(
+                "rollout.engine: vllm is not there yet: its engine is not part of this version; expected: auto or "
+                "transformers"
+            )
+        if any(amount <= 0 for amount in rollout.resources.values()) or not rollout.resources:
+            problems.append(f"rollout.resources: found: {rollout.resources}; expected: amounts above 0")
+        if rollout.samples != RolloutConfig().samples:
+            problems.append(
+                f"rollout.samples: does nothing for eval, which writes every response; found: {rollout.samples}; leave "
+                f"it out"
+            )
+        if self.greedy and rollout.sampling.temperature != 1.0:
+            problems.append(
+                f"rollout.sampling.temperature: does nothing with greedy: true; found: {rollout.sampling.temperature}; "
+                f"leave it out"
+            )
+        if self.greedy and self.reference.path is not None:
+            problems.append(
+                "reference.path: the KL is a mean over sampled responses, and greedy ones are no sample; found: greedy: "
+                "true; expected: greedy: false, or no reference"
+            )
+        return or_raise(problems, self)

@@ -1,0 +1,266 @@
+"""`raytrl eval`: responses of finished models, scored by the reward sources, from rollout and reward actors alone."""
+
+import functools
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from raytrl.config.eval_run import EvalRun
+from raytrl.config.load import LoadedRun
+from raytrl.errors import ConfigError, DataError
+from raytrl.launch.ppo_preflight import check_prompt_data, check_sources
+from raytrl.launch.preflight import check_model_path
+from raytrl.launch.resume import inspect_run
+from raytrl.launch.session import (
+    amounts,
+    check_address,
+    check_fits,
+    joins_cluster,
+    machine_resources,
+    needed,
+    prepare_environment,
+    ray_session,
+)
+from raytrl.launch.train import write_start
+from raytrl.records import Progress, Prompt, Response, Score
+from raytrl.roles.device import check_cpu
+from raytrl.roles.evaluation import compare, summarize
+from raytrl.rundir import RunDirectory, now
+
+if TYPE_CHECKING:
+    from raytrl.launch.roles import RewardPool, RolloutPool
+    from raytrl.roles.folder_engine import FolderEngine
+    from raytrl.roles.rollout import TransformersEngine
+
+
+@dataclass
+class Answers:
+    """What one model made of the prompts."""
+
+    prompts: list[Prompt]
+    responses: list[Response]
+    scores: list[Score]
+    kls: list[float] | None = field(default=None)  # one a response, nats
+
+
+def evaluate(loaded: LoadedRun, command: str, fresh: bool, show: Callable[[Progress], None]) -> dict[str, Any]:
+    """Runs an evaluation to its end; one that is finished is not done again.
+
+    Returns:
+        The manifest with `results` (what results.json holds) and `samples` (rows of samples.jsonl).
+
+    Raises:
+        ConfigError: the request cannot be run; nothing was started.
+        RunError: it was started and failed.
+    """
+    run = loaded.run
+    assert isinstance(run, EvalRun)
+    prepare_environment()
+    started = time.time()
+    run_dir = RunDirectory(run.output_dir, run.name)
+    need = needed(
+        [
+            ("rollout.actors", run.rollout.actors, run.rollout.resources),
+            ("reward.actors", run.reward.actors, run.reward.resources),
+        ]
+    )
+    with run_dir.locked():
+        already = not fresh and inspect_run(run, run_dir).state == "done"
+        if not already:
+            check_address(run)
+            if not joins_cluster(run):
+                check_fits(need, machine_resources(), "this machine")
+            show(Progress("plan", text=_describe(run, run_dir, check_eval(run))))
+            run_dir.clear()
+            write_start(loaded, run_dir, command)
+            with ray_session(run, need):
+                answers = _on_actors(run, show)
+            _write(run, run_dir, answers, time.time() - started)
+            run_dir.update_manifest(state="done", finished=now())
+        results = json.loads(run_dir.read("results.json") or "{}")
+        samples = [json.loads(line) for line in (run_dir.read("samples.jsonl") or "").splitlines()]
+        return run_dir.manifest() | {"already_done": already, "results": results, "samples": samples}
+
+
+def check_eval(run: EvalRun) -> str:
+    """Checks models, tokenizers, reward sources and every prompt; returns words about the prompts.
+
+    Raises:
+        ConfigError: something is missing, or does not fit together.
+    """
+    for key, path in {
+        "model.path": run.model.path,
+        "compare": run.compare,
+        "reference.path": run.reference.path,
+    }.items():
+        if path is not None:
+            check_model_path(path, key)
+    check_sources(run.reward)
+    if not run.uses_gpu and not joins_cluster(run):
+        check_cpu(run)
+    words = ""
+    for key, (path, tokenizer) in reversed(run.models.items()):
+        own = run.model_copy(update={"model": run.model.model_copy(update={"path": path, "tokenizer": tokenizer})})
+        try:
+            words = check_prompt_data(own, run.data.eval, "data.eval")
+        except DataError:
+            raise  # names the row already
+        except ConfigError as error:
+            raise ConfigError(f"{key}: {error}" if key != "model" else str(error)) from None
+    if run.reference.path is not None:
+        from raytrl.roles.tokenizer import load_tokenizer
+
+        trust = run.model.trust_remote_code
+        reference = load_tokenizer(run.reference.path, None, trust).get_vocab()
+        for key, (_, tokenizer_path) in run.models.items():
+            if load_tokenizer(tokenizer_path, None, trust).get_vocab() != reference:
+                raise ConfigError(
+                    f"reference.path: a KL needs the same token ids on both sides; found: another vocabulary in "
+                    f"{run.reference.path!r} than in that of {key}, {tokenizer_path!r}; expected: a model with the same "
+                    f"tokenizer, or no reference"
+                )
+    return words
+
+
+def _describe(run: EvalRun, run_dir: RunDirectory, prompts: str) -> str:
+    sources = [f"{source.weight:g} x {source.name}" for source in run.reward.sources]
+    rows = "all rows" if run.rows is None else f"the first {run.rows} rows"
+    how = "greedy" if run.greedy else f"sampled at temperature {run.rollout.sampling.temperature:g}"
+    lines = [
+        *(f"{key:<9}{path}" for key, (path, _) in run.models.items()),
+        f"data     {rows} of {prompts}; {how}",
+        f"reward   {' + '.join(sources)}",
+        f"rollout  {run.rollout.actors} x {amounts(run.rollout.resources)}, transformers",
+        f"scoring  {run.reward.actors} x {amounts(run.reward.resources)}",
+        f"output   {run_dir}",
+    ]
+    if run.reference.path is not None:
+        lines.insert(-1, f"KL to    {run.reference.path}")
+    return "\n".join(lines)
+
+
+def _on_actors(run: EvalRun, show: Callable[[Progress], None]) -> dict[str, Answers]:
+    """Every model's answers; the actors hold one model after the other, version by version."""
+    from raytrl.launch.pool import Pool
+    from raytrl.launch.ppo import make_sources
+    from raytrl.launch.ray_actors import RayCalls, started_actors
+    from raytrl.launch.roles import RewardPool, RolloutPool, scoring_limit_s
+    from raytrl.launch.transport import pack
+    from raytrl.roles.weights import Weights
+
+    show(Progress("phase", text="starting actors"))
+    with started_actors(run, functools.partial(make_engine, run), functools.partial(make_sources, run)) as actors:
+        generator = RolloutPool(
+            Pool(RayCalls(actors[0]), "rollout actors", "the evaluation", run.rollout.timeout_s),
+            run.rollout,
+            samples=1,
+            attempt=1,
+            share=pack,
+        )
+        scorer = RewardPool(
+            Pool(RayCalls(actors[1]), "reward actors", "the evaluation", scoring_limit_s(run.rollout, run.reward, 1)),
+            run.reward,
+            attempt=1,
+            start_timeout_s=run.rollout.start_timeout_s,
+            gather=lambda scores: scores,
+        )
+        answers = {}
+        paths = _paths(run)
+        for version, key in enumerate(run.models):
+            show(Progress("phase", text=f"sampling and scoring: {key}"))
+            generator.load_weights(Weights(version, {}, paths[version]))
+            answers[key] = _answers(_prompts(run, key), version, run.greedy, generator, scorer)
+        if run.reference.path is not None:
+            show(Progress("phase", text="log-probabilities of the reference"))
+            version = len(paths) - 1
+            generator.load_weights(Weights(version, {}, paths[version]))
+            for found in answers.values():
+                reference = generator.logprobs(found.prompts, found.responses, version)
+                found.kls = [sum(r.sampling_logprobs) - reference[r.row, r.sample] for r in found.responses]
+        return answers
+
+
+def _answers(
+    prompts: list[Prompt], version: int, greedy: bool, generator: "RolloutPool", scorer: "RewardPool"
+) -> Answers:
+    responses: list[Response] = []
+    for part in generator.generate(prompts, version, greedy=greedy):
+        scorer.submit(prompts, part)  # scored while the next are sampled
+        responses += part
+    responses.sort(key=lambda response: (response.row, response.sample))
+    return Answers(prompts, responses, scorer.collect())
+
+
+def _prompts(run: EvalRun, key: str) -> list[Prompt]:
+    from raytrl.data import load_data
+    from raytrl.roles.prompts import PromptTable
+    from raytrl.roles.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(run.models[key][1], None, run.model.trust_remote_code)
+    table = PromptTable(load_data(run.data.eval, "data.eval"), tokenizer, run.rollout, "data.eval")
+    return [table.prompt(row, 0, row) for row in range(min(run.rows or len(table), len(table)))]
+
+
+def _paths(run: EvalRun) -> list[str]:
+    """What each version stands for."""
+    paths = [path for path, _ in run.models.values()]
+    return paths if run.reference.path is None else [*paths, run.reference.path]
+
+
+def make_engine(run: EvalRun) -> "FolderEngine":
+    """The engine of one rollout actor."""
+    from raytrl.roles.folder_engine import FolderEngine
+    from raytrl.roles.models import torch_dtype
+    from raytrl.roles.rollout import TransformersEngine
+
+    paths = _paths(run)
+    tokenizers = [tokenizer for _, tokenizer in run.models.values()]
+
+    def load(version: int) -> "TransformersEngine":
+        return TransformersEngine.from_pretrained(
+            paths[version],
+            tokenizers[version] if version < len(tokenizers) else paths[version],
+            run.rollout,
+            seed=run.seed,
+            dtype=torch_dtype(run.model.dtype, run.uses_gpu),
+            device="cuda" if run.uses_gpu else "cpu",
+            trust_remote_code=run.model.trust_remote_code,
+        )
+
+    return FolderEngine(paths, load)
+
+
+def _write(run: EvalRun, run_dir: RunDirectory, answers: dict[str, Answers], seconds: float) -> None:
+    """samples.jsonl, then results.json."""
+    rows = [row for key, found in answers.items() for row in _sample_rows(key, found)]
+    run_dir.write("samples.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    results: dict[str, Any] = {
+        key: {"path": run.models[key][0], **summarize(found.responses, found.scores, found.kls).to_json()}
+        for key, found in answers.items()
+    }
+    if "compare" in answers:
+        results["comparison"] = compare(answers["model"].scores, answers["compare"].scores).to_json()
+    results["seconds"] = seconds
+    run_dir.write("results.json", json.dumps(results, indent=2) + "\n")
+
+
+def _sample_rows(key: str, found: Answers) -> list[dict[str, Any]]:
+    prompts = {prompt.row: prompt.text for prompt in found.prompts}
+    scores = {(score.row, score.sample): score for score in found.scores}
+    kls: list[float | None] = [*found.kls] if found.kls is not None else [None] * len(found.responses)
+    return [
+        {
+            "model": key,
+            "row": response.row,
+            "prompt": prompts[response.row],
+            "response": response.text,
+            "ended": response.ended,
+            "tokens": len(response.token_ids),
+            "score": scores[response.row, response.sample].value,
+            "scores": dict(scores[response.row, response.sample].by_source),
+            **({} if kl is None else {"kl": kl}),
+        }
+        for response, kl in zip(found.responses, kls, strict=True)
+    ]

@@ -7,7 +7,8 @@ from typing import Any
 import datasets
 import pytest
 
-from raytrl.config.runs import RUNS, DataSource, SupervisedRun
+from raytrl.config.kinds import RUNS
+from raytrl.config.runs import DataSource, SupervisedRun
 from raytrl.data import check_columns, conversation_of, load_data, texts_of
 from raytrl.errors import ConfigError, DataError
 from tests.runs import write_rows

@@ -85,9 +85,9 @@ def test_a_missing_tracker_is_named_with_its_package(tmp_path: Path) -> None:
 
 def test_a_model_folder_must_hold_a_model(tmp_path: Path) -> None:
     model = {"config": None, "tokenizer": None}
-    with pytest.raises(ConfigError, match=r"^model\.path: .* is a folder without config\.json"):
+    with pytest.raises(ConfigError, match=r"^model\.path: .*a folder without config\.json"):
         check(run_of(tmp_path, model=model | {"path": str(tmp_path)}))
-    with pytest.raises(ConfigError, match=r"^model\.path: no such folder; found: '/no/where'"):
+    with pytest.raises(ConfigError, match=r"^model\.path: .*/no/where"):
         check(run_of(tmp_path, model=model | {"path": "/no/where"}))
 
 

@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from raytrl.config.runs import RUNS, SupervisedRun, TokenizerSpec
+from raytrl.config.kinds import RUNS
+from raytrl.config.runs import SupervisedRun, TokenizerSpec
 from raytrl.errors import ConfigError
 from raytrl.roles.tokenizer import check_tokenizer, load_tokenizer, train_tokenizer
 from tests.runs import text_rows

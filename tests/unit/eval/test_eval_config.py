@@ -37,7 +37,7 @@ def test_defaults(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("model.path=null", "give exactly one of path"),
+        ("model.path=null", "expected: one of path"),
         ("model.revision=main", "model.revision: does nothing for eval"),
         ("model.pad_token=<p>", "model.pad_token: does nothing for eval"),
         ("rollout.engine=vllm", "rollout.engine: vllm is not there yet"),

@@ -115,6 +115,11 @@ def last_step(run: Path) -> int:
     return max((row["step"] for row in metrics(run)), default=0)
 
 
+def is_committed(run: Path) -> bool:
+    """Whether a checkpoint is on Ray Train's record; that comes a moment after the step that wrote it."""
+    return (run / "checkpoints/checkpoint_manager_snapshot.json").exists()
+
+
 def worker_pids(process: subprocess.Popen[str], kind: str = "RayTrainWorker") -> list[int]:
     """The training processes, or the actors of another kind, below a driver."""
     found = []

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from tests.runs import (
+    is_committed,
     kill_everything,
     last_step,
     metrics,
@@ -65,7 +66,7 @@ def test_same_weights(folder: Path, undisturbed: Any, kind: str, victims: tuple[
     output = ""
     for death, victim in enumerate(victims, 1):
         step = 3 * death  # two checkpoints, and a step that is lost
-        wait_for(f"step {step}", lambda step=step: last_step(run) >= step, process)  # type: ignore[misc]
+        wait_for(f"step {step}", lambda step=step: last_step(run) >= step and is_committed(run), process)  # type: ignore[misc]
         if victim == "worker":
             os.kill(worker_pids(process)[1], signal.SIGKILL)
             continue

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from tests.runs import (
+    is_committed,
     kill_everything,
     last_step,
     metrics,
@@ -73,7 +74,7 @@ def test_a_failure_in_a_worker_is_one_message(folder: Path) -> None:
 def test_fewer_workers_go_on_and_say_what_changes(folder: Path) -> None:
     file = run_file(folder, "shrunk")
     process = start("sft", file)
-    wait_for("step 3", lambda: last_step(folder / "runs/shrunk") >= 3, process)
+    wait_for("a checkpoint", lambda: is_committed(folder / "runs/shrunk"), process)
     kill_everything(process)
     output = raytrl("sft", file, "learner.workers=1")
     assert "with 1 a step takes 4 rows instead of 8" in output
@@ -84,7 +85,7 @@ def test_zero_checkpoints_keep_their_worker_count(folder: Path) -> None:
     learner = {"workers": 2, "deepspeed": {"zero_optimization": {"stage": 3}, "train_batch_size": "auto"}}
     file = run_file(folder, "zero3", learner=learner)
     process = start("sft", file)
-    wait_for("step 3", lambda: last_step(folder / "runs/zero3") >= 3, process)
+    wait_for("a checkpoint", lambda: is_committed(folder / "runs/zero3"), process)
     kill_everything(process)
     output = raytrl("sft", file, "learner.workers=1", status=2)
     assert "was written by 2 workers under ZeRO-3" in output

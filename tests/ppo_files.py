@@ -3,9 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from tests.runs import TINY_LLAMA, WORDS, text_rows, write_rows
+from tests.runs import TINY_LLAMA, WORDS, text_rows, write_rows, write_run_file
 
 RULE = '''
 def spelling(completions, **columns):
@@ -62,9 +60,4 @@ def ppo_file(folder: Path, name: str, **sections: Any) -> str:
         "checkpoint": {"every": 2},
         "report_to": [],
     }
-    for key, value in sections.items():
-        both = isinstance(value, dict) and isinstance(values.get(key), dict)
-        values[key] = values[key] | value if both else value
-    path = folder / f"{name}.yaml"
-    path.write_text(yaml.safe_dump(values))
-    return str(path)
+    return write_run_file(folder, name, values, sections)

@@ -56,6 +56,16 @@ def pair_rows(count: int, seed: int = 0) -> list[dict[str, Any]]:
     ]
 
 
+def write_run_file(folder: Path, name: str, values: dict[str, Any], sections: dict[str, Any]) -> str:
+    """Writes a run file; each of `sections` replaces a key of `values` or, where both are dicts, extends it."""
+    for key, value in sections.items():
+        both = isinstance(value, dict) and isinstance(values.get(key), dict)
+        values[key] = values[key] | value if both else value
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return str(path)
+
+
 def run_file(folder: Path, name: str, **sections: Any) -> str:
     """Writes a small SFT run file (2 workers, 8 steps); keyword arguments replace or, as dicts, extend its sections."""
     values: dict[str, Any] = {
@@ -69,12 +79,7 @@ def run_file(folder: Path, name: str, **sections: Any) -> str:
         "checkpoint": {"every": 2},
         "report_to": [],
     }
-    for key, value in sections.items():
-        both = isinstance(value, dict) and isinstance(values.get(key), dict)
-        values[key] = values[key] | value if both else value
-    path = folder / f"{name}.yaml"
-    path.write_text(yaml.safe_dump(values))
-    return str(path)
+    return write_run_file(folder, name, values, sections)
 
 
 def start(*words: str, cwd: Path | None = None, **environment: str) -> subprocess.Popen[str]:

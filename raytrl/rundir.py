@@ -25,7 +25,7 @@ class RunDirectory:
         if self.is_local:
             if "://" in output_dir:
                 _, output_dir = _from_uri(output_dir)
-            self.uri = self.path = os.path.abspath(os.path.join(output_dir, name))
+            self.uri = self.path = os.path.abspath(os.path.join(os.path.expanduser(output_dir), name))
         else:
             base, query, options = output_dir.partition("?")
             self.uri = f"{base.rstrip('/')}/{name}{query}{options}"

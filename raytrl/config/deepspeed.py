@@ -110,9 +110,18 @@ def zero_stage(deepspeed: dict[str, Any] | None) -> int | None:
     return stage if isinstance(stage, int) else 0  # anything else is a problem that check_deepspeed reports
 
 
-def check_deepspeed(deepspeed: dict[str, Any], training: dict[str, Any], native: Any) -> list[str]:
-    """Problems of the dictionary itself and of its agreement with `training:`, one line each."""
-    return check_keys(deepspeed) + _conflicts(deepspeed, training, native)
+def check_deepspeed(deepspeed: dict[str, Any], training: dict[str, Any], native: Any, workers: int) -> list[str]:
+    """Problems of the dictionary itself and of its agreement with `training:` and `workers`, one line each."""
+    problems = check_keys(deepspeed) + _conflicts(deepspeed, training, native)
+    names = ("per_device_train_batch_size", "gradient_accumulation_steps")
+    rows, accumulated = (training.get(name, _literal(native_fields(native)[name].default)) for name in names)
+    found, expected = deepspeed.get("train_batch_size", "auto"), rows * accumulated * workers
+    if found not in ("auto", expected):
+        problems.append(
+            f"learner.deepspeed.train_batch_size: is {found!r}, but training.{names[0]} {rows} x training.{names[1]} "
+            f'{accumulated} x learner.workers {workers} = {expected}; write "auto" there, or that number'
+        )
+    return problems
 
 
 def check_for_ppo(deepspeed: dict[str, Any]) -> list[str]:

@@ -214,7 +214,7 @@ def _problems(
         loc = _keys(problem["loc"], values, problem["type"] == "missing")
         key = ".".join(loc)
         if problem["type"] == "extra_forbidden":
-            texts = [unknown_key(".".join(loc[:-1]), loc[-1], _fields_at(model, loc[:-1]))]
+            texts = [unknown_key(".".join(loc[:-1]), loc[-1], _fields_at(model, loc[:-1]), str(values["kind"]))]
         elif problem["type"] == "missing":
             texts = [f"{key}: missing"]
         elif problem["type"] == "value_error":

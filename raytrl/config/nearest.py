@@ -38,6 +38,42 @@ RENAMED = {
     "max_prompt_length": "training.max_length",
 }
 
+# Names of TRL's PPO trainers, the one of 1.12 and the one of 0.11, → where the setting is in a PPO run file.
+RENAMED_PPO = {
+    "total_episodes": "ppo.steps (total_episodes / ppo.batch_size)",
+    "num_ppo_epochs": "ppo.epochs",
+    "ppo_epochs": "ppo.epochs",
+    "num_mini_batches": "ppo.minibatches",
+    "mini_batch_size": "ppo.minibatches (how many, not how large)",
+    "per_device_train_batch_size": "ppo.batch_size (of all workers together)",
+    "gradient_accumulation_steps": "ppo.max_tokens_per_microbatch",
+    "local_rollout_forward_batch_size": "rollout.chunk_prompts",
+    "response_length": "rollout.sampling.max_new_tokens",
+    "temperature": "rollout.sampling.temperature",
+    "stop_token": "rollout.sampling.stop (the end token ends a response anyway)",
+    "max_prompt_length": "rollout.max_prompt_length",
+    "kl_coef": "ppo.kl.coef",
+    "init_kl_coef": "ppo.kl.coef",
+    "adap_kl_ctrl": "ppo.kl.target (set: adaptive)",
+    "kl_estimator": "nothing: the reward holds k1; k3 there drives the policy away from the optimum",
+    "cliprange": "ppo.clip_range",
+    "cliprange_value": "ppo.value_clip_range",
+    "vf_coef": "ppo.value_coef",
+    "whiten_rewards": "nothing: whitened rewards have another optimum; ppo.whiten_advantages has not",
+    "use_score_scaling": "ppo.reward_scaling",
+    "score_clip": "ppo.reward_clip",
+    "lr_scheduler_type": "ppo.lr_schedule",
+    "num_sample_generations": "rollout.samples",
+    "sft_model_path": "model.path",
+    "reward_model_path": "reward.sources (a list of {name, model})",
+    "reward_model": "reward.sources (a list of {name, model})",
+    "reward_funcs": "reward.sources (a list of {name, function: file.py:name})",
+    "ref_model": "reference.path",
+}
+
+# Those of the first table that hold for PPO too.
+_SHARED = {old: today for old, today in RENAMED.items() if not today.startswith("training.") and old not in RENAMED_PPO}
+
 # Fields of TRL's config classes that a run file sets elsewhere, because Ray Train owns what they govern.
 OWNED = {
     "output_dir": "`output_dir` and `name` at the top of the file",
@@ -73,11 +109,12 @@ OWNED = {
 }
 
 
-def unknown_key(where: str, key: str, known: Iterable[str]) -> str:
-    """One line that names an unknown key and what was probably meant."""
+def unknown_key(where: str, key: str, known: Iterable[str], kind: str = "sft") -> str:
+    """One line that names an unknown key and what was probably meant in a run file of this kind."""
     path = f"{where}.{key}" if where else key
-    if key in RENAMED and RENAMED[key] != path:
-        return f"{path}: unknown key; today this is {RENAMED[key]}"
+    today = (RENAMED_PPO | _SHARED if kind == "ppo" else RENAMED).get(key, path)
+    if today != path:
+        return f"{path}: unknown key; today this is {today}"
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
     return f"{path}: unknown key" + (f"; nearest known key: {near[0]}" if near else f"; known: {_some(known)}")
 

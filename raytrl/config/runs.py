@@ -244,7 +244,9 @@ class SupervisedRun(TrainingRun):
     def _agreement(self) -> "SupervisedRun":
         problems = []
         if self.learner.deepspeed is not None:
-            problems += check_deepspeed(self.learner.deepspeed, self.training, self.native_class)
+            problems += check_deepspeed(
+                self.learner.deepspeed, self.training, self.native_class, self.learner.max_workers
+            )
         strategy = self.training.get("eval_strategy", "no")
         if strategy != "no" and self.data.eval is None:
             problems.append(

@@ -28,8 +28,6 @@ def test_every_command_runs(tmp_path: Path) -> None:
     (tmp_path / "shared").symlink_to(ROOT.parent / "shared")
     ran = set()
     for words in commands():
-        if words == ["sft", "configs/sft-reviews.yaml"] and (clone / "runs/sft-reviews/model").exists():
-            continue  # the same command as under "Start"
         if words == ["quickstart"]:
             continue  # test_quickstart.py runs it
         cut = CUTS.get(words[0], ["training.max_steps=2", "data.eval=null"])

@@ -2,10 +2,13 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from raytrl.config.load import LoadedRun, load_run
+from raytrl.config.nearest import RENAMED_PPO
+from raytrl.config.ppo_run import PpoRun
 from raytrl.config.runs import SupervisedRun
 from raytrl.errors import ConfigError
 
@@ -22,6 +25,13 @@ training:
 learner:
   workers: 2
 report_to: [tensorboard]
+"""
+PPO = """\
+kind: ppo
+name: a
+model: {path: base}
+data: {train: train.jsonl}
+reward: {sources: [{name: rule, function: "rules.py:rule"}]}
 """
 
 
@@ -178,6 +188,25 @@ def test_an_unknown_key_names_the_nearest(override: str, answer: str) -> None:
 )
 def test_an_old_name_is_answered_with_todays(section: str, old: str, today: str) -> None:
     assert f"{section}{old}: unknown key; today this is {today}" in error_of(RUN, f"{section}{old}=1")
+
+
+@pytest.mark.parametrize("section", ["", "ppo."])
+@pytest.mark.parametrize("old", sorted(RENAMED_PPO))
+def test_names_of_trls_ppo_trainer_are_answered_with_todays(section: str, old: str) -> None:
+    answer = error_of(PPO, f"{section}{old}=1")
+    today = RENAMED_PPO[old]
+    if f"{section}{old}" == today:
+        return  # it kept its name here
+    assert f"{section}{old}: unknown key; today this is {today}" in answer
+    keys = today.partition(" ")[0].split(".")
+    model: Any = PpoRun
+    for key in keys if keys[0] != "nothing:" else []:
+        model = model.model_fields[key].annotation
+
+
+def test_an_old_name_of_a_trainer_is_not_sent_to_a_section_that_ppo_lacks() -> None:
+    assert "training." not in error_of(PPO, "max_seq_length=1")
+    assert "today this is lora.r" in error_of(PPO, "lora_r=1")
 
 
 @pytest.mark.parametrize("place", ["", "data.", "model."])
@@ -344,6 +373,11 @@ def deepspeed_error(values: object, *overrides: str) -> str:
             {"optimizer": {"type": "AdamW", "params": {"lr": 3e-5}}},
             "zero.json:5: learner.deepspeed.optimizer.params.lr: is 3e-05, but training.learning_rate is 1e-05;",
         ),
+        (
+            {"train_batch_size": 24},
+            "zero.json:2: learner.deepspeed.train_batch_size: is 24, but training.per_device_train_batch_size 8 x "
+            "training.gradient_accumulation_steps 1 x learner.workers 2 = 16;",
+        ),
         (["stage"], "run.yaml:12: learner.deepspeed: zero.json: expected one JSON object; found: list"),
     ],
 )
@@ -357,6 +391,7 @@ def test_deepspeed_values_that_agree_with_training_or_are_auto_are_accepted() ->
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-5, "weight_decay": "auto"}},
         "gradient_clipping": 1.0,
         "train_micro_batch_size_per_gpu": "auto",
+        "train_batch_size": 16,
         "bf16": {"enabled": "auto"},
     }
     Path("zero.json").write_text(json.dumps(values))

@@ -23,6 +23,11 @@ def test_a_local_path_and_a_file_uri_are_one_place(tmp_path: Path) -> None:
     assert by_uri.uri == str(tmp_path / "a")
 
 
+def test_a_tilde_is_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/somewhere")
+    assert RunDirectory("~/runs", "a").path == "/somewhere/runs/a"
+
+
 def test_a_path_with_a_question_mark_is_a_path(tmp_path: Path) -> None:
     run_dir = RunDirectory(str(tmp_path / "why?"), "a")
     assert run_dir.path == str(tmp_path / "why?" / "a")

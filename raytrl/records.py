@@ -53,7 +53,7 @@ class Score:
 class Progress:
     """What rank 0 of a learner tells the driver on its way (and any rank, for `failure`)."""
 
-    kind: str  # phase | start | step | eval | checkpoint | done | failure
+    kind: str  # phase | start | step | eval | checkpoint | done | failure; earlier: of a step before this start
     step: int = 0
     total_steps: int = 0
     text: str = ""  # phase: what is being done; failure: rank, node and cause

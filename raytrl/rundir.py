@@ -154,12 +154,21 @@ def _from_uri(uri: str) -> tuple[fs.FileSystem, str]:
     return filesystem, str(path)
 
 
+_HALF_WRITTEN = 1 << 62
+
+
 class StepLog:
     """A file of JSON objects that each name their step; what a redone step logs replaces what it logged before."""
 
     def __init__(self, run_dir: RunDirectory, name: str) -> None:
         self._run_dir, self._name = run_dir, name
-        self._lines = (run_dir.read(name) or "").splitlines()
+        lines = (run_dir.read(name) or "").splitlines()
+        self._lines = [line for line in lines if _step_of(line) < _HALF_WRITTEN]
+
+    @property
+    def last_step(self) -> int:
+        """The last step that is on record; 0 before the first."""
+        return _step_of(self._lines[-1]) if self._lines else 0
 
     def rewind(self, step: int) -> None:
         """Forgets what was logged after a step: the run goes on from there."""
@@ -199,7 +208,7 @@ def _step_of(line: str) -> int:
     try:
         return int(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):  # the last line of a killed driver may be half written: drop it
-        return 1 << 62
+        return _HALF_WRITTEN
 
 
 def now() -> str:

@@ -96,6 +96,8 @@ def sweep(run_dir: RunDirectory) -> None:
     """Deletes half-written checkpoints: folders that the record of committed ones does not name."""
     from ray.train import Result
 
+    if not run_dir.exists(_SNAPSHOT):
+        return
     found = Result.from_path(run_dir.at("checkpoints"), storage_filesystem=run_dir.filesystem)
     kept = {posixpath.basename(checkpoint.path) for checkpoint in [found.checkpoint, *dict(found.best_checkpoints)]}
     for folder in run_dir.folders("checkpoints"):

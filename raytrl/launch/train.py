@@ -16,7 +16,7 @@ from raytrl.config.load import LoadedRun
 from raytrl.config.ppo_run import PpoRun
 from raytrl.config.runs import SupervisedRun, TrainingRun
 from raytrl.errors import RunError
-from raytrl.launch.resume import Standing, inspect_run
+from raytrl.launch.resume import Standing, inspect_run, sweep
 from raytrl.launch.session import (
     Need,
     check_address,
@@ -118,7 +118,7 @@ def train(loaded: LoadedRun, command: str, fresh: bool, show: Callable[[Progress
             run_dir.update_manifest(state="failed", error=str(error))
             raise
         run_dir.update_manifest(state="done", finished=now(), model=f"{run_dir}/model", metrics=metrics, startup=clock)
-        run_dir.delete(".scratch")
+        sweep(run_dir)
         return run_dir.manifest()
 
 

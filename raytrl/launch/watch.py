@@ -95,6 +95,9 @@ class Watch:
             self._handle(event)
 
     def _handle(self, event: Progress) -> None:
+        if event.kind == "earlier":
+            self._catch_up(event)
+            return
         if event.kind == "start":
             if self._attempts == 0:
                 self._clock["workers_s"] = time.time() - self._began
@@ -114,6 +117,13 @@ class Watch:
         elif event.kind == "failure":
             self._note_failure(event)
         self._show(event)
+
+    def _catch_up(self, event: Progress) -> None:
+        """Writes down what a driver that died did not."""
+        if event.step >= self._log.last_step:
+            self._log.append({"step": event.step, **event.metrics})
+        if event.step > self._samples.last_step:
+            self._samples.extend(event.samples)
 
     def _note_failure(self, event: Progress) -> None:
         self._failure = self._failure or event  # the first of an attempt; the others follow from it

@@ -1,6 +1,7 @@
 """The Ray Train side of a training process: its context, its checkpoints, its failures."""
 
 import contextlib
+import json
 import logging
 import os
 import posixpath
@@ -8,7 +9,10 @@ import shutil
 import sys
 import traceback
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -23,6 +27,9 @@ from raytrl.records import Progress
 _PEER_DEATH = ("connection closed by peer", "connection reset", "nccl", "gloo", "broken pipe", "timed out waiting")
 # A restart from the last checkpoint would come to the same end.
 _SAME_AGAIN = (ConfigError, NonFiniteError, RewardError)
+# Workers outlive a killed driver by seconds and may commit checkpoints in them. So a checkpoint holds the latest
+# progress: the driver that continues from it writes down what the dead one no longer could.
+_PROGRESS, _KEPT = "progress.json", 256
 
 
 class RayWorkerContext:
@@ -35,6 +42,7 @@ class RayWorkerContext:
         self.world_size: int = context.get_world_size()
         self.scratch = f"{scratch}/node-{context.get_node_rank()}"  # nodes may share the run's disk
         self._board = board
+        self._latest: deque[Progress] = deque(maxlen=_KEPT)
         if self.local_rank == 0:
             shutil.rmtree(self.scratch, ignore_errors=True)  # of a killed attempt
             os.makedirs(self.scratch)
@@ -47,9 +55,15 @@ class RayWorkerContext:
             yield None
             return
         with checkpoint.as_directory() as folder:
+            if self.rank == 0:
+                for values in json.loads(Path(folder, _PROGRESS).read_text()):
+                    self._latest.append(Progress(**values))
+                    self._board.post.remote(replace(self._latest[-1], kind="earlier"))
             yield folder
 
     def commit(self, step: int, folder: str | None) -> None:
+        if self.rank == 0 and folder is not None:
+            Path(folder, _PROGRESS).write_text(json.dumps([asdict(event) for event in self._latest]))
         ray.train.report(
             {"step": step, "world_size": self.world_size},
             checkpoint=ray.train.Checkpoint.from_directory(folder) if folder else None,
@@ -58,6 +72,8 @@ class RayWorkerContext:
         )
 
     def progress(self, event: Progress) -> None:
+        if event.kind in ("step", "eval"):
+            self._latest.append(event)
         self._board.post.remote(event)
 
     def barrier(self) -> None:

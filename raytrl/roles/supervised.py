@@ -39,7 +39,9 @@ class StepReporter(TrainerCallback):  # type: ignore[misc]  # transformers' clas
         self.last_loss = float("nan")
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self._context.progress(Progress("start", state.global_step, state.max_steps))
+        losses = [row["loss"] for row in state.log_history if "loss" in row]
+        self.last_loss = losses[-1] if losses else self.last_loss
+        self._context.progress(Progress("start", state.global_step, max(state.max_steps, state.global_step)))
         self._restart_clock(state)
 
     def _restart_clock(self, state: TrainerState) -> None:
@@ -117,6 +119,8 @@ def train(job: SupervisedJob, context: WorkerContext) -> dict[str, float]:
         _drop_printing(trainer)
         _phase(context, "starting")
         checkpoint = stack.enter_context(context.restored())
+        if checkpoint is not None:
+            _train_no_further_than_asked(trainer, checkpoint)
         trainer.train(resume_from_checkpoint=checkpoint)
         metrics = {"loss": reporter.last_loss}
         if run.data.eval is not None:
@@ -124,6 +128,13 @@ def train(job: SupervisedJob, context: WorkerContext) -> dict[str, float]:
         _save(job, run_dir, trainer, base, metrics, context)
         context.barrier()  # no rank leaves before the model is in place
     return {key: value for key, value in metrics.items() if _is_finite(value)}
+
+
+def _train_no_further_than_asked(trainer: Any, checkpoint: str) -> None:
+    """A checkpoint of the last step of `max_steps` is loaded, and no more: transformers would take one step beyond it."""
+    state = TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json"))
+    if 0 < trainer.args.max_steps <= state.global_step:
+        trainer.args.max_steps, trainer.args.num_train_epochs = -1, 0
 
 
 def _phase(context: WorkerContext, text: str) -> None:

@@ -29,7 +29,7 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 # One run that dies twice in CI; every kind of run by every kind of death with `-m slow`.
 CASES = [
-    pytest.param("zero2", ("worker", "everything")),
+    pytest.param("zero2", ("worker", "driver")),
     *(
         pytest.param(kind, (victim,), marks=pytest.mark.slow)
         for kind in KINDS

@@ -178,13 +178,18 @@ def test_cut_off_and_resumed_ends_with_equal_weights(tmp_path: Path, sections: d
     assert weights_hash(cut / "model") == weights_hash(whole / "model")
 
 
-def test_killed_between_the_last_checkpoint_and_the_model(tmp_path: Path) -> None:
-    file = one_worker(tmp_path, text_rows(32), checkpoint={"every": 4})
-    train_alone(file, die_after=8)
+@pytest.mark.parametrize("rows", [32, 40], ids=["end of an epoch", "within an epoch"])
+def test_killed_between_the_last_checkpoint_and_the_model(tmp_path: Path, rows: int) -> None:
+    settings: dict[str, Any] = {"checkpoint": {"every": 4}, "training": {"lr_scheduler_type": "constant"}}
+    _, whole = train_alone(one_worker(tmp_path, text_rows(rows), "whole", **settings))
+    forget_engines()
+    file = one_worker(tmp_path, text_rows(rows), **settings)
+    first, _ = train_alone(file, die_after=8)
     forget_engines()
     again, run = train_alone(file)
+    assert len(first.losses) == 8
     assert again.losses == []
-    assert (run / "model/model.safetensors").exists()
+    assert weights_hash(run / "model") == weights_hash(whole / "model")
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(tmp_path: Path) -> None:

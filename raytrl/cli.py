@@ -66,6 +66,7 @@ def _train(kind: str, file: str, overrides: list[str] | None, fresh: bool) -> No
     if manifest.get("already_done"):
         out.print("this run is finished already; --fresh trains it anew")
     out.print(summary(manifest, manifest["model"].removesuffix("/model")))
+    _write_page(loaded)
 
 
 def _evaluate(file: str, overrides: list[str] | None, fresh: bool) -> None:
@@ -83,6 +84,14 @@ def _evaluate(file: str, overrides: list[str] | None, fresh: bool) -> None:
         out.print("this evaluation is finished already; --fresh does it anew")
     out.print(samples_table(found["samples"]))
     out.print(results_table(found["results"]))
+    _write_page(loaded)
+
+
+def _write_page(loaded: Any) -> None:
+    from raytrl.report.run_page import write_run_page
+    from raytrl.rundir import RunDirectory
+
+    out.print(f"report    {write_run_page(RunDirectory(loaded.run.output_dir, loaded.run.name))}", soft_wrap=True)
 
 
 def _quickstart(output_dir: str, overrides: list[str], fresh: bool) -> None:
@@ -92,6 +101,8 @@ def _quickstart(output_dir: str, overrides: list[str], fresh: bool) -> None:
     from raytrl.report.evaluation import samples_table
     from raytrl.report.progress import Display
     from raytrl.report.quickstart import paths_table, stages_table
+    from raytrl.report.run_page import write_run_page
+    from raytrl.rundir import RunDirectory
 
     _stop_on_sigterm()
 
@@ -107,6 +118,8 @@ def _quickstart(output_dir: str, overrides: list[str], fresh: bool) -> None:
     out.print(samples_table(last["samples"], titles={"compare": "before PPO", "model": "after PPO"}))
     rows = {kind: stage.rows for kind, stage in stages.items()}
     out.print(stages_table(rows, last["results"], {kind: stage.seconds for kind, stage in stages.items()}))
+    for stage in stages:
+        write_run_page(RunDirectory(output_dir, stage))
     out.print(paths_table(output_dir))
 
 
@@ -162,6 +175,23 @@ def ppo(config: File, overrides: Overrides = None, fresh: Fresh = False, debug: 
 def evaluate(config: File, overrides: Overrides = None, fresh: Fresh = False, debug: Debug = False) -> None:
     """Scores a model's responses, alone or against a second model."""
     _guarded(lambda: _evaluate(config, overrides, fresh), debug)
+
+
+@app.command()
+def report(
+    run_dir: Annotated[str, typer.Argument(metavar="RUN_DIR", help="such as runs/my-run", show_default=False)],
+    debug: Debug = False,
+) -> None:
+    """Writes report.html of a run, finished or not: curves, responses, settings."""
+
+    def work() -> None:
+        from raytrl.report.run_page import write_run_page
+        from raytrl.rundir import RunDirectory
+
+        parent, _, name = run_dir.rstrip("/").rpartition("/")
+        out.print(write_run_page(RunDirectory(parent or ".", name)), soft_wrap=True)
+
+    _guarded(work, debug)
 
 
 @config_app.command("show")

@@ -63,5 +63,6 @@ def paths_table(output_dir: str) -> Table:
     table.add_row("SFT model", f"{output_dir}/sft/model")
     table.add_row("reward model", f"{output_dir}/reward/model")
     table.add_row("all responses", f"{output_dir}/eval/samples.jsonl")
+    table.add_row("curves", f"{output_dir}/*/report.html")
     table.add_row("data", f"{output_dir}/data")
     return table

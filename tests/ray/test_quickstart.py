@@ -38,6 +38,7 @@ def test_every_stage_is_a_run_of_its_own(small: tuple[Path, str]) -> None:
         manifest = json.loads((folder / stage / "manifest.json").read_text())
         assert manifest["state"] == "done"
         assert f"raytrl {stage} configs/quickstart/{stage}.yaml" in output
+        assert (folder / stage / "report.html").is_file()
     assert [row["step"] for row in metrics(folder / "ppo")] == [1, 2]
     policy = AutoModelForCausalLM.from_pretrained(folder / "ppo/model")
     judge = AutoModelForSequenceClassification.from_pretrained(folder / "reward/model")

@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 # What makes a command short.
-CUTS = {"config": [], "ppo": ["ppo.steps=1", "ppo.batch_size=8", "ppo.minibatches=1"]}
+CUTS = {"config": [], "report": [], "ppo": ["ppo.steps=1", "ppo.batch_size=8", "ppo.minibatches=1"]}
 
 
 def commands() -> list[list[str]]:
@@ -35,5 +35,6 @@ def test_every_command_runs(tmp_path: Path) -> None:
         assert output
         ran.add(words[0])
     assert {"sft", "reward", "ppo", "config"} <= ran
+    assert "<svg" in (clone / "runs/sft-reviews/report.html").read_text()
     assert len(metrics(clone / "runs/zero2")) == 2
     assert (clone / "runs/sft-reviews-lora/model/merged").is_dir()

@@ -1,0 +1,153 @@
+"""report.html of a run: how it went, in pictures; what it said; how it was made."""
+
+import html
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from raytrl.errors import ConfigError
+from raytrl.report.page import as_svg, page, panels, table
+from raytrl.rundir import RunDirectory
+
+Rows = Sequence[Mapping[str, Any]]
+
+# What is drawn: a picture's title and its lines, each a metric and its name there. Pictures without data are left out.
+_PICTURES: dict[str, list[tuple[str, dict[str, str]]]] = {
+    "supervised": [
+        ("loss", {"loss": "training", "eval_loss": "held out"}),
+        ("accuracy", {"accuracy": "training", "eval_accuracy": "held out", "eval_rewards/accuracies": "held out"}),
+        ("token accuracy", {"mean_token_accuracy": "training", "eval_mean_token_accuracy": "held out"}),
+        ("margin", {"margin": "training", "eval_margin": "held out", "rewards/margins": "training"}),
+        ("learning rate", {"learning_rate": "learning rate"}),
+        ("gradient norm", {"grad_norm": "gradient norm"}),
+        ("seconds a step", {"time/step_s": "seconds"}),
+        ("peak memory, GiB", {"memory/peak_gib": "GiB"}),
+    ],
+    "ppo": [
+        ("score", {"objective/scores_raw": "sampled", "eval/score": "held out"}),
+        ("KL to the reference, nats a response", {"objective/kl": "KL"}),
+        ("entropy, nats a token", {"policy/entropy_avg": "entropy"}),
+        ("tokens a response", {"response/length": "tokens"}),
+        ("ended by themselves", {"response/ended_fraction": "share"}),
+        ("share clipped", {"policy/clipfrac_avg": "policy", "val/clipfrac_avg": "value"}),
+        ("policy loss", {"loss/policy_avg": "policy"}),
+        ("value loss", {"loss/value_avg": "value"}),
+        ("explained variance of the values", {"val/explained_variance": "explained"}),
+        ("KL coefficient", {"objective/kl_coef": "coefficient"}),
+        ("learning rate", {"lr": "learning rate"}),
+    ],
+}
+_PHASES = ("generate", "score", "experience", "update", "sync", "idle")
+
+
+def write_run_page(run_dir: RunDirectory) -> str:
+    """Writes report.html into the run directory; returns where it is.
+
+    Raises:
+        ConfigError: there is no run in the directory.
+    """
+    manifest = run_dir.manifest()
+    if not manifest:
+        raise ConfigError(f"{run_dir}: no run; found: no manifest.json; expected: the directory of a run")
+    rows = (_rows(run_dir, name) for name in ("metrics.jsonl", "samples.jsonl"))
+    run_dir.write("report.html", run_page(str(run_dir), manifest, *rows))
+    return f"{run_dir}/report.html"
+
+
+def run_page(title: str, manifest: Mapping[str, Any], metrics: Rows, samples: Rows) -> str:
+    """The page.
+
+    Args:
+        title: which run it is.
+        manifest: of the run, in whatever state.
+        metrics: rows of metrics.jsonl, none for an evaluation.
+        samples: rows of samples.jsonl, none for a supervised run.
+    """
+    parts = [_summary(manifest, metrics)]
+    if (curves := _curves(metrics)) is not None:
+        parts.append(f"<figure>{curves}</figure>")
+    if any("time/generate_s" in row for row in metrics):
+        parts.append(f"<h2>Where the time goes</h2><figure>{_phases(metrics)}</figure>")
+    if samples:
+        parts.append(f"<h2>Responses</h2>{_samples(samples)}")
+    if manifest.get("metrics"):
+        parts.append(_folded("Metrics at the end", table((), manifest["metrics"].items())))
+    settings = manifest.get("origins", {}).items()
+    parts.append(_folded("What was set, and where", table(("key", "origin"), settings)))
+    return page(f"{manifest['kind']}: {title}", parts)
+
+
+def _folded(title: str, content: str) -> str:
+    return f"<details><summary>{html.escape(title)}</summary>{content}</details>"
+
+
+def _rows(run_dir: RunDirectory, name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_dir.read(name) or "").splitlines() if line.endswith("}")]
+
+
+def _summary(manifest: Mapping[str, Any], metrics: Rows) -> str:
+    lines: list[tuple[str, Any]] = [("state", manifest["state"])]
+    if "error" in manifest and manifest["state"] == "failed":
+        lines.append(("error", manifest["error"]))
+    lines += [(key, manifest[key]) for key in ("command", "started", "finished", "starts", "model") if key in manifest]
+    if metrics:
+        lines.append(("steps", metrics[-1]["step"]))
+    lines.append(("versions", ", ".join(f"{name} {version}" for name, version in manifest["versions"].items())))
+    return table((), lines)
+
+
+def _curves(metrics: Rows) -> str | None:
+    pictures = _PICTURES["ppo" if any("objective/kl" in row for row in metrics) else "supervised"]
+    found = []
+    for title, lines in pictures:
+        drawn = {key: [(row["step"], row[key]) for row in metrics if key in row] for key in lines}
+        if any(drawn.values()):
+            found.append((title, {lines[key]: points for key, points in drawn.items() if points}))
+    if not found:
+        return None
+    figure, axes = panels(len(found))
+    for each, (title, drawn) in zip(axes, found, strict=True):
+        for name, points in drawn.items():
+            few = len(points) < 12
+            each.plot(*zip(*points, strict=True), lw=1.4, marker="o" if few else None, ms=4, label=name)
+        each.set_title(title, fontsize=10)
+        each.tick_params(labelsize=8)
+        if len(drawn) > 1:
+            each.legend(fontsize=8, frameon=False)
+    return as_svg(figure)
+
+
+def _phases(metrics: Rows) -> str:
+    """Seconds of each step, one phase on top of the other."""
+    figure, (axes,) = panels(1)
+    figure.set_size_inches(11, 3)
+    rows = [row for row in metrics if "time/generate_s" in row]
+    parts = [[row.get(f"time/{phase}_s", 0.0) for row in rows] for phase in _PHASES]
+    axes.stackplot([row["step"] for row in rows], parts, labels=_PHASES, alpha=0.85)
+    axes.set(xlabel="step", ylabel="seconds")
+    axes.legend(fontsize=8, frameon=False, ncols=len(_PHASES), loc="upper center", bbox_to_anchor=(0.5, 1.15))
+    return as_svg(figure)
+
+
+def _samples(samples: Rows, count: int = 6) -> str:
+    """Of training, the first and the last responses; of an evaluation, each model's to the same prompts."""
+    if "model" in samples[0]:
+        models = list(dict.fromkeys(row["model"] for row in samples))
+        chosen = [row for row in samples if row["row"] < count]
+        chosen.sort(key=lambda row: (row["row"], models.index(row["model"])))
+        return _responses("model", chosen)
+    first, last = samples[0]["step"], samples[-1]["step"]
+    at_first = [row for row in samples if row["step"] == first][:count]
+    return _responses("step", at_first + [row for row in samples if row["step"] == last != first][:count])
+
+
+def _responses(key: str, rows: Rows) -> str:
+    lines = []
+    for row in rows:
+        scores = ", ".join(
+            f"{name} {value:.2f}" if value is not None else f"{name} -" for name, value in row["scores"].items()
+        )
+        prompt = row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"]
+        text = f"<span class=quiet>{html.escape(prompt)}</span>{html.escape(row['response'])}"
+        lines.append(f"<tr><td>{html.escape(str(row[key]))}</td><td>{text}</td><td>{html.escape(scores)}</td></tr>")
+    return f"<table><tr><th>{key}</th><th>prompt and response</th><th>scores</th></tr>{''.join(lines)}</table>"

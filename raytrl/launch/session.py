@@ -96,6 +96,28 @@ def check_address(run: Run) -> None:
         ) from None
 
 
+def check_one_node(run: Run) -> None:
+    """Refuses placement that a local Ray, one node without labels, could never give.
+
+    Raises:
+        ResourceError: naming the key.
+    """
+    for role, key in (("learner", "max_workers"), ("rollout", "actors"), ("reward", "actors")):
+        section = getattr(run, role, None)
+        if section is None:
+            continue
+        if section.labels:
+            raise ResourceError(
+                f"{role}.labels: a local Ray is one node without labels; found: {section.labels}; expected: "
+                f"cluster.address or a Ray job, or no labels"
+            )
+        if section.placement == "strict_spread" and getattr(section, key) > 1:
+            raise ResourceError(
+                f"{role}.placement: strict_spread puts each process on a node of its own; found: {getattr(section, key)} "
+                f"processes and a local Ray, which is one node; expected: cluster.address or a Ray job, or spread"
+            )
+
+
 def needed(parts: Sequence[tuple[str, int, Mapping[str, float]]], object_store_bytes: int | None = None) -> Need:
     """The sum over (key, processes, resources of each)."""
     total: dict[str, float] = {}

@@ -21,6 +21,7 @@ from raytrl.launch.session import (
     Need,
     check_address,
     check_fits,
+    check_one_node,
     joins_cluster,
     machine_resources,
     prepare_environment,
@@ -30,6 +31,7 @@ from raytrl.records import Progress
 from raytrl.rundir import RunDirectory, now
 
 _LIBRARIES = ("raytrl", "ray", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "deepspeed")
+_RESIZE_CHECK_S = 20.0  # an elastic run looks this often for a node that could take another worker
 Worker = Callable[[dict[str, Any]], dict[str, float]]
 
 
@@ -98,6 +100,7 @@ def train(loaded: LoadedRun, command: str, fresh: bool, show: Callable[[Progress
             show(Progress("notice", text=notice))
         check_address(run)
         if not joins_cluster(run):
+            check_one_node(run)
             check_fits(kind.need, machine_resources(), "this machine")
         with tempfile.TemporaryDirectory() as staging:  # nothing of an earlier run is touched before all checks passed
             staged = run_dir if standing.state == "continue" else RunDirectory(staging, run.name)
@@ -166,8 +169,10 @@ def _run_on_ray(
     with ray_session(run, kind.need):
         importer.join()
         clock["ray_s"] = time.time() - mark
+        from raytrl.launch.storage import check_storage
         from raytrl.launch.watch import Watch, start_board
 
+        check_storage(run_dir)
         board = start_board()
         show(Progress("phase", text="starting workers"))
         with kind.running(command, versions()) as (worker, config):
@@ -197,6 +202,9 @@ def _trainer(run: TrainingRun, run_dir: RunDirectory, board: Any, worker: Worker
             num_workers=run.learner.workers,
             use_gpu=run.learner.uses_gpu,
             resources_per_worker=run.learner.resources,
+            placement_strategy=run.learner.placement.upper(),
+            label_selector=run.learner.labels or None,
+            elastic_resize_monitor_interval_s=_RESIZE_CHECK_S,
         ),
         run_config=RunConfig(
             name="checkpoints",

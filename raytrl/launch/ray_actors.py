@@ -103,9 +103,10 @@ def started_actors(
     ]
     try:
         deadline = time.monotonic() + run.rollout.start_timeout_s
-        for group, section, role in zip(groups, (run.rollout, run.reward), ("rollout", "reward"), strict=True):
-            if not group.wait(max(0.1, deadline - time.monotonic())):
-                raise _not_placed(section, role, run.rollout.start_timeout_s)
+        if not groups[0].wait(run.rollout.start_timeout_s):
+            raise _not_placed(run.rollout, "rollout", run.rollout.start_timeout_s)
+        if not groups[1].wait(max(0.1, deadline - time.monotonic())):
+            raise _not_placed(run.reward, "reward", run.rollout.start_timeout_s)
         in_role = functools.partial(functools.partial, logged, run.output_dir, run.name)
         rollout = [
             _start(groups[0], i, RolloutActor, run.rollout.resources, in_role("rollout", i, make_engine))

@@ -127,7 +127,7 @@ def _changes(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> dict
 
 def _most_workers(config: dict[str, Any]) -> int | None:
     """`learner.max_workers` of a stored config."""
-    workers = config.get("learner", {}).get("workers")
+    workers: int | list[int] | None = config.get("learner", {}).get("workers")
     return workers[1] if isinstance(workers, list) else workers
 
 
@@ -143,11 +143,11 @@ def _worker_change(
             f"{checkpoint.world_size} workers under ZeRO-{stage}, and DeepSpeed loads it only on as many; "
             f"found: {learner.workers}; expected: {checkpoint.world_size}, or --fresh"
         )
-    if isinstance(run, SupervisedRun) and most_before not in (None, learner.max_workers):
+    if isinstance(run, SupervisedRun) and most_before is not None and most_before != learner.max_workers:
         rows = int(run.training.get("per_device_train_batch_size", 8)) * run.accumulation(1) // learner.max_workers
         return [
             f"{written}: with {learner.workers} a step takes {rows * learner.max_workers} rows instead of "
-            f"{rows * int(str(most_before))}, an epoch has accordingly more or fewer steps, and the result is not the one "
+            f"{rows * most_before}, an epoch has accordingly more or fewer steps, and the result is not the one "
             f"of {most_before} workers"
         ]
     if fits:

@@ -111,7 +111,7 @@ def train(loaded: LoadedRun, command: str, fresh: bool, show: Callable[[Progress
                     run_dir.store(staged.at("tokenizer"), "tokenizer")
         if standing.checkpoint is not None:
             plan += f"\nresume   from step {standing.checkpoint.step}"
-        plan += f"\noutput   {run_dir}"
+        plan += f"\noutput   {run_dir}\nlogs     {log_place(run_dir)}"
         clock = {"checks_s": time.time() - started}
         show(Progress("plan", text=plan))
         write_start(loaded, run_dir, command)
@@ -123,6 +123,13 @@ def train(loaded: LoadedRun, command: str, fresh: bool, show: Callable[[Progress
         run_dir.update_manifest(state="done", finished=now(), model=f"{run_dir}/model", metrics=metrics, startup=clock)
         sweep(run_dir)
         return run_dir.manifest()
+
+
+def log_place(run_dir: RunDirectory) -> str:
+    """Where the processes' log files are, in words; `logs.log_path` says it for each."""
+    if run_dir.is_local:
+        return f"{run_dir}/logs"
+    return f"raytrl-{os.path.basename(run_dir.path)}-* in Ray's log folder of each node (object stores cannot append)"
 
 
 def versions() -> dict[str, str]:

@@ -6,8 +6,6 @@ files of several processes can be sorted into one. A restarted process goes on i
 
 import logging
 import os
-from collections.abc import Callable
-from typing import Any
 
 import ray
 
@@ -61,9 +59,3 @@ def set_version(version: int) -> None:
     """The version of the weights that this process holds from now on; without a log it does nothing."""
     if _identity is not None:
         _identity.version = str(version)
-
-
-def logged(output_dir: str, name: str, role: str, rank: int, make: Callable[[], Any]) -> Any:
-    """What `make` makes, in an actor's process that logs from here on; called once in each life of the actor."""
-    start_log(RunDirectory(output_dir, name), role, rank)
-    return make()

@@ -1,6 +1,7 @@
 """Ray's side of the pools: starting actors in placement groups, and calling them."""
 
 import functools
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,8 +19,10 @@ from raytrl.config.reward import RewardSection
 from raytrl.errors import ResourceError
 from raytrl.launch.actors import CONCURRENCY_GROUPS, CONTROL, STATUS, RewardActor, RolloutActor
 from raytrl.launch.gauges import RoleGauges
-from raytrl.launch.logs import logged
+from raytrl.launch.logs import start_log
 from raytrl.launch.pool import ActorLostError
+from raytrl.launch.session import work_in
+from raytrl.rundir import RunDirectory
 
 # Which calls do not queue behind the long ones.
 _GROUPS = {"begin": CONTROL, "prepare": CONTROL, "start": CONTROL, "load_weights": CONTROL, "doing": STATUS}
@@ -107,7 +110,7 @@ def started_actors(
             raise _not_placed(run.rollout, "rollout", run.rollout.start_timeout_s)
         if not groups[1].wait(max(0.1, deadline - time.monotonic())):
             raise _not_placed(run.reward, "reward", run.rollout.start_timeout_s)
-        in_role = functools.partial(functools.partial, logged, run.output_dir, run.name)
+        in_role = functools.partial(functools.partial, as_role, os.getcwd(), run.output_dir, run.name)
         rollout = [
             _start(groups[0], i, RolloutActor, run.rollout.resources, in_role("rollout", i, make_engine))
             for i in range(run.rollout.actors)
@@ -141,6 +144,13 @@ def _not_placed(section: RolloutConfig | RewardSection, role: str, limit_s: floa
         f"{section.actors} x {_amounts(section.resources)}{labels if section.labels else ''}, placed by "
         f"{section.placement}"
     )
+
+
+def as_role(cwd: str, output_dir: str, name: str, role: str, rank: int, make: Callable[[], Any]) -> Any:
+    """What `make` makes, in an actor's process that is prepared for it; called once in each life of the actor."""
+    work_in(cwd)
+    start_log(RunDirectory(output_dir, name), role, rank)
+    return make()
 
 
 def _start(group: Any, place: int, kind: type, resources: Mapping[str, float], make: Callable[[], Any]) -> Any:

@@ -36,6 +36,16 @@ def prepare_environment() -> None:
         os.environ.setdefault(name, value)
 
 
+def work_in(folder: str) -> None:
+    """Paths in a run file are relative to the driver's working directory; processes on a cluster start elsewhere.
+
+    Where a node has no such folder nothing happens: absolute paths, hub ids and URIs need none, others are reported as
+    missing by whoever reads them.
+    """
+    if os.path.isdir(folder):
+        os.chdir(folder)
+
+
 def joins_cluster(run: Run) -> bool:
     """Whether the run joins a Ray that exists: `cluster.address` says so, or it runs inside a Ray job."""
     return run.cluster.address is not None or "RAY_ADDRESS" in os.environ

@@ -200,6 +200,7 @@ def _trainer(run: TrainingRun, run_dir: RunDirectory, board: Any, worker: Worker
         worker,
         train_loop_config={
             "board": board,
+            "cwd": os.getcwd(),
             "scratch": os.path.join(local, ".scratch"),
             "tensorboard": os.path.join(local, "tensorboard"),
             **config,

@@ -21,7 +21,7 @@ import ray.train.collective
 
 from raytrl.errors import ConfigError, NonFiniteError, RaytrlError, RewardError, WorkerError
 from raytrl.launch.logs import LOG, set_version, start_log
-from raytrl.launch.session import QUIET_LIBRARIES
+from raytrl.launch.session import QUIET_LIBRARIES, work_in
 from raytrl.records import Progress
 from raytrl.rundir import RunDirectory
 
@@ -115,6 +115,7 @@ def supervised_worker(config: dict[str, Any]) -> dict[str, float]:
 
 def as_worker(config: dict[str, Any], work: Callable[[RayWorkerContext], dict[str, float]]) -> dict[str, float]:
     """Prepares a Ray Train worker process, does its work, and tells the driver what it failed of."""
+    work_in(config["cwd"])
     for name, value in QUIET_LIBRARIES.items():  # a cluster's nodes do not have the driver's environment
         os.environ.setdefault(name, value)
     # A virtual environment's bin holds ninja, which DeepSpeed's compiler calls by name.

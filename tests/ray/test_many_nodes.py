@@ -70,10 +70,19 @@ def test_ppo_roles_go_where_their_labels_say(folder: Path, nodes: Nodes) -> None
 
 
 def test_sft_workers_spread_and_pack(folder: Path, nodes: Nodes) -> None:
+    """And paths are relative to where the command was typed, though the nodes' processes start elsewhere."""
     found = {}
     for placement in ("spread", "pack"):
-        file = run_file(folder, placement, learner={"workers": 2, "placement": placement})
-        raytrl("sft", file, f"cluster.address={nodes.address}", "training.max_steps=2")
+        file = run_file(folder, placement, learner={"workers": 2, "placement": placement}, output_dir="runs")
+        raytrl(
+            "sft",
+            file,
+            f"cluster.address={nodes.address}",
+            "training.max_steps=2",
+            "data.train=train.jsonl",
+            cwd=folder,
+        )
+        assert (folder / f"runs/{placement}/model/model.safetensors").is_file()
         found[placement] = {node_of(folder / f"runs/{placement}/logs/learner-{rank}.log") for rank in range(2)}
     assert len(found["spread"]) == 2
     assert len(found["pack"]) == 1

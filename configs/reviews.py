@@ -23,3 +23,10 @@ def prompts(reviews: Dataset) -> Dataset:
     """The first five words of each review, for a policy to go on from."""
     beginnings = [" ".join(text.split()[:5]) for text in reviews["text"]]
     return Dataset.from_dict({"prompt": beginnings})
+
+
+def short_prompts(reviews: Dataset) -> Dataset:
+    """The first 2 to 8 words of each review of more than 200 characters; how many is drawn once for each row."""
+    rng = random.Random(0)
+    long = [text.split() for text in reviews["text"] if len(text) > 200]
+    return Dataset.from_dict({"prompt": [" ".join(words[: rng.randint(2, 8)]) for words in long]})

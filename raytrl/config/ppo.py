@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt, model_validator
 
-from raytrl.config.base import Section
+from raytrl.config.base import Placement, Section
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 # Truncated sampling draws from another distribution than the one whose log-probs PPO learns from: at top_p 0.8 a
@@ -52,6 +52,8 @@ class RolloutConfig(Section):
 
     actors: PositiveInt = 1
     resources: dict[str, float] = Field(default={"CPU": 1})
+    placement: Placement = "pack"  # of the actors on the nodes
+    labels: dict[str, str] = Field(default={})  # only nodes with these labels, in Ray's label selectors
     engine: Literal["auto", "vllm", "transformers"] = "auto"
     engine_args: dict[str, Any] = Field(default={})
     sampling: SamplingConfig = SamplingConfig()

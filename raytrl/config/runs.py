@@ -1,11 +1,12 @@
 """The run files: one frozen model per kind. CONFIG of a run = these keys, their types and their defaults."""
 
+import math
 import re
 from typing import Any, ClassVar, Literal, TypeVar
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
-from raytrl.config.base import Section
+from raytrl.config.base import Placement, Section
 from raytrl.config.deepspeed import check_deepspeed, read_deepspeed, zero_stage
 from raytrl.config.native import (
     DATASET_BUILDERS,
@@ -119,6 +120,8 @@ class LearnerSection(Section):
 
     workers: int | tuple[int, int] = Field(default=1, description="a number, or [min, max]: elastic")
     resources: dict[str, float] = Field(default={"CPU": 1}, description="of each worker; {GPU: 1} on GPU nodes")
+    placement: Placement = Field(default="pack", description="of the workers on the nodes")
+    labels: dict[str, str] = Field(default={}, description="only nodes with these labels, in Ray's label selectors")
     deepspeed: dict[str, Any] | None = Field(default=None, description="a DeepSpeed JSON file, or its keys")
     max_failures: int = Field(default=3, ge=0, description="worker-group restarts before the run fails")
     start_timeout_s: float = Field(default=120, gt=0, description="for all workers to be placed and started")
@@ -240,9 +243,28 @@ class SupervisedRun(TrainingRun):
         problems += [p.removeprefix(".") for p in check_values("", cls.native_class, training)]
         return or_raise(problems, training)
 
+    def accumulation(self, world_size: int) -> int:
+        """Microbatches that a worker adds up to a step when there are so many workers.
+
+        The rows of a step are those of `learner.max_workers` workers: an elastic run has the same batches, in the same
+        order, however many workers it has at the moment.
+        """
+        steps = int(self.training.get("gradient_accumulation_steps", 1))
+        return steps * self.learner.max_workers // world_size
+
     @model_validator(mode="after")
     def _agreement(self) -> "SupervisedRun":
         problems = []
+        steps = int(self.training.get("gradient_accumulation_steps", 1))
+        counts = range(self.learner.min_workers, self.learner.max_workers + 1)
+        if any(steps * self.learner.max_workers % count for count in counts):
+            least = math.lcm(*counts) // math.gcd(math.lcm(*counts), self.learner.max_workers)
+            problems.append(
+                f"learner.workers: found: {list(counts)[:: len(counts) - 1]} with training.gradient_accumulation_steps "
+                f"{steps}; an elastic run keeps its batch by accumulating more on fewer workers, and "
+                f"{steps} x {counts[-1]} cannot be shared evenly by each number of workers in between; expected: "
+                f"gradient_accumulation_steps a multiple of {least}, or other workers"
+            )
         if self.learner.deepspeed is not None:
             problems += check_deepspeed(
                 self.learner.deepspeed, self.training, self.native_class, self.learner.max_workers

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from raytrl.errors import StaleAttemptError, WeightsVersionError
+from raytrl.launch.logs import LOG, set_version
 from raytrl.records import Prompt, Response, Score
 
 if TYPE_CHECKING:
@@ -48,8 +49,13 @@ class _Actor:
     def _busy(self, text: str) -> Iterator[None]:
         with self._lock:
             self._doing = f"{text}, since {time.strftime('%H:%M:%S')}"
+            began = time.perf_counter()
             try:
                 yield
+                LOG.info("%s: %.3f s", text, time.perf_counter() - began)
+            except Exception as error:
+                LOG.error("%s: failed after %.3f s: %s", text, time.perf_counter() - began, error)
+                raise
             finally:
                 self._doing = "nothing"
 
@@ -83,6 +89,7 @@ class RolloutActor(_Actor):
                 self._held = None
                 checksum = self._loaded().load_weights(unpack(packed))
                 self._held = (attempt, packed.version, checksum)
+                set_version(packed.version)
             return self._held[1], self._held[2]
 
     def generate(

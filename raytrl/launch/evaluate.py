@@ -143,6 +143,7 @@ def _describe(run: EvalRun, run_dir: RunDirectory, prompts: str) -> str:
 
 def _on_actors(run: EvalRun, show: Callable[[Progress], None]) -> dict[str, Answers]:
     """Every model's answers; the actors hold one model after the other, version by version."""
+    from raytrl.launch.gauges import RoleGauges
     from raytrl.launch.pool import Pool
     from raytrl.launch.ppo import make_sources
     from raytrl.launch.ray_actors import RayCalls, started_actors
@@ -151,16 +152,17 @@ def _on_actors(run: EvalRun, show: Callable[[Progress], None]) -> dict[str, Answ
     from raytrl.roles.weights import Weights
 
     show(Progress("phase", text="starting actors"))
+    who, limit_s = "the evaluation", scoring_limit_s(run.rollout, run.reward, 1)
     with started_actors(run, functools.partial(make_engine, run), functools.partial(make_sources, run)) as actors:
         generator = RolloutPool(
-            Pool(RayCalls(actors[0]), "rollout actors", "the evaluation", run.rollout.timeout_s),
+            Pool(RayCalls(actors[0], RoleGauges(run.name, "rollout")), "rollout actors", who, run.rollout.timeout_s),
             run.rollout,
             samples=1,
             attempt=1,
             share=pack,
         )
         scorer = RewardPool(
-            Pool(RayCalls(actors[1]), "reward actors", "the evaluation", scoring_limit_s(run.rollout, run.reward, 1)),
+            Pool(RayCalls(actors[1], RoleGauges(run.name, "reward")), "reward actors", who, limit_s),
             run.reward,
             attempt=1,
             start_timeout_s=run.rollout.start_timeout_s,

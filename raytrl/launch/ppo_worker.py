@@ -14,6 +14,8 @@ from ray.train.collective import broadcast_from_rank_zero
 from raytrl.config.deepspeed import without_auto, zero_stage
 from raytrl.config.ppo_run import PpoRun
 from raytrl.data import load_data
+from raytrl.launch.gauges import RoleGauges
+from raytrl.launch.logs import LOG, set_version
 from raytrl.launch.pool import Pool
 from raytrl.launch.ray_actors import RayCalls
 from raytrl.launch.roles import RewardPool, RolloutPool, scoring_limit_s
@@ -47,12 +49,14 @@ def train_ppo(
     with context.restored() as folder:
         if folder is not None:
             learner.load(Path(folder))
+            set_version(learner.step)
+            LOG.info("goes on from the checkpoint of step %d", learner.step)
         context.barrier()  # a downloaded checkpoint is deleted when the first rank leaves
     say("waiting for rollout and reward actors")
     attempt: int = broadcast_from_rank_zero(time.time_ns())
     who = f"learner worker {context.rank}"
     generator = RolloutPool(
-        Pool(RayCalls(rollout_actors), "rollout actors", who, run.rollout.timeout_s),
+        Pool(RayCalls(rollout_actors, RoleGauges(run.name, "rollout")), "rollout actors", who, run.rollout.timeout_s),
         run.rollout,
         samples=run.ppo.responses_per_prompt,
         attempt=attempt,
@@ -60,7 +64,7 @@ def train_ppo(
     )
     scorer = RewardPool(
         Pool(
-            RayCalls(reward_actors),
+            RayCalls(reward_actors, RoleGauges(run.name, "reward")),
             "reward actors",
             who,
             scoring_limit_s(run.rollout, run.reward, run.ppo.responses_per_prompt),
@@ -196,6 +200,9 @@ class StepReporter:
                 for name, value in metrics.items():
                     self._writer.add_scalar(name, value, step)
                 self._writer.flush()
+        else:
+            set_version(step)
+            LOG.info("step %d/%d in %.3f s", step, self._run.ppo.steps, metrics["time/step_s"])
         if save is not None:
             self._checkpoint(step, save)
 

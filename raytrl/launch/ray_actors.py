@@ -1,6 +1,8 @@
-"""Ray's side of the pools: starting actors in one placement group, and calling them."""
+"""Ray's side of the pools: starting actors in placement groups, and calling them."""
 
 import functools
+import os
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -11,10 +13,16 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from raytrl.config.eval_run import EvalRun
+from raytrl.config.ppo import RolloutConfig
 from raytrl.config.ppo_run import PpoRun
+from raytrl.config.reward import RewardSection
 from raytrl.errors import ResourceError
 from raytrl.launch.actors import CONCURRENCY_GROUPS, CONTROL, STATUS, RewardActor, RolloutActor
+from raytrl.launch.gauges import RoleGauges
+from raytrl.launch.logs import start_log
 from raytrl.launch.pool import ActorLostError
+from raytrl.launch.session import work_in
+from raytrl.rundir import RunDirectory
 
 # Which calls do not queue behind the long ones.
 _GROUPS = {"begin": CONTROL, "prepare": CONTROL, "start": CONTROL, "load_weights": CONTROL, "doing": STATUS}
@@ -24,8 +32,10 @@ _FINAL_AFTER = 10  # answers "died" in a row, half a second apart: it is not com
 class RayCalls:
     """`pool.Calls` on Ray actors."""
 
-    def __init__(self, handles: Sequence[Any]) -> None:
-        self._handles = handles
+    def __init__(self, handles: Sequence[Any], gauges: RoleGauges) -> None:
+        self._handles, self._gauges = handles, gauges
+        self._down: set[int] = set()
+        self._restarts = 0
         self._actor_of: dict[Any, int] = {}
         self._deaths = [0] * len(handles)
 
@@ -38,6 +48,7 @@ class RayCalls:
             remote = remote.options(concurrency_group=_GROUPS[method])
         ticket = remote.remote(*arguments)
         self._actor_of[ticket] = actor
+        self._gauges.waiting(len(self._actor_of))
         return ticket
 
     def wait(self, tickets: Sequence[Any], timeout_s: float) -> list[Any]:
@@ -50,6 +61,7 @@ class RayCalls:
 
     def result(self, ticket: Any) -> Any:
         actor = self._actor_of.pop(ticket)
+        self._gauges.waiting(len(self._actor_of))
         try:
             answer = ray.get(ticket)
         except ray.exceptions.RayTaskError as error:
@@ -57,10 +69,19 @@ class RayCalls:
             raise error.cause if isinstance(error.cause, Exception) else error from None
         except ray.exceptions.RayError as error:  # died, restarting, unreachable, its answer lost with its node
             self._deaths[actor] += isinstance(error, ray.exceptions.ActorDiedError)
+            self._note_loss(actor)
             text = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
             raise ActorLostError(text, final=self._deaths[actor] >= _FINAL_AFTER) from None
         self._deaths[actor] = 0
+        self._down.discard(actor)
         return answer
+
+    def _note_loss(self, actor: int) -> None:
+        """One death is told by every call that was under way."""
+        if actor not in self._down:
+            self._down.add(actor)
+            self._restarts += 1
+            self._gauges.restarts(self._restarts)
 
 
 def _nothing_for(seconds: float) -> list[Any]:
@@ -79,29 +100,57 @@ def started_actors(
     Raises:
         ResourceError: they could not all be placed in time.
     """
-    bundles = [dict(run.rollout.resources)] * run.rollout.actors + [dict(run.reward.resources)] * run.reward.actors
-    group = placement_group([bundle or {"CPU": 0.001} for bundle in bundles], strategy="PACK")
-    if not group.wait(run.rollout.start_timeout_s):
-        remove_placement_group(group)
-        raise ResourceError(
-            f"rollout.actors, reward.actors: could not be placed within {run.rollout.start_timeout_s:g} s "
-            f"(rollout.start_timeout_s); found free: {_amounts(ray.available_resources())}; expected: "
-            f"{run.rollout.actors} x {_amounts(run.rollout.resources)} and {run.reward.actors} x "
-            f"{_amounts(run.reward.resources)}"
-        )
+    groups = [
+        _group(run.rollout, run.rollout.actors, "rollout"),
+        _group(run.reward, run.reward.actors, "reward"),
+    ]
     try:
-        places = iter(range(len(bundles)))
-        start = functools.partial(_start, group)
+        deadline = time.monotonic() + run.rollout.start_timeout_s
+        if not groups[0].wait(run.rollout.start_timeout_s):
+            raise _not_placed(run.rollout, "rollout", run.rollout.start_timeout_s)
+        if not groups[1].wait(max(0.1, deadline - time.monotonic())):
+            raise _not_placed(run.reward, "reward", run.rollout.start_timeout_s)
+        in_role = functools.partial(functools.partial, as_role, os.getcwd(), run.output_dir, run.name)
         rollout = [
-            start(next(places), RolloutActor, run.rollout.resources, make_engine) for _ in range(run.rollout.actors)
+            _start(groups[0], i, RolloutActor, run.rollout.resources, in_role("rollout", i, make_engine))
+            for i in range(run.rollout.actors)
         ]
         reward = [
-            start(next(places), RewardActor, run.reward.resources, make_sources) for _ in range(run.reward.actors)
+            _start(groups[1], i, RewardActor, run.reward.resources, in_role("reward", i, make_sources))
+            for i in range(run.reward.actors)
         ]
         yield rollout, reward
     finally:
         if ray.is_initialized():
-            remove_placement_group(group)
+            for group in groups:
+                remove_placement_group(group)
+
+
+def _group(section: RolloutConfig | RewardSection, actors: int, role: str) -> Any:
+    """One bundle an actor; all are placed, or none."""
+    return placement_group(
+        [dict(section.resources) or {"CPU": 0.001}] * actors,
+        strategy=section.placement.upper(),
+        bundle_label_selector=[section.labels] * actors if section.labels else None,
+        name=f"raytrl-{role}",
+    )
+
+
+def _not_placed(section: RolloutConfig | RewardSection, role: str, limit_s: float) -> ResourceError:
+    labels = f" on nodes with {', '.join(f'{key}={value}' for key, value in section.labels.items())}"
+    return ResourceError(
+        f"{role}.actors: could not be placed within {limit_s:g} s (rollout.start_timeout_s); found free: "
+        f"{_amounts(ray.available_resources())} on {sum(node['Alive'] for node in ray.nodes())} nodes; expected: "
+        f"{section.actors} x {_amounts(section.resources)}{labels if section.labels else ''}, placed by "
+        f"{section.placement}"
+    )
+
+
+def as_role(cwd: str, output_dir: str, name: str, role: str, rank: int, make: Callable[[], Any]) -> Any:
+    """What `make` makes, in an actor's process that is prepared for it; called once in each life of the actor."""
+    work_in(cwd)
+    start_log(RunDirectory(output_dir, name), role, rank)
+    return make()
 
 
 def _start(group: Any, place: int, kind: type, resources: Mapping[str, float], make: Callable[[], Any]) -> Any:

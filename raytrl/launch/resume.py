@@ -16,6 +16,8 @@ _OPERATIONAL = (
     "output_dir",  # a moved run directory is the same run
     "learner.workers",
     "learner.resources",
+    "learner.placement",
+    "learner.labels",
     "learner.max_failures",
     "learner.start_timeout_s",
     "learner.stall_timeout_s",
@@ -24,11 +26,15 @@ _OPERATIONAL = (
     "report_to",
     "rollout.actors",
     "rollout.resources",
+    "rollout.placement",
+    "rollout.labels",
     "rollout.start_timeout_s",
     "rollout.timeout_s",
     "rollout.samples",
     "reward.actors",
     "reward.resources",
+    "reward.placement",
+    "reward.labels",
 )
 _SNAPSHOT = "checkpoints/checkpoint_manager_snapshot.json"
 
@@ -60,7 +66,8 @@ def inspect_run(run: Run, run_dir: RunDirectory) -> Standing:
     manifest = run_dir.manifest()
     if not manifest:
         return Standing("fresh")
-    changed = _changes(yaml.safe_load(run_dir.read("config.yaml") or "{}"), run.model_dump(mode="json"))
+    before = yaml.safe_load(run_dir.read("config.yaml") or "{}")
+    changed = _changes(before, run.model_dump(mode="json"))
     done = manifest["state"] == "done"
     checkpoint = None if done else last_committed(run_dir)
     if checkpoint is None and not done:
@@ -76,7 +83,7 @@ def inspect_run(run: Run, run_dir: RunDirectory) -> Standing:
     sweep(run_dir)
     notices = list(changed.values())
     if isinstance(run, TrainingRun):
-        notices += _worker_change(run, checkpoint, run_dir)
+        notices += _worker_change(run, checkpoint, run_dir, _most_workers(before))
     return Standing("continue", checkpoint, tuple(notices))
 
 
@@ -118,26 +125,34 @@ def _changes(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> dict
     return changes
 
 
-def _worker_change(run: TrainingRun, checkpoint: Committed, run_dir: RunDirectory) -> list[str]:
-    learner = run.learner
-    if learner.min_workers <= checkpoint.world_size <= learner.max_workers:
-        return []
-    if (stage := zero_stage(learner.deepspeed)) is not None:
+def _most_workers(config: dict[str, Any]) -> int | None:
+    """`learner.max_workers` of a stored config."""
+    workers: int | list[int] | None = config.get("learner", {}).get("workers")
+    return workers[1] if isinstance(workers, list) else workers
+
+
+def _worker_change(
+    run: TrainingRun, checkpoint: Committed, run_dir: RunDirectory, most_before: int | None
+) -> list[str]:
+    """What another number of workers changes; `most_before`: of the start that wrote the checkpoint."""
+    learner, written = run.learner, f"the checkpoint was written by {checkpoint.world_size} workers"
+    fits = learner.min_workers <= checkpoint.world_size <= learner.max_workers
+    if not fits and (stage := zero_stage(learner.deepspeed)) is not None:
         raise ConfigError(
             f"learner.workers: the checkpoint of step {checkpoint.step} in {run_dir} was written by "
             f"{checkpoint.world_size} workers under ZeRO-{stage}, and DeepSpeed loads it only on as many; "
             f"found: {learner.workers}; expected: {checkpoint.world_size}, or --fresh"
         )
-    if not isinstance(run, SupervisedRun):
+    if isinstance(run, SupervisedRun) and most_before is not None and most_before != learner.max_workers:
+        rows = int(run.training.get("per_device_train_batch_size", 8)) * run.accumulation(1) // learner.max_workers
         return [
-            f"the checkpoint was written by {checkpoint.world_size} workers: with {learner.workers} the batch stays the "
-            f"same, but sums are taken in another order, so the result is equal to rounding, not to the bit"
+            f"{written}: with {learner.workers} a step takes {rows * learner.max_workers} rows instead of "
+            f"{rows * most_before}, an epoch has accordingly more or fewer steps, and the result is not the one "
+            f"of {most_before} workers"
         ]
-    batch = int(run.training.get("per_device_train_batch_size", 8)) * int(
-        run.training.get("gradient_accumulation_steps", 1)
-    )
+    if fits:
+        return []
     return [
-        f"the checkpoint was written by {checkpoint.world_size} workers: with {learner.workers} a step takes "
-        f"{batch * learner.max_workers} rows instead of {batch * checkpoint.world_size}, an epoch has accordingly more or "
-        f"fewer steps, and the result is not the one of {checkpoint.world_size} workers"
+        f"{written}: with {learner.workers} the batch stays the same, but sums are taken in another order, so the result "
+        f"is equal to rounding, not to the bit"
     ]

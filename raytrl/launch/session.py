@@ -36,6 +36,16 @@ def prepare_environment() -> None:
         os.environ.setdefault(name, value)
 
 
+def work_in(folder: str) -> None:
+    """Paths in a run file are relative to the driver's working directory; processes on a cluster start elsewhere.
+
+    Where a node has no such folder nothing happens: absolute paths, hub ids and URIs need none, others are reported as
+    missing by whoever reads them.
+    """
+    if os.path.isdir(folder):
+        os.chdir(folder)
+
+
 def joins_cluster(run: Run) -> bool:
     """Whether the run joins a Ray that exists: `cluster.address` says so, or it runs inside a Ray job."""
     return run.cluster.address is not None or "RAY_ADDRESS" in os.environ
@@ -94,6 +104,28 @@ def check_address(run: Run) -> None:
         raise ResourceError(
             f"cluster.address: no Ray answers; found: {address!r}: {error}; expected: a running head"
         ) from None
+
+
+def check_one_node(run: Run) -> None:
+    """Refuses placement that a local Ray, one node without labels, could never give.
+
+    Raises:
+        ResourceError: naming the key.
+    """
+    for role, key in (("learner", "max_workers"), ("rollout", "actors"), ("reward", "actors")):
+        section = getattr(run, role, None)
+        if section is None:
+            continue
+        if section.labels:
+            raise ResourceError(
+                f"{role}.labels: a local Ray is one node without labels; found: {section.labels}; expected: "
+                f"cluster.address or a Ray job, or no labels"
+            )
+        if section.placement == "strict_spread" and getattr(section, key) > 1:
+            raise ResourceError(
+                f"{role}.placement: strict_spread puts each process on a node of its own; found: {getattr(section, key)} "
+                f"processes and a local Ray, which is one node; expected: cluster.address or a Ray job, or spread"
+            )
 
 
 def needed(parts: Sequence[tuple[str, int, Mapping[str, float]]], object_store_bytes: int | None = None) -> Need:

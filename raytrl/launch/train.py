@@ -21,6 +21,7 @@ from raytrl.launch.session import (
     Need,
     check_address,
     check_fits,
+    check_one_node,
     joins_cluster,
     machine_resources,
     prepare_environment,
@@ -30,6 +31,7 @@ from raytrl.records import Progress
 from raytrl.rundir import RunDirectory, now
 
 _LIBRARIES = ("raytrl", "ray", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "deepspeed")
+_RESIZE_CHECK_S = 20.0  # an elastic run looks this often for a node that could take another worker
 Worker = Callable[[dict[str, Any]], dict[str, float]]
 
 
@@ -98,6 +100,7 @@ def train(loaded: LoadedRun, command: str, fresh: bool, show: Callable[[Progress
             show(Progress("notice", text=notice))
         check_address(run)
         if not joins_cluster(run):
+            check_one_node(run)
             check_fits(kind.need, machine_resources(), "this machine")
         with tempfile.TemporaryDirectory() as staging:  # nothing of an earlier run is touched before all checks passed
             staged = run_dir if standing.state == "continue" else RunDirectory(staging, run.name)
@@ -108,7 +111,7 @@ def train(loaded: LoadedRun, command: str, fresh: bool, show: Callable[[Progress
                     run_dir.store(staged.at("tokenizer"), "tokenizer")
         if standing.checkpoint is not None:
             plan += f"\nresume   from step {standing.checkpoint.step}"
-        plan += f"\noutput   {run_dir}"
+        plan += f"\noutput   {run_dir}\nlogs     {log_place(run_dir)}"
         clock = {"checks_s": time.time() - started}
         show(Progress("plan", text=plan))
         write_start(loaded, run_dir, command)
@@ -120,6 +123,13 @@ def train(loaded: LoadedRun, command: str, fresh: bool, show: Callable[[Progress
         run_dir.update_manifest(state="done", finished=now(), model=f"{run_dir}/model", metrics=metrics, startup=clock)
         sweep(run_dir)
         return run_dir.manifest()
+
+
+def log_place(run_dir: RunDirectory) -> str:
+    """Where the processes' log files are, in words; `logs.log_path` says it for each."""
+    if run_dir.is_local:
+        return f"{run_dir}/logs"
+    return f"raytrl-{os.path.basename(run_dir.path)}-* in Ray's log folder of each node (object stores cannot append)"
 
 
 def versions() -> dict[str, str]:
@@ -166,8 +176,10 @@ def _run_on_ray(
     with ray_session(run, kind.need):
         importer.join()
         clock["ray_s"] = time.time() - mark
+        from raytrl.launch.storage import check_storage
         from raytrl.launch.watch import Watch, start_board
 
+        check_storage(run_dir)
         board = start_board()
         show(Progress("phase", text="starting workers"))
         with kind.running(command, versions()) as (worker, config):
@@ -188,6 +200,7 @@ def _trainer(run: TrainingRun, run_dir: RunDirectory, board: Any, worker: Worker
         worker,
         train_loop_config={
             "board": board,
+            "cwd": os.getcwd(),
             "scratch": os.path.join(local, ".scratch"),
             "tensorboard": os.path.join(local, "tensorboard"),
             **config,
@@ -197,6 +210,9 @@ def _trainer(run: TrainingRun, run_dir: RunDirectory, board: Any, worker: Worker
             num_workers=run.learner.workers,
             use_gpu=run.learner.uses_gpu,
             resources_per_worker=run.learner.resources,
+            placement_strategy=run.learner.placement.upper(),
+            label_selector=run.learner.labels or None,
+            elastic_resize_monitor_interval_s=_RESIZE_CHECK_S,
         ),
         run_config=RunConfig(
             name="checkpoints",

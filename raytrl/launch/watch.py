@@ -10,6 +10,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raytrl.config.runs import TrainingRun
 from raytrl.errors import RunError, StalledError, WorkerError
+from raytrl.launch.gauges import step_gauges
 from raytrl.records import Progress
 from raytrl.rundir import MetricsLog, RunDirectory, StepLog, now
 
@@ -55,6 +56,8 @@ class Watch:
         self._last_event = time.monotonic()
         self._last: Progress | None = None
         self._attempts = 0
+        self._gauges = step_gauges(run)
+        self._workers = 0  # of the attempt that runs
         self._stepped = False
         self._failure: Progress | None = None
 
@@ -103,6 +106,7 @@ class Watch:
                 self._clock["workers_s"] = time.time() - self._began
             self._attempts += 1
             self._failure = None
+            self._note_workers(event)
             self._log.rewind(event.step)
             self._samples.rewind(event.step)
         elif event.kind in ("step", "eval"):
@@ -116,6 +120,7 @@ class Watch:
             self._samples.flush()
         elif event.kind == "failure":
             self._note_failure(event)
+        self._gauges.take(event)
         self._show(event)
 
     def _catch_up(self, event: Progress) -> None:
@@ -124,6 +129,18 @@ class Watch:
             self._log.append({"step": event.step, **event.metrics})
         if event.step > self._samples.last_step:
             self._samples.extend(event.samples)
+
+    def _note_workers(self, event: Progress) -> None:
+        """An elastic run says when it goes on with more or fewer workers, and what that changes."""
+        workers, before = int(event.metrics.get("workers", 0)), self._workers
+        self._workers = workers
+        if before in (0, workers):
+            return
+        text = (
+            f"{workers} {'worker' if workers == 1 else 'workers'} instead of {before} from step {event.step} on: the rows "
+            f"of each step stay the same, sums are taken in another order, so the result is equal to rounding only"
+        )
+        self._show(Progress("notice", text=text))
 
     def _note_failure(self, event: Progress) -> None:
         self._failure = self._failure or event  # the first of an attempt; the others follow from it

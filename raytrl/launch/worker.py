@@ -20,8 +20,10 @@ import ray.train
 import ray.train.collective
 
 from raytrl.errors import ConfigError, NonFiniteError, RaytrlError, RewardError, WorkerError
-from raytrl.launch.session import QUIET_LIBRARIES
+from raytrl.launch.logs import LOG, set_version, start_log
+from raytrl.launch.session import QUIET_LIBRARIES, work_in
 from raytrl.records import Progress
+from raytrl.rundir import RunDirectory
 
 # A peer's death seen from another rank: a consequence, not a cause, so never the message a user should read.
 _PEER_DEATH = ("connection closed by peer", "connection reset", "nccl", "gloo", "broken pipe", "timed out waiting")
@@ -64,6 +66,8 @@ class RayWorkerContext:
     def commit(self, step: int, folder: str | None) -> None:
         if self.rank == 0 and folder is not None:
             Path(folder, _PROGRESS).write_text(json.dumps([asdict(event) for event in self._latest]))
+        set_version(step)
+        LOG.info("hands in the checkpoint of step %d", step)
         ray.train.report(
             {"step": step, "world_size": self.world_size},
             checkpoint=ray.train.Checkpoint.from_directory(folder) if folder else None,
@@ -74,6 +78,10 @@ class RayWorkerContext:
     def progress(self, event: Progress) -> None:
         if event.kind in ("step", "eval"):
             self._latest.append(event)
+        if event.kind in ("start", "step"):
+            set_version(event.step)
+        shown = " ".join(f"{key} {value:.4g}" for key, value in event.metrics.items())
+        LOG.info("%s", " ".join(filter(None, (event.kind, event.text or f"{event.step}/{event.total_steps}", shown))))
         self._board.post.remote(event)
 
     def barrier(self) -> None:
@@ -107,6 +115,7 @@ def supervised_worker(config: dict[str, Any]) -> dict[str, float]:
 
 def as_worker(config: dict[str, Any], work: Callable[[RayWorkerContext], dict[str, float]]) -> dict[str, float]:
     """Prepares a Ray Train worker process, does its work, and tells the driver what it failed of."""
+    work_in(config["cwd"])
     for name, value in QUIET_LIBRARIES.items():  # a cluster's nodes do not have the driver's environment
         os.environ.setdefault(name, value)
     # A virtual environment's bin holds ninja, which DeepSpeed's compiler calls by name.
@@ -114,12 +123,14 @@ def as_worker(config: dict[str, Any], work: Callable[[RayWorkerContext], dict[st
     os.environ.setdefault("TENSORBOARD_LOGGING_DIR", config["tensorboard"])
     _quiet()
     context = RayWorkerContext(config["board"], config["scratch"])
+    start_log(RunDirectory(config["job"].run.output_dir, config["job"].run.name), "learner", context.rank)
     try:
         return work(context)
     except Exception as error:
         node = ray.util.get_node_ip_address()
         cause = str(error) if isinstance(error, RaytrlError) else f"{type(error).__name__}: {error}"
         text = f"worker {context.rank} on node {node}: {cause}"
+        LOG.exception("failed: %s", cause)
         if not any(word in str(error).lower() for word in _PEER_DEATH):
             failure = Progress(
                 "failure", text=text, details=traceback.format_exc(), final=isinstance(error, _SAME_AGAIN)

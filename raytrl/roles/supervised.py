@@ -41,7 +41,9 @@ class StepReporter(TrainerCallback):  # type: ignore[misc]  # transformers' clas
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         losses = [row["loss"] for row in state.log_history if "loss" in row]
         self.last_loss = losses[-1] if losses else self.last_loss
-        self._context.progress(Progress("start", state.global_step, max(state.max_steps, state.global_step)))
+        workers = {"workers": float(self._context.world_size)}
+        last_step = max(state.max_steps, state.global_step)
+        self._context.progress(Progress("start", state.global_step, last_step, metrics=workers))
         self._restart_clock(state)
 
     def _restart_clock(self, state: TrainerState) -> None:
@@ -104,7 +106,7 @@ def train(job: SupervisedJob, context: WorkerContext) -> dict[str, float]:
         tokenizer = _tokenizer(job, run_dir, stack)
         base = _base(job, run_dir, tokenizer, context, stack)
         # After the base model is made: under ZeRO-3 the arguments switch on partitioned construction for all models.
-        arguments = config_class(**training_arguments(run, context.scratch, on_gpu))
+        arguments = config_class(**training_arguments(run, context, on_gpu))
         arguments.model_init_kwargs = _model_init(run, base, on_gpu)
         reporter = StepReporter(context)
         trainer = trainer_class(
@@ -142,7 +144,7 @@ def _phase(context: WorkerContext, text: str) -> None:
         context.progress(Progress("phase", text=text))
 
 
-def training_arguments(run: SupervisedRun, scratch: str, on_gpu: bool) -> dict[str, Any]:
+def training_arguments(run: SupervisedRun, context: WorkerContext, on_gpu: bool) -> dict[str, Any]:
     """Keyword arguments of TRL's config class: the run file's `training`, and what raytrl owns."""
     values: dict[str, Any] = {"logging_steps": 1, "bf16": on_gpu and not run.training.get("fp16", False)}
     if not on_gpu:
@@ -153,7 +155,8 @@ def training_arguments(run: SupervisedRun, scratch: str, on_gpu: bool) -> dict[s
     values |= {key: value for key, value in run.training.items() if key != "model_init_kwargs"}
     values |= dict.fromkeys(names, recompute)
     values |= {
-        "output_dir": scratch,
+        "output_dir": context.scratch,
+        "gradient_accumulation_steps": run.accumulation(context.world_size),
         "seed": run.seed,
         "run_name": run.name,
         "report_to": run.report_to,

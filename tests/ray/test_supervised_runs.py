@@ -1,7 +1,9 @@
 """Whole runs by the command a user types: real Ray, real TRL, two workers, and what they leave behind."""
 
 import json
+import shutil
 import signal
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -137,8 +139,11 @@ def s3() -> Any:
 
 
 def test_a_run_stored_on_s3(folder: Path, s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Logs are the exception: they are in Ray's own folder on each node."""
     from pyarrow import fs
 
+    ray_folder = tempfile.mkdtemp(prefix="r-", dir="/tmp")
+    monkeypatch.setenv("RAY_TMPDIR", ray_folder)
     keys = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test"}
     file = run_file(folder, "remote", output_dir=f"s3://runs/here{s3}")
     for name, value in keys.items():
@@ -160,3 +165,7 @@ def test_a_run_stored_on_s3(folder: Path, s3: str, monkeypatch: pytest.MonkeyPat
     with bucket.open_input_stream(f"{path}/metrics.jsonl") as stream:
         steps = [json.loads(line)["step"] for line in stream.readall().decode().splitlines()]
     assert steps[-1] == 8
+    assert "logs     raytrl-remote-* in Ray's log folder of each node" in output
+    logs = Path(ray_folder).rglob("raytrl-remote-learner-1.log")  # one a start
+    assert "learner 1 v8 hands in the checkpoint of step 8" in "".join(log.read_text() for log in logs)
+    shutil.rmtree(ray_folder)

@@ -413,3 +413,18 @@ def test_elastic_workers_with_deepspeed_are_refused() -> None:
     assert error_of(DEEPSPEED, "learner.workers=[1, 2]").startswith(
         "command line: learner.workers: an elastic number cannot go with deepspeed"
     )
+
+
+def test_an_elastic_run_keeps_its_batch_whatever_its_number_of_workers() -> None:
+    run = run_of(RUN, "learner.workers=[1, 4]", "training.gradient_accumulation_steps=3")
+    assert [run.accumulation(workers) * workers for workers in (1, 2, 3, 4)] == [12] * 4
+    assert run_of(RUN, "training.gradient_accumulation_steps=3").accumulation(2) == 3
+    error = error_of(RUN, "learner.workers=[1, 4]", "training.gradient_accumulation_steps=2")
+    assert "2 x 4 cannot be shared evenly" in error
+    assert "gradient_accumulation_steps a multiple of 3" in error
+    assert run_of(RUN, "learner.workers=[2, 4]", "training.gradient_accumulation_steps=3").accumulation(2) == 6
+
+
+def test_placement_by_rays_names() -> None:
+    assert run_of(RUN, "learner.placement=strict_spread").learner.placement == "strict_spread"
+    assert "learner.placement" in error_of(RUN, "learner.placement=SPREAD")

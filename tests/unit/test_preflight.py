@@ -9,7 +9,7 @@ from raytrl.config.load import load_run
 from raytrl.config.runs import SupervisedRun
 from raytrl.errors import ConfigError, ResourceError
 from raytrl.launch.preflight import describe, preflight
-from raytrl.launch.session import Need, check_fits, joins_cluster, machine_resources
+from raytrl.launch.session import Need, check_fits, check_one_node, joins_cluster, machine_resources
 from raytrl.roles import device
 from raytrl.rundir import RunDirectory
 from tests.runs import pair_rows, run_file, text_rows, write_rows
@@ -51,6 +51,15 @@ def test_a_run_joins_a_cluster_when_told_or_inside_a_job(tmp_path: Path, monkeyp
     assert joins_cluster(run_of(tmp_path, cluster={"address": "auto"}))
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
     assert joins_cluster(run_of(tmp_path))
+
+
+def test_a_local_ray_has_no_labels_and_no_second_node(tmp_path: Path) -> None:
+    check_one_node(run_of(tmp_path, learner={"placement": "spread", "workers": 2}))
+    check_one_node(run_of(tmp_path, learner={"placement": "strict_spread", "workers": 1}))
+    with pytest.raises(ResourceError, match=r"learner\.labels: a local Ray is one node without labels; found: .*big"):
+        check_one_node(run_of(tmp_path, learner={"labels": {"size": "big"}}))
+    with pytest.raises(ResourceError, match=r"learner\.placement: strict_spread .*found: 2 processes"):
+        check_one_node(run_of(tmp_path, learner={"placement": "strict_spread", "workers": 2}))
 
 
 @pytest.mark.parametrize(

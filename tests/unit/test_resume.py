@@ -120,7 +120,8 @@ def test_where_it_runs_may_change_and_is_told(tmp_path: Path) -> None:
     changed = run_of(
         tmp_path,
         output_dir=str(tmp_path / "elsewhere" / ".." / "runs"),
-        learner={"workers": [1, 2], "resources": {"CPU": 2}, "stall_timeout_s": 5, "max_failures": 0},
+        learner={"workers": [1, 2], "resources": {"CPU": 2}, "stall_timeout_s": 5, "max_failures": 0}
+        | {"placement": "spread", "labels": {"role": "learner"}},
         checkpoint={"every": 1},
         report_to=["tensorboard"],
         cluster={"address": "auto"},
@@ -131,7 +132,9 @@ def test_where_it_runs_may_change_and_is_told(tmp_path: Path) -> None:
     assert keys == {
         "checkpoint.every",
         "cluster.address",
+        "learner.labels.role",
         "learner.max_failures",
+        "learner.placement",
         "learner.resources.CPU",
         "learner.stall_timeout_s",
         "learner.workers",
@@ -146,6 +149,15 @@ def test_more_workers_without_deepspeed_continue_with_a_notice_of_the_larger_ste
     standing = inspect_run(run_of(tmp_path, learner={"workers": 3}), run_dir)
     assert standing.state == "continue"
     assert "written by 2 workers: with 3 a step takes 12 rows instead of 8" in standing.notices[-1]
+
+
+def test_an_elastic_run_of_another_most_is_told_of_the_other_step_whatever_wrote_the_checkpoint(tmp_path: Path) -> None:
+    run_dir = started(run_of(tmp_path, learner={"workers": [1, 2]}))
+    commit(run_dir, [4], world_size=1)
+    assert inspect_run(run_of(tmp_path, learner={"workers": [1, 2]}), run_dir).notices == ()
+    assert "step takes" not in str(inspect_run(run_of(tmp_path, learner={"workers": 2}), run_dir).notices)
+    standing = inspect_run(run_of(tmp_path, learner={"workers": 1}), run_dir)
+    assert "with 1 a step takes 4 rows instead of 8" in standing.notices[-1]
 
 
 def test_another_number_of_workers_under_deepspeed_is_refused_with_both_numbers(tmp_path: Path) -> None:

@@ -1,0 +1,111 @@
+"""What a run shows in Ray's metrics: gauges that Ray's dashboard and Prometheus read as `ray_raytrl_…`."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from ray.util.metrics import Gauge
+
+from raytrl.records import Progress
+
+# name → what it means, and the tags beside `run`. Ray puts `ray_` before each name.
+GAUGES: Mapping[str, tuple[str, tuple[str, ...]]] = {
+    "raytrl_step": ("optimizer or PPO steps done", ()),
+    "raytrl_total_steps": ("steps the run will do", ()),
+    "raytrl_step_seconds": ("wall-clock seconds of the last step", ()),
+    "raytrl_phase_seconds": ("seconds of the last step by phase, as in time/<phase>_s of metrics.jsonl", ("phase",)),
+    "raytrl_tokens_per_second": ("tokens learned from (SFT, reward, DPO) or sampled (PPO), all workers", ()),
+    "raytrl_loss": ("loss of the last step", ()),
+    "raytrl_score": ("mean reward of the last batch, before any penalty", ()),
+    "raytrl_kl": ("mean KL to the reference, nats a response", ()),
+    "raytrl_requests_waiting": ("requests of one learner worker that its actors have not answered", ("role",)),
+    "raytrl_restarts": ("since this start: learner group restarts, and actors lost", ("role",)),
+}
+# gauge → key of metrics.jsonl
+_FROM_METRICS = {
+    "raytrl_step_seconds": "time/step_s",
+    "raytrl_loss": "loss",
+    "raytrl_score": "objective/scores_raw",
+    "raytrl_kl": "objective/kl",
+}
+
+
+class Gauges:
+    """The gauges of one run in this process; needs a Ray that runs."""
+
+    def __init__(self, run: str) -> None:
+        self._run = run
+        self._gauges: dict[str, Gauge] = {}
+
+    def set(self, name: str, value: float, **tags: str) -> None:
+        """
+        Raises:
+            KeyError: no such gauge in GAUGES.
+        """
+        text, keys = GAUGES[name]
+        if name not in self._gauges:
+            self._gauges[name] = Gauge(name, description=text, tag_keys=("run", *keys))
+        self._gauges[name].set(value, tags={"run": self._run, **tags})
+
+
+class StepGauges:
+    """Keeps a run's gauges at what its worker 0 last told the driver."""
+
+    def __init__(self, run: str, batch_size: int | None) -> None:
+        """
+        Args:
+            batch_size: PPO's responses a step; None for the other kinds, whose trainers count tokens.
+        """
+        self._gauges, self._batch_size = Gauges(run), batch_size
+        self._starts = 0
+        self._tokens: tuple[int, float] | None = None  # step, and tokens up to it
+
+    def take(self, event: Progress) -> None:
+        """Of any kind; most change nothing."""
+        if event.kind == "start":
+            self._gauges.set("raytrl_restarts", self._starts, role="learner")
+            self._starts += 1
+            self._tokens = None
+        if event.kind in ("start", "step"):
+            self._gauges.set("raytrl_step", event.step)
+            self._gauges.set("raytrl_total_steps", event.total_steps)
+        if event.kind == "step":
+            self._take_metrics(event.step, event.metrics)
+
+    def _take_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
+        for name, key in _FROM_METRICS.items():
+            if key in metrics:
+                self._gauges.set(name, metrics[key])
+        for key, value in metrics.items():
+            if key.startswith("time/") and key.endswith("_s") and key != "time/step_s":
+                self._gauges.set("raytrl_phase_seconds", value, phase=key[len("time/") : -len("_s")])
+        seconds = metrics.get("time/step_s", 0.0)
+        tokens = self._tokens_a_step(step, metrics)
+        if tokens is not None and seconds > 0:
+            self._gauges.set("raytrl_tokens_per_second", tokens / seconds)
+
+    def _tokens_a_step(self, step: int, metrics: Mapping[str, float]) -> float | None:
+        if self._batch_size is not None:
+            return self._batch_size * metrics["response/length"] if "response/length" in metrics else None
+        if "num_tokens" not in metrics:
+            return None
+        before, self._tokens = self._tokens, (step, metrics["num_tokens"])
+        return (metrics["num_tokens"] - before[1]) / (step - before[0]) if before and step > before[0] else None
+
+
+class RoleGauges:
+    """How a pool of actors looks from one learner worker."""
+
+    def __init__(self, run: str, role: str) -> None:
+        self._gauges, self._role = Gauges(run), role
+
+    def waiting(self, requests: int) -> None:
+        self._gauges.set("raytrl_requests_waiting", requests, role=self._role)
+
+    def restarts(self, count: int) -> None:
+        self._gauges.set("raytrl_restarts", count, role=self._role)
+
+
+def step_gauges(run: Any) -> StepGauges:
+    """For a run of any kind."""
+    ppo = getattr(run, "ppo", None)
+    return StepGauges(run.name, None if ppo is None else ppo.batch_size)

@@ -1,0 +1,119 @@
+"""A node that is lost, a node that is added: what a run over several nodes ends with."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.nodes import Nodes, ray_nodes
+from tests.ppo_files import make_files, ppo_file
+from tests.runs import (
+    is_committed,
+    last_step,
+    metrics,
+    raytrl,
+    run_file,
+    start,
+    text_rows,
+    wait_for,
+    weights_hash,
+    write_rows,
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("node-kills")
+    make_files(path)
+    write_rows(path / "train.jsonl", text_rows(64))
+    return path
+
+
+@pytest.fixture
+def two_nodes() -> Iterator[Nodes]:
+    with ray_nodes([1, 1]) as nodes:
+        yield nodes
+
+
+# Ray takes 14 s to call a silent node dead, and Train tries the old nodes first.
+PATIENT = {"start_timeout_s": 20, "max_failures": 20}
+
+
+def test_sft_goes_on_without_a_node_and_ends_with_the_same_weights(folder: Path, two_nodes: Nodes) -> None:
+    """Two workers on two nodes; one is cut off, and another joins in its place."""
+    training = {"max_steps": 40, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "max_length": 32}
+    raytrl("sft", run_file(folder, "one-node", training=training))
+    file = run_file(folder, "lost", training=training, learner={"workers": 2, "placement": "spread", **PATIENT})
+    process = start("sft", file, f"cluster.address={two_nodes.address}")
+    run = folder / "runs/lost"
+    wait_for("a checkpoint", lambda: is_committed(run) and last_step(run) >= 5, process)
+    two_nodes.kill(2)
+    two_nodes.add(1)
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, output
+    assert "continues from step" in output
+    assert [row["step"] for row in metrics(run)] == list(range(1, 41))
+    assert weights_hash(run / "model") == weights_hash(folder / "runs/one-node/model")
+    log = (run / "logs/learner-1.log").read_text() + (run / "logs/learner-0.log").read_text()
+    assert len(set(re.findall(r"starts on node (\S+),", log))) == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [1, 2, 3])
+def test_ppo_goes_on_without_a_node_and_ends_with_the_same_weights(folder: Path, victim: int) -> None:
+    """Learners, rollout actors and reward actor spread over three nodes with room for what one of them held."""
+    ppo = {"steps": 60, "batch_size": 16, "epochs": 2, "minibatches": 2, "learning_rate": 3e-3}
+    values: dict[str, Any] = {"ppo": ppo, "checkpoint": {"every": 5}}
+    whole = folder / "runs/ppo-one-node"
+    if not (whole / "model").exists():
+        raytrl("ppo", ppo_file(folder, "ppo-one-node", **values))
+    values["learner"] = {"workers": 2, "resources": {"CPU": 0.25}, "placement": "spread", **PATIENT}
+    values["rollout"] = {"actors": 2, "resources": {"CPU": 0.5}, "sampling": {"max_new_tokens": 8}} | {
+        "chunk_prompts": 4,
+        "placement": "spread",
+    }
+    file = ppo_file(folder, f"ppo-lost-{victim}", **values)
+    run = folder / f"runs/ppo-lost-{victim}"
+    with ray_nodes([2, 2, 2]) as nodes:
+        process = start("ppo", file, f"cluster.address={nodes.address}")
+        wait_for("a checkpoint", lambda: is_committed(run) and last_step(run) >= 12, process)
+        nodes.kill(victim)
+        output, _ = process.communicate(timeout=400)
+    assert process.returncode == 0, output
+    assert [row["step"] for row in metrics(run)] == list(range(1, 61))
+    for model in ("model", "value_model"):
+        assert weights_hash(run / model) == weights_hash(whole / model)
+    assert (run / "samples.jsonl").read_text() == (whole / "samples.jsonl").read_text()
+
+
+@pytest.mark.slow
+def test_an_elastic_run_takes_up_an_added_node_and_goes_on_without_it(folder: Path) -> None:
+    """The rows of each step are the same all the while: the losses are those of two workers, to rounding."""
+    training = {"max_steps": 1500, "per_device_train_batch_size": 4, "learning_rate": 1e-4, "max_length": 32}
+    values: dict[str, Any] = {"training": training, "checkpoint": {"every": 50}}
+    file = run_file(folder, "elastic", learner={"workers": [1, 2], **PATIENT}, **values)
+    run = folder / "runs/elastic"
+    notices = re.compile(r"note: (\d) workers? instead of (\d) from step (\d+) on")
+
+    def workers_from(log: str) -> int:
+        path = run / "logs" / log
+        return len(re.findall(r" starts on node ", path.read_text())) if path.exists() else 0
+
+    with ray_nodes([1]) as nodes:
+        process = start("sft", file, f"cluster.address={nodes.address}")
+        wait_for("a checkpoint", lambda: is_committed(run), process)
+        added = nodes.add(1)
+        wait_for("the second worker", lambda: workers_from("learner-1.log") == 1, process, 120)
+        grown = last_step(run)
+        wait_for("steps of both", lambda: last_step(run) > grown + 120, process, 120)
+        nodes.kill(added)
+        output, _ = process.communicate(timeout=400)
+    assert process.returncode == 0, output
+    assert [found[:2] for found in notices.findall(output)] == [("2", "1"), ("1", "2")], output
+    raytrl("sft", run_file(folder, "not-elastic", **values))
+    rows, fixed = metrics(run), metrics(folder / "runs/not-elastic")
+    assert [row["step"] for row in rows] == list(range(1, 1501))
+    gaps = [abs(row["loss"] - other["loss"]) for row, other in zip(rows, fixed, strict=True)]
+    assert max(gaps) < 2e-3, (max(gaps), gaps.index(max(gaps)))

@@ -23,6 +23,7 @@ from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
 
 BUSY: dict[str, float] = defaultdict(float)  # seconds so far by phase
 STEPS: list[dict[str, float]] = []
+LENGTHS: list[float] = []  # mean response length of each batch; empty where responses never end
 
 
 def timed(phase: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -61,6 +62,14 @@ def main() -> None:
     reward = AutoModelForSequenceClassification.from_pretrained(f"{folder}/reward", num_labels=1)
     ppo_trainer.batch_generation = timed("generate", ppo_trainer.batch_generation)
     ppo_trainer.get_reward = timed("values and scores", ppo_trainer.get_reward)
+    truncate = ppo_trainer.truncate_response
+
+    def truncated(*arguments: Any) -> Any:
+        responses = truncate(*arguments)
+        LENGTHS.append(float((responses != tokenizer.pad_token_id).sum(1).float().mean()))
+        return responses
+
+    ppo_trainer.truncate_response = truncated
     ppo_trainer.gc.collect = timed("garbage collection", gc.collect)
     trainer = PPOTrainer(
         args=PPOConfig(
@@ -99,7 +108,7 @@ def main() -> None:
     trainer.train()
     if int(os.environ.get("RANK", "0")) == 0:
         with open(out, "w") as file:
-            json.dump({"steps": STEPS, "metrics": logged}, file)
+            json.dump({"steps": STEPS, "metrics": logged, "lengths": LENGTHS}, file)
 
 
 main()

@@ -63,6 +63,21 @@ class Progress:
     samples: tuple[Mapping[str, Any], ...] = ()  # step: rows for samples.jsonl
 
 
+def sample_row(prompt: Prompt, response: Response, score: Score, **more: Any) -> dict[str, Any]:
+    """One line of samples.jsonl; `more` comes first."""
+    return {
+        **more,
+        "row": response.row,
+        "sample": response.sample,
+        "prompt": prompt.text,
+        "response": response.text,
+        "ended": response.ended,
+        "tokens": len(response.token_ids),
+        "score": score.value,
+        "scores": dict(score.by_source),
+    }
+
+
 def chunks(prompts: Sequence[Prompt], chunk_prompts: int) -> list[list[Prompt]]:
     """Prompts grouped by `row // chunk_prompts`, in order of rows.
 

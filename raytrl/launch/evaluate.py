@@ -24,7 +24,7 @@ from raytrl.launch.session import (
     ray_session,
 )
 from raytrl.launch.train import write_start
-from raytrl.records import Progress, Prompt, Response, Score
+from raytrl.records import Progress, Prompt, Response, Score, sample_row
 from raytrl.roles.device import check_cpu
 from raytrl.roles.evaluation import compare, summarize
 from raytrl.rundir import RunDirectory, now
@@ -249,20 +249,11 @@ def _write(run: EvalRun, run_dir: RunDirectory, answers: dict[str, Answers], sec
 
 
 def _sample_rows(key: str, found: Answers) -> list[dict[str, Any]]:
-    prompts = {prompt.row: prompt.text for prompt in found.prompts}
+    prompts = {prompt.row: prompt for prompt in found.prompts}
     scores = {(score.row, score.sample): score for score in found.scores}
     kls: list[float | None] = [*found.kls] if found.kls is not None else [None] * len(found.responses)
     return [
-        {
-            "model": key,
-            "row": response.row,
-            "prompt": prompts[response.row],
-            "response": response.text,
-            "ended": response.ended,
-            "tokens": len(response.token_ids),
-            "score": scores[response.row, response.sample].value,
-            "scores": dict(scores[response.row, response.sample].by_source),
-            **({} if kl is None else {"kl": kl}),
-        }
+        sample_row(prompts[response.row], response, scores[response.row, response.sample], model=key)
+        | ({} if kl is None else {"kl": kl})
         for response, kl in zip(found.responses, kls, strict=True)
     ]

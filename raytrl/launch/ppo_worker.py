@@ -23,7 +23,7 @@ from raytrl.launch.transport import pack
 from raytrl.launch.worker import RayWorkerContext
 from raytrl.ppo import loop
 from raytrl.ppo.protocols import Rollout
-from raytrl.records import Progress, Score
+from raytrl.records import Progress, sample_row
 from raytrl.roles.backends import Backend, build_backend
 from raytrl.roles.collectives import gather_over_workers, worker_rank
 from raytrl.roles.job import PpoJob
@@ -189,12 +189,17 @@ class StepReporter:
                 self._writer = SummaryWriter(tensorboard, purge_step=step + 1)
 
     def report(
-        self, step: int, metrics: Mapping[str, float], rollout: Rollout, save: Callable[[Path], None] | None
+        self,
+        step: int,
+        metrics: Mapping[str, float],
+        rollout: Rollout,
+        evaluation: Rollout | None,
+        save: Callable[[Path], None] | None,
     ) -> None:
         metrics = {**metrics, "rollout/actors": float(self._num_actors())}
         self.last = metrics
+        samples = self._samples(rollout, evaluation, step)
         if self._context.rank == 0:
-            samples = _sample_rows(rollout, self._run.rollout.samples, step)
             self._context.progress(Progress("step", step, self._run.ppo.steps, metrics=metrics, samples=samples))
             if self._writer is not None:
                 for name, value in metrics.items():
@@ -206,6 +211,19 @@ class StepReporter:
         if save is not None:
             self._checkpoint(step, save)
 
+    def _samples(self, rollout: Rollout, evaluation: Rollout | None, step: int) -> tuple[Mapping[str, Any], ...]:
+        """Rows of samples.jsonl, spread over the global batch whoever holds them. Collective."""
+        run, count = self._run, self._run.rollout.samples
+        chosen = _spread(run.ppo.batch_size, count)
+        keys = {divmod(place, run.ppo.responses_per_prompt) for place in chosen}
+        mine = _sample_rows(rollout, keys, step, "train")
+        if evaluation is not None:
+            num_rows = sum(gather_over_workers([len(evaluation.prompts)]))
+            mine += _sample_rows(evaluation, {(row, 0) for row in _spread(num_rows, count)}, step, "eval")
+        return tuple(
+            sorted(gather_over_workers(mine), key=lambda row: (row["data"] == "eval", row["row"], row["sample"]))
+        )
+
     def _checkpoint(self, step: int, save: Callable[[Path], None]) -> None:
         folder = os.path.join(self._context.scratch, f"checkpoint-{step}")
         save(Path(folder))
@@ -215,25 +233,20 @@ class StepReporter:
             self._context.progress(Progress("checkpoint", step, self._run.ppo.steps))
 
 
-def _sample_rows(rollout: Rollout, count: int, step: int) -> tuple[Mapping[str, Any], ...]:
-    """The first responses of a share as rows of samples.jsonl."""
-    prompts = {prompt.row: prompt.text for prompt in rollout.prompts}
-    scores: dict[tuple[int, int], Score] = {(score.row, score.sample): score for score in rollout.scores}
-    chosen = sorted(rollout.responses, key=lambda response: (response.row, response.sample))[:count]
-    return tuple(
-        {
-            "step": step,
-            "row": response.row,
-            "sample": response.sample,
-            "prompt": prompts[response.row],
-            "response": response.text,
-            "ended": response.ended,
-            "tokens": len(response.token_ids),
-            "score": scores[response.row, response.sample].value,
-            "scores": dict(scores[response.row, response.sample].by_source),
-        }
-        for response in chosen
-    )
+def _spread(size: int, count: int) -> list[int]:
+    """At most `count` places out of `size`, evenly spread."""
+    return [i * size // count for i in range(count)] if count < size else list(range(size))
+
+
+def _sample_rows(rollout: Rollout, keys: set[tuple[int, int]], step: int, data: str) -> list[dict[str, Any]]:
+    """The (row, sample) of `keys` that this worker's share holds, as rows of samples.jsonl."""
+    prompts = {prompt.row: prompt for prompt in rollout.prompts}
+    scores = {(score.row, score.sample): score for score in rollout.scores}
+    return [
+        sample_row(prompts[response.row], response, scores[response.row, response.sample], step=step, data=data)
+        for response in rollout.responses
+        if (response.row, response.sample) in keys
+    ]
 
 
 def _save(

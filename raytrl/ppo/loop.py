@@ -58,10 +58,12 @@ def run(
                 ahead = ahead.finished()
         with clock.phase("sync"):
             generator.load_weights(learner.weights())
+        evaluation = None
         if schedule.due(schedule.eval_every, learner.step):
-            metrics |= _evaluate(prompts, generator, scorer, learner, schedule.eval_greedy)
+            evaluation, found = _evaluate(prompts, generator, scorer, learner, schedule.eval_greedy)
+            metrics |= found
         save = learner.save if schedule.due(schedule.checkpoint_every, learner.step) else None
-        reporter.report(learner.step, metrics | clock.metrics(), rollout, save)
+        reporter.report(learner.step, metrics | clock.metrics(), rollout, evaluation, save)
 
 
 @dataclass(frozen=True)
@@ -91,12 +93,12 @@ def _collect(request: _Request, scorer: Scorer, clock: "Clock") -> Rollout:
 
 def _evaluate(
     prompts: PromptSource, generator: Generator[W], scorer: Scorer, learner: Learner[E, W], greedy: bool
-) -> dict[str, float]:
+) -> tuple[Rollout, dict[str, float]]:
     clock = Clock()
     questions = prompts.evaluation(learner.step)
     request = _Request(questions, generator.generate(questions, learner.step, greedy=greedy))
     rollout = _collect(request, scorer, clock)
-    return {"eval/score": learner.mean_score(rollout.scores), "time/eval_s": clock.total_s()}
+    return rollout, {"eval/score": learner.mean_score(rollout.scores), "time/eval_s": clock.total_s()}
 
 
 @dataclass

@@ -98,7 +98,18 @@ class Reporter(Protocol):
     """Where a finished step goes."""
 
     def report(
-        self, step: int, metrics: Mapping[str, float], rollout: Rollout, save: Callable[[Path], None] | None
+        self,
+        step: int,
+        metrics: Mapping[str, float],
+        rollout: Rollout,
+        evaluation: Rollout | None,
+        save: Callable[[Path], None] | None,
     ) -> None:
-        """`step` steps are done. `save` is given when a checkpoint is due: call it on every worker."""
+        """`step` steps are done. Called on every worker.
+
+        Args:
+            rollout: this worker's share of what the step learned from.
+            evaluation: its share of the evaluation after the step, where one was due.
+            save: writes a checkpoint, where one is due: call it on every worker.
+        """
         ...

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from raytrl.config.ppo import PpoConfig
 from raytrl.errors import NonFiniteError
-from raytrl.roles.collectives import copy_from_first, sum_over_workers, wait_for_all, worker_rank
+from raytrl.roles.collectives import add_over_workers, copy_from_first, wait_for_all, worker_rank
 from raytrl.roles.networks import Network, Networks
 from raytrl.roles.sequences import Sequences
 from raytrl.roles.weights import policy_parameters
@@ -87,16 +87,16 @@ class TorchBackend(Backend):
         self._parameters = [*networks.policy_group(), *networks.value_group()]
         copy_from_first([parameter.data for parameter in self._parameters])
         groups = [{"params": networks.policy_group()}, {"params": networks.value_group()}]
-        self._optimizer = torch.optim.Adam(groups, lr=learning_rate, eps=epsilon)
+        self._optimizer = torch.optim.Adam(groups, lr=learning_rate, eps=epsilon, fused=True)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         loss.backward()  # type: ignore[no-untyped-call]
 
     def step(self, factor: float) -> float:
         for parameter in self._parameters:
-            # A worker without rows in this minibatch has no gradient, and still takes part in the sum.
-            gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            parameter.grad = sum_over_workers(gradient)
+            if parameter.grad is None:  # a worker without rows in this minibatch still takes part in the sum
+                parameter.grad = torch.zeros_like(parameter)
+        add_over_workers([parameter.grad for parameter in self._parameters if parameter.grad is not None])
         norm = float(torch.nn.utils.clip_grad_norm_(self._parameters, self._max_norm))
         if not math.isfinite(norm):
             raise NonFiniteError(f"learner: the gradient norm is {norm}; nothing was updated")

@@ -11,15 +11,16 @@ from torch import Tensor
 
 from raytrl.algo.kl import KlController
 from raytrl.algo.logprobs import token_entropy, token_logprobs
-from raytrl.algo.losses import PolicyLoss, ValueLoss, policy_loss, truncated_importance, value_loss
+from raytrl.algo.losses import truncated_importance
 from raytrl.algo.masked import masked_sum
 from raytrl.algo.rewards import RunningMoments
 from raytrl.config.ppo import PpoConfig
 from raytrl.errors import NonFiniteError, RunError
 from raytrl.records import Prompt, Response, Score
 from raytrl.roles.backends import Backend, schedule_factor
-from raytrl.roles.collectives import max_over_workers, sum_over_workers, wait_for_all, worker_rank
+from raytrl.roles.collectives import failing_together, max_over_workers, sum_over_workers, wait_for_all, worker_rank
 from raytrl.roles.experience import Experience, Samples, advantages_of, refuse_non_finite, samples_of
+from raytrl.roles.minibatch import Part, Totals
 from raytrl.roles.networks import Network
 from raytrl.roles.sequences import Sequences, minibatch_rows, pack
 from raytrl.roles.weights import Weights
@@ -29,6 +30,10 @@ MAX_FIRST_LOG_RATIO = {torch.float32: 1e-3}
 MAX_FIRST_KL = {torch.float32: 1e-3}
 # Logits of one micro-batch, their gradient and the float32 copies of both should stay near 2 GiB.
 LOGITS_BYTES = 2 * 2**30
+# What one more pass costs on a CPU, in parameters times tokens: about 30 tokens of a model of 1 million parameters, by
+# 8 ms of Python and small operations against 0.28 ms a token. On a GPU a pass is cheap to widen and dear to add.
+PASS_COST = 30_000_000
+MIN_PASS_TOKENS = 32
 
 
 class Rollout(Protocol):
@@ -78,14 +83,15 @@ class PpoLearner:
             RewardError: every score of the global batch was dropped.
             NonFiniteError: a score, log-prob or value is NaN or infinite; the message names the rows.
         """
-        samples = samples_of(
-            rollout.prompts,
-            rollout.responses,
-            rollout.scores,
-            config=self._config,
-            step=self._step,
-            device=self._backend.device,
-        )
+        with failing_together(self._backend.device):
+            samples = samples_of(
+                rollout.prompts,
+                rollout.responses,
+                rollout.scores,
+                config=self._config,
+                step=self._step,
+                device=self._backend.device,
+            )
         old_BR, ref_BR, values_BR = (torch.zeros_like(samples.sampling_logprobs_BR) for _ in range(3))
         for rows_B, batch in self._microbatches(samples.sequences, range(len(samples.sequences))):
             width = batch.response_width
@@ -98,7 +104,8 @@ class PpoLearner:
                 for target_BR, source_BR in zip((old_BR, ref_BR, values_BR), results.values(), strict=True):
                     target_BR[rows_B, :width] = source_BR
         named = {"log-probs of the policy": old_BR, "log-probs of the reference": ref_BR, "values": values_BR}
-        refuse_non_finite(named, samples, self._step)
+        with failing_together(self._backend.device):
+            refuse_non_finite(named, samples, self._step)
         kl_coef = self._controller.coef
         credit = advantages_of(
             samples, old_BR, ref_BR, values_BR, config=self._config, kl_coef=kl_coef, running=self._running
@@ -128,7 +135,7 @@ class PpoLearner:
             RunError: the first forward pass does not reproduce the old log-probs.
         """
         config, factor = self._config, schedule_factor(self._config.lr_schedule, self._step, self._config.steps)
-        totals = _Totals(self._backend.device)
+        totals = Totals(self._backend.device)
         for epoch in range(config.epochs):
             minibatches = minibatch_rows(self._seed, self._step, epoch, config.batch_size, config.minibatches)
             local = [self._local_rows(experience.samples, rows) for rows in minibatches]
@@ -138,7 +145,10 @@ class PpoLearner:
                 if num_tokens == 0:  # every response of the minibatch was dropped, on all workers
                     continue
                 first = totals.optimizer_steps == 0
-                self._minibatch(experience, rows.tolist(), float(num_tokens), totals)
+                problems = self._minibatch(experience, rows.tolist(), float(num_tokens), totals)
+                with failing_together(self._backend.device):
+                    if problems:
+                        raise NonFiniteError(f"learner: step {self._step}: {problems[0]}")
                 if first:
                     self._check_first_ratio(totals)
                 totals.add_step(self._backend.step(factor), num_tokens)
@@ -191,8 +201,12 @@ class PpoLearner:
         self._controller.load_state_dict(state["kl"])
         self._running.load_state_dict(state["scores"])
 
-    def _minibatch(self, experience: Experience, rows: list[int], num_tokens: float, totals: "_Totals") -> None:
-        """Add up the gradients of this worker's rows of one minibatch."""
+    def _minibatch(self, experience: Experience, rows: list[int], num_tokens: float, totals: Totals) -> list[str]:
+        """Add up the gradients of this worker's rows of one minibatch; says which losses were not finite.
+
+        Does not raise for them: sharded parameters are gathered in every pass, so all workers must run all passes.
+        """
+        problems: list[str] = []
         microbatches = list(self._microbatches(experience.samples.sequences, rows))
         for i, (rows_B, batch) in enumerate(microbatches):
             last = i == len(microbatches) - 1
@@ -201,22 +215,24 @@ class PpoLearner:
             if rows_B is None:
                 self._backend.backward(0.0 * (logits_BRV.sum() + values_BR.sum()), last=last)
                 continue
-            part = _Part(experience, rows_B, batch.response_width, num_tokens, self._config)
+            part = Part(experience, rows_B, batch.response_width, num_tokens, self._config)
             policy = part.policy_loss(token_logprobs(logits_BRV, batch.tokens_BR, self._temperature))
             value = part.value_loss(values_BR)
             with torch.no_grad():
                 entropy_sum = masked_sum(token_entropy(logits_BRV, self._temperature), part.mask_BR)
-            self._refuse_non_finite_loss(policy.loss, "policy", experience, rows_B)
-            self._refuse_non_finite_loss(value.loss, "value", experience, rows_B)
+            for loss, name in ((policy.loss, "policy"), (value.loss, "value")):
+                if not bool(loss.isfinite()):
+                    problems.append(_not_finite(loss, name, experience, rows_B))
             # One backward pass for both: ZeRO-3 overwrites gradients in a minibatch's first pass and adds in the
             # later ones, for all parameters alike, so a first pass without some would add to the last step's.
             self._backend.backward(policy.loss + self._config.value_coef * value.loss, last=last)
             totals.add_part(policy, value, entropy_sum)
+        return problems
 
     def _microbatches(self, sequences: Sequences, rows: Sequence[int]) -> Iterator[tuple[Tensor | None, Sequences]]:
         """(rows, their sequences); in lockstep, None and a filler once this worker's rows are used up."""
-        lengths: list[int] = (sequences.prompt_lengths_B + sequences.response_lengths_B).tolist()
-        packed = pack(rows, lengths, self._max_tokens())
+        lengths = (sequences.prompt_lengths_B.tolist(), sequences.response_lengths_B.tolist())
+        packed = pack(rows, *lengths, self._max_tokens(), self._max_padding())
         num_passes = len(packed)
         if self._backend.lockstep:
             num_passes = int(max_over_workers(torch.tensor(num_passes, device=self._backend.device)))
@@ -233,6 +249,13 @@ class PpoLearner:
         vocabulary = int(self._backend.networks.policy.config.get_text_config().vocab_size)  # type: ignore[union-attr, operator]
         return min(16384, max(1, LOGITS_BYTES // (16 * vocabulary)))
 
+    def _max_padding(self) -> int | None:
+        """Where padding costs more than another pass would, micro-batches are split further."""
+        if self._backend.lockstep or self._backend.device.type != "cpu":
+            return None
+        parameters = sum(p.numel() for p in self._backend.networks.policy.parameters())
+        return max(MIN_PASS_TOKENS, PASS_COST // parameters)
+
     def _logprobs(self, network: Network, batch: Sequences) -> Tensor:
         return token_logprobs(self._backend.forward(network, batch), batch.tokens_BR, self._temperature)
 
@@ -240,14 +263,6 @@ class PpoLearner:
         place = {row: i for i, row in enumerate(samples.global_rows)}
         local = [place[row] for row in global_rows.tolist() if row in place]
         return torch.tensor(local, dtype=torch.long, device=self._backend.device)
-
-    def _refuse_non_finite_loss(self, loss: Tensor, name: str, experience: Experience, rows_B: Tensor) -> None:
-        if not bool(loss.isfinite()):
-            rows = sorted(experience.samples.global_rows[i] for i in rows_B.tolist())
-            raise NonFiniteError(
-                f"learner: step {self._step}: the {name} loss is {float(loss.detach())}; the micro-batch held rows "
-                f"{rows[:8]} of the global batch ({len(rows)} in all), which was not applied"
-            )
 
     def _check_first_kl(self, kl: float) -> None:
         limit = MAX_FIRST_KL.get(self._backend.networks.dtype)
@@ -257,7 +272,7 @@ class PpoLearner:
                 f"response; expected at most {limit}; both should be the same weights"
             )
 
-    def _check_first_ratio(self, totals: "_Totals") -> None:
+    def _check_first_ratio(self, totals: Totals) -> None:
         totals.first_log_ratio = float(max_over_workers(totals.max_log_ratio))
         limit = MAX_FIRST_LOG_RATIO.get(self._backend.networks.dtype)
         if limit is not None and totals.first_log_ratio > limit:
@@ -268,79 +283,9 @@ class PpoLearner:
             )
 
 
-class _Part:
-    """One micro-batch's slice of the experience, and its losses."""
-
-    def __init__(
-        self, experience: Experience, rows_B: Tensor, width: int, num_tokens: float, config: PpoConfig
-    ) -> None:
-        self._experience, self._rows_B, self._width = experience, rows_B, width
-        self._num_tokens, self._config = num_tokens, config
-        self.mask_BR = self._cut(experience.samples.sequences.response_mask_BR)
-
-    def _cut(self, x_BR: Tensor) -> Tensor:
-        return x_BR[self._rows_B, : self._width]
-
-    def policy_loss(self, logprobs_BR: Tensor) -> PolicyLoss:
-        importance_BR = self._experience.importance_BR
-        return policy_loss(
-            logprobs_BR,
-            self._cut(self._experience.old_logprobs_BR),
-            self._cut(self._experience.advantages_BR),
-            self.mask_BR,
-            clip_range=self._config.clip_range,
-            num_tokens=self._num_tokens,
-            weights_BR=None if importance_BR is None else self._cut(importance_BR),
-        )
-
-    def value_loss(self, values_BR: Tensor) -> ValueLoss:
-        return value_loss(
-            values_BR,
-            self._cut(self._experience.values_BR),
-            self._cut(self._experience.returns_BR),
-            self.mask_BR,
-            clip_range=self._config.value_clip_range,
-            num_tokens=self._num_tokens,
-        )
-
-
-class _Totals:
-    """Sums over the parts of a step's update, added over workers once at its end."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._sums = torch.zeros(8, dtype=torch.float64, device=device)
-        self._norms: list[float] = []
-        self._num_tokens = 0.0
-        self.max_log_ratio = torch.zeros((), device=device)
-        self.first_log_ratio = 0.0
-
-    @property
-    def optimizer_steps(self) -> int:
-        return len(self._norms)
-
-    def add_part(self, policy: PolicyLoss, value: ValueLoss, entropy_sum: Tensor) -> None:
-        sums = [policy.loss, value.loss, policy.approxkl_sum, policy.clipped_sum, value.clipped_sum]
-        sums += [policy.ratio_sum, policy.ratio_square_sum, entropy_sum]
-        self._sums += torch.stack([x.detach().double() for x in sums])
-        self.max_log_ratio = torch.maximum(self.max_log_ratio, policy.max_log_ratio)
-
-    def add_step(self, norm: float, num_tokens: float) -> None:
-        self._norms.append(norm)
-        self._num_tokens += num_tokens
-
-    def metrics(self) -> dict[str, float]:
-        """Token means over all epochs; losses and gradient norm are means over optimizer steps."""
-        sums = sum_over_workers(self._sums).tolist()
-        steps, tokens = max(1, self.optimizer_steps), max(1.0, self._num_tokens)
-        ratio = sums[5] / tokens
-        return {
-            "loss/policy_avg": sums[0] / steps,
-            "loss/value_avg": sums[1] / steps,
-            "policy/approxkl_avg": sums[2] / tokens,
-            "policy/clipfrac_avg": sums[3] / tokens,
-            "val/clipfrac_avg": sums[4] / tokens,
-            "val/ratio": ratio,
-            "val/ratio_var": max(sums[6] / tokens - ratio * ratio, 0.0),
-            "policy/entropy_avg": sums[7] / tokens,
-            "val/grad_norm": sum(self._norms) / steps,
-        }
+def _not_finite(loss: Tensor, name: str, experience: Experience, rows_B: Tensor) -> str:
+    rows = sorted(experience.samples.global_rows[i] for i in rows_B.tolist())
+    return (
+        f"the {name} loss is {float(loss.detach())}; the micro-batch held rows {rows[:8]} of the global batch "
+        f"({len(rows)} in all), which was not applied"
+    )

@@ -77,24 +77,43 @@ class Sequences:
         return Sequences(input_ids_BT, prompt_lengths_B, response_lengths_B, prompt_width)
 
 
-def pack(rows: Sequence[int], lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+def pack(
+    rows: Sequence[int],
+    prompt_lengths: Sequence[int],
+    response_lengths: Sequence[int],
+    max_tokens: int,
+    max_padding: int | None = None,
+) -> list[list[int]]:
     """Rows in micro-batches of at most `max_tokens` tokens, padding counted; longest first, so little is padding.
 
     Args:
         rows: which rows to pack.
-        lengths: tokens of every row, indexed by row.
+        prompt_lengths, response_lengths: tokens of every row, indexed by row; each side is padded to its longest.
         max_tokens: a single row that is longer gets a micro-batch of its own.
+        max_padding: tokens of padding in one micro-batch; None: as many as come.
     """
     packed: list[list[int]] = []
-    for row in sorted(rows, key=lambda row: (-lengths[row], row)):
-        if packed and lengths[packed[-1][0]] * (len(packed[-1]) + 1) <= max_tokens:
+    widths, real = (0, 0), 0
+    for row in sorted(rows, key=lambda row: (-prompt_lengths[row] - response_lengths[row], row)):
+        length = prompt_lengths[row] + response_lengths[row]
+        wider = (max(widths[0], prompt_lengths[row]), max(widths[1], response_lengths[row]))
+        tokens = (len(packed[-1]) + 1) * sum(wider) if packed else 0
+        if packed and tokens <= max_tokens and (max_padding is None or tokens - real - length <= max_padding):
             packed[-1].append(row)
+            widths, real = wider, real + length
         else:
             packed.append([row])
+            widths, real = (prompt_lengths[row], response_lengths[row]), length
     return packed
 
 
 def minibatch_rows(seed: int, step: int, epoch: int, batch_size: int, minibatches: int) -> list[Tensor]:
-    """The global rows of each minibatch of an epoch: a permutation that follows from (seed, step, epoch) alone."""
+    """The global rows of each minibatch of an epoch: a shuffle that follows from (seed, step, epoch) alone.
+
+    Of every `minibatches` rows in a row, each minibatch gets one. So a worker that holds a contiguous share of the batch
+    has its share of every minibatch, and none waits for another that happened to get more.
+    """
     generator = torch.Generator().manual_seed((seed * 1_000_003 + step) * 1_009 + epoch)
-    return list(torch.randperm(batch_size, generator=generator).chunk(minibatches))
+    rows = torch.arange(batch_size).view(-1, minibatches)
+    shuffles = torch.stack([torch.randperm(minibatches, generator=generator) for _ in rows])
+    return list(rows.gather(1, shuffles).T)

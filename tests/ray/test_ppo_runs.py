@@ -51,10 +51,16 @@ def test_a_run_raises_its_score_and_leaves_models_that_load(folder: Path) -> Non
     assert all(row["time/step_s"] > 0 and row["rollout/actors"] == 2 for row in rows)
 
     samples = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
-    assert len(samples) == 20 * 8
+    assert len(samples) == 20 * 8 + 2 * 6
     assert samples[0].keys() == {
-        *("step", "row", "sample", "prompt", "response", "ended", "tokens", "score", "scores"),
+        *("step", "data", "row", "sample", "prompt", "response", "ended", "tokens", "score", "scores"),
     }
+    # Spread over the whole batch, of which each of the two workers holds a half.
+    assert [(row["row"], row["sample"]) for row in samples[:8]] == [(row, 0) for row in range(0, 16, 2)]
+    evaluated = [row for row in samples if row["data"] == "eval"]
+    assert [(row["step"], row["row"]) for row in evaluated] == [(step, row) for step in (10, 20) for row in range(6)]
+    scored = [row["score"] for row in evaluated if row["step"] == 20]
+    assert sum(scored) / 6 == pytest.approx(rows[-1]["eval/score"], abs=1e-5)
     assert samples[0]["score"] == samples[0]["scores"]["spelling"]
     assert len(list((run / "checkpoints").glob("checkpoint_2*"))) == 2
     assert list((run / "tensorboard").glob("events*"))

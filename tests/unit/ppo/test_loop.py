@@ -25,6 +25,7 @@ def test_evaluation_and_checkpoints_when_due_and_at_the_end(tmp_path) -> None:  
     learner = make_learner(gpt2(width=16), config(steps=5))
     run(Schedule(5, checkpoint_every=3, eval_every=2), Prompts(16), generator, LocalScorer(), learner, log)
     assert ["eval/score" in m for m in log.metrics] == [False, True, False, True, True]
+    assert [found is not None for found in log.evaluations] == [False, True, False, True, True]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["3", "5"]
     run(Schedule(5), Prompts(16), generator, LocalScorer(), learner, log)
     assert len(log.metrics) == 5  # nothing left to do

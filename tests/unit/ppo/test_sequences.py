@@ -30,12 +30,21 @@ def test_no_rows() -> None:
 
 @pytest.mark.parametrize("budget", [1, 7, 16, 1000])
 def test_packing_keeps_every_row_once_within_the_budget(budget: int) -> None:
-    lengths = [3, 9, 4, 4, 1, 7, 9, 2]
+    prompts, responses = [1, 4, 3, 1, 0, 6, 1, 1], [2, 5, 1, 3, 1, 1, 8, 1]
     rows = [0, 1, 2, 4, 5, 6, 7]
-    packed = pack(rows, lengths, budget)
+    packed = pack(rows, prompts, responses, budget)
     assert sorted(row for part in packed for row in part) == rows
-    assert all(len(part) == 1 or len(part) * max(lengths[row] for row in part) <= budget for part in packed)
-    assert len(pack(rows, lengths, 1000)) == 1
+
+    def tokens(part: list[int]) -> int:
+        return len(part) * (max(prompts[row] for row in part) + max(responses[row] for row in part))
+
+    assert all(len(part) == 1 or tokens(part) <= budget for part in packed)
+    assert len(pack(rows, prompts, responses, 1000)) == 1
+    for padding in (0, 3, 20):
+        packed = pack(rows, prompts, responses, budget, padding)
+        assert sorted(row for part in packed for row in part) == rows
+        real = [sum(prompts[row] + responses[row] for row in part) for part in packed]
+        assert all(tokens(part) - sum_ <= padding for part, sum_ in zip(packed, real, strict=True))
 
 
 def test_minibatches_are_a_fresh_permutation_each_epoch() -> None:
@@ -43,3 +52,8 @@ def test_minibatches_are_a_fresh_permutation_each_epoch() -> None:
     assert all(sorted(r.tolist()) == list(range(12)) for r in rows)
     assert len({tuple(r.tolist()) for r in rows}) == 4
     assert torch.equal(rows[0], torch.cat(minibatch_rows(0, 0, 0, 12, 3)))
+
+
+def test_every_contiguous_share_has_its_part_of_every_minibatch() -> None:
+    for rows in minibatch_rows(0, 0, 0, 24, 4):
+        assert [sum(start <= row < start + 8 for row in rows.tolist()) for start in (0, 8, 16)] == [2, 2, 2]

@@ -137,12 +137,19 @@ class Log:
         self.folder = folder
         self.metrics: list[dict[str, float]] = []
         self.rollouts: list[Rollout] = []
+        self.evaluations: list[Rollout | None] = []
 
     def report(
-        self, step: int, metrics: Mapping[str, float], rollout: Rollout, save: Callable[[Path], None] | None
+        self,
+        step: int,
+        metrics: Mapping[str, float],
+        rollout: Rollout,
+        evaluation: Rollout | None,
+        save: Callable[[Path], None] | None,
     ) -> None:
         self.metrics.append(dict(metrics))
         self.rollouts.append(rollout)
+        self.evaluations.append(evaluation)
         if save is not None and self.folder is not None:
             save(self.folder / str(step))
 

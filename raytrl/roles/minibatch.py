@@ -1,0 +1,87 @@
+"""What an update adds up: the losses of micro-batches, and the sums that its metrics come from."""
+
+import torch
+from torch import Tensor
+
+from raytrl.algo.losses import PolicyLoss, ValueLoss, policy_loss, value_loss
+from raytrl.config.ppo import PpoConfig
+from raytrl.roles.collectives import sum_over_workers
+from raytrl.roles.experience import Experience
+
+
+class Part:
+    """One micro-batch's slice of the experience, and its losses."""
+
+    def __init__(
+        self, experience: Experience, rows_B: Tensor, width: int, num_tokens: float, config: PpoConfig
+    ) -> None:
+        self._experience, self._rows_B, self._width = experience, rows_B, width
+        self._num_tokens, self._config = num_tokens, config
+        self.mask_BR = self._cut(experience.samples.sequences.response_mask_BR)
+
+    def _cut(self, x_BR: Tensor) -> Tensor:
+        return x_BR[self._rows_B, : self._width]
+
+    def policy_loss(self, logprobs_BR: Tensor) -> PolicyLoss:
+        importance_BR = self._experience.importance_BR
+        return policy_loss(
+            logprobs_BR,
+            self._cut(self._experience.old_logprobs_BR),
+            self._cut(self._experience.advantages_BR),
+            self.mask_BR,
+            clip_range=self._config.clip_range,
+            num_tokens=self._num_tokens,
+            weights_BR=None if importance_BR is None else self._cut(importance_BR),
+        )
+
+    def value_loss(self, values_BR: Tensor) -> ValueLoss:
+        return value_loss(
+            values_BR,
+            self._cut(self._experience.values_BR),
+            self._cut(self._experience.returns_BR),
+            self.mask_BR,
+            clip_range=self._config.value_clip_range,
+            num_tokens=self._num_tokens,
+        )
+
+
+class Totals:
+    """Sums over the parts of a step's update, added over workers once at its end."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._sums = torch.zeros(8, dtype=torch.float64, device=device)
+        self._norms: list[float] = []
+        self._num_tokens = 0.0
+        self.max_log_ratio = torch.zeros((), device=device)
+        self.first_log_ratio = 0.0
+
+    @property
+    def optimizer_steps(self) -> int:
+        return len(self._norms)
+
+    def add_part(self, policy: PolicyLoss, value: ValueLoss, entropy_sum: Tensor) -> None:
+        sums = [policy.loss, value.loss, policy.approxkl_sum, policy.clipped_sum, value.clipped_sum]
+        sums += [policy.ratio_sum, policy.ratio_square_sum, entropy_sum]
+        self._sums += torch.stack([x.detach().double() for x in sums])
+        self.max_log_ratio = torch.maximum(self.max_log_ratio, policy.max_log_ratio)
+
+    def add_step(self, norm: float, num_tokens: float) -> None:
+        self._norms.append(norm)
+        self._num_tokens += num_tokens
+
+    def metrics(self) -> dict[str, float]:
+        """Token means over all epochs; losses and gradient norm are means over optimizer steps."""
+        sums = sum_over_workers(self._sums).tolist()
+        steps, tokens = max(1, self.optimizer_steps), max(1.0, self._num_tokens)
+        ratio = sums[5] / tokens
+        return {
+            "loss/policy_avg": sums[0] / steps,
+            "loss/value_avg": sums[1] / steps,
+            "policy/approxkl_avg": sums[2] / tokens,
+            "policy/clipfrac_avg": sums[3] / tokens,
+            "val/clipfrac_avg": sums[4] / tokens,
+            "val/ratio": ratio,
+            "val/ratio_var": max(sums[6] / tokens - ratio * ratio, 0.0),
+            "policy/entropy_avg": sums[7] / tokens,
+            "val/grad_norm": sum(self._norms) / steps,
+        }

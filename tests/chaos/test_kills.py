@@ -29,9 +29,9 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 # One run that dies twice in CI; every kind of run by every kind of death with `-m slow`.
 CASES = [
-    pytest.param("zero2", ("worker", "driver")),
+    pytest.param("zero2", ("worker", "driver"), id="zero2-worker-driver"),
     *(
-        pytest.param(kind, (victim,), marks=pytest.mark.slow)
+        pytest.param(kind, (victim,), marks=pytest.mark.slow, id=f"{kind}-{victim}")
         for kind in KINDS
         for victim in ("worker", "driver", "everything")
     ),

@@ -94,6 +94,17 @@ def _write_page(loaded: Any) -> None:
     out.print(f"report    {write_run_page(RunDirectory(loaded.run.output_dir, loaded.run.name))}", soft_wrap=True)
 
 
+def _plan(file: str, overrides: list[str], cluster: list[str], models: str) -> None:
+    from raytrl.config.load import load_run
+
+    loaded = load_run(file, overrides)
+    from raytrl.launch.plan import RULE, plan
+    from raytrl.report.plan import plan_view
+
+    out.print(plan_view(plan(loaded, cluster, models)))
+    out.print(f"[dim]{RULE}[/]")
+
+
 def _quickstart(output_dir: str, overrides: list[str], fresh: bool) -> None:
     from contextlib import contextmanager
 
@@ -192,6 +203,24 @@ def report(
         out.print(write_run_page(RunDirectory(parent or ".", name)), soft_wrap=True)
 
     _guarded(work, debug)
+
+
+@app.command("plan")
+def plan_command(
+    config: File,
+    overrides: Overrides = None,
+    cluster: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=N,…", help="plan for nodes=2,gpus=8,gpu_gib=80,cpus=64,mem_gib=512; may be repeated"),
+    ] = None,
+    models: Annotated[
+        str,
+        typer.Option(metavar="FOLDER", help="holds <model path>/config.json of models that are not on this machine"),
+    ] = "",
+    debug: Debug = False,
+) -> None:
+    """What would run where, whether it fits, how large a step is. Starts nothing."""
+    _guarded(lambda: _plan(config, overrides or [], cluster or [], models), debug)
 
 
 @config_app.command("show")

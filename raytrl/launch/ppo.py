@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from raytrl.config.eval_run import EvalRun
 from raytrl.config.ppo_run import PpoRun
+from raytrl.launch.placement import Need, needed
 from raytrl.launch.ppo_preflight import check_ppo, describe_ppo
-from raytrl.launch.session import Need, needed
 from raytrl.roles.job import PpoJob
 from raytrl.rundir import RunDirectory
 
@@ -28,9 +28,9 @@ class PpoKind:
     def need(self) -> Need:
         run = self._run
         parts = [
-            ("learner.workers", run.learner.max_workers, run.learner.resources),
             ("rollout.actors", run.rollout.actors, run.rollout.resources),
             ("reward.actors", run.reward.actors, run.reward.resources),
+            ("learner.workers", run.learner.max_workers, run.learner.resources),
         ]
         # Two versions of the weights, in float32 at most, are there while actors change from one to the next.
         return needed(parts, Need.object_store_bytes + 4 * self._travelling_bytes())

@@ -7,10 +7,11 @@ import socket
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from typing import Any
 
 from raytrl.config.runs import Run
 from raytrl.errors import ResourceError
+from raytrl.launch.placement import Need, Node, check_placement, could_be_added
 
 # Read by Ray when it is imported or started, so set before that. A user's own setting wins.
 _DEFAULTS = {
@@ -28,6 +29,8 @@ QUIET_LIBRARIES = {
     "TRANSFORMERS_VERBOSITY": "error",
     "DS_ACCELERATOR_LOG_LEVEL": "error",
 }
+
+THIS_MACHINE = "this machine"
 
 
 def prepare_environment() -> None:
@@ -62,30 +65,49 @@ def machine_resources() -> dict[str, float]:
     return {"CPU": float(len(os.sched_getaffinity(0))), "GPU": float(gpus)}
 
 
-@dataclass(frozen=True)
-class Need:
-    """What all processes of a run take together, and who asks for it, for messages."""
-
-    total: Mapping[str, float]
-    who: str
-    object_store_bytes: int = 512 * 1024**2  # of a local Ray
+def machine_node() -> Node:
+    """This machine, as a local Ray would count it."""
+    return Node(THIS_MACHINE, machine_resources(), _memory_bytes() / 2**30, _gpu_gib())
 
 
-def check_fits(need: Need, there: Mapping[str, float], where: str) -> None:
-    """Refuses what could only wait for ever.
+def _gpu_gib() -> float | None:
+    """Memory of the smallest GPU of this machine; None without one."""
+    import ray._private.thirdparty.pynvml as pynvml  # part of Ray: its own way to count GPUs
 
-    Args:
-        need: of the whole run.
-        there: what the machine or cluster has.
-        where: its name, for the message.
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:  # no driver, no GPU
+        return None
+    handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
+    sizes = [pynvml.nvmlDeviceGetMemoryInfo(handle).total / 2**30 for handle in handles]
+    pynvml.nvmlShutdown()
+    return min(sizes, default=None)
 
-    Raises:
-        ResourceError: with both numbers.
-    """
-    for name, amount in need.total.items():
-        have = there.get(name, 0.0)
-        if amount > have:
-            raise ResourceError(f"{need.who} need {amount:g} {name}; found: {have:g} {name} on {where}")
+
+def cluster_nodes() -> list[Node]:
+    """The nodes of the cluster that this process has joined, and those that its autoscaler may still add."""
+    import ray
+    from ray._private.state import state  # the autoscaler's limits have no public counterpart
+
+    nodes, present = [], dict[str, int]()
+    for entry in ray.nodes():
+        if not entry["Alive"]:
+            continue
+        resources = {name: amount for name, amount in entry["Resources"].items() if not name.startswith("node:")}
+        ram = resources.pop("memory", 0.0) + resources.pop("object_store_memory", 0.0)
+        nodes.append(Node(_node_name(entry, nodes), resources, ram / 2**30 or None))
+        group = entry.get("Labels", {}).get("ray.io/node-group", "")
+        present[group] = present.get(group, 0) + 1
+    config = state.get_cluster_config()
+    for group in config.node_group_configs if config is not None else ():
+        nodes += could_be_added(group.name, dict(group.resources), present.get(group.name, 0), group.max_count)
+    return nodes
+
+
+def _node_name(entry: Mapping[str, Any], others: Sequence[Node]) -> str:
+    name = str(entry["NodeManagerAddress"])
+    same = sum(other.name.split(" ")[0] == name for other in others)  # several Ray nodes on one machine
+    return f"{name} ({same + 1})" if same else name
 
 
 def check_address(run: Run) -> None:
@@ -128,21 +150,6 @@ def check_one_node(run: Run) -> None:
             )
 
 
-def needed(parts: Sequence[tuple[str, int, Mapping[str, float]]], object_store_bytes: int | None = None) -> Need:
-    """The sum over (key, processes, resources of each)."""
-    total: dict[str, float] = {}
-    for _, count, resources in parts:
-        for name, amount in resources.items():
-            total[name] = total.get(name, 0.0) + count * amount
-    who = " + ".join(f"{key}: {count} x {amounts(resources)}" for key, count, resources in parts)
-    return Need(total, who, object_store_bytes or Need.object_store_bytes)
-
-
-def amounts(resources: Mapping[str, float]) -> str:
-    """`CPU 1, GPU 1`."""
-    return ", ".join(f"{name} {amount:g}" for name, amount in resources.items())
-
-
 def _memory_bytes() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
@@ -159,7 +166,7 @@ def kept_ray() -> Iterator[None]:
         yield
         return
     with _own_sigterm_handler():
-        _start_local(Need({}, "all runs"))
+        _start_local(Need(()))
     try:
         yield
     finally:
@@ -197,6 +204,26 @@ def _join(address: str) -> None:
         raise ResourceError(f"cluster.address: no Ray answers at {address!r}: {str(error).splitlines()[0]}") from None
 
 
+def nodes_for(run: Run) -> tuple[list[Node], str]:
+    """The nodes that a run would have, and their name for messages; joins its cluster for as long as it takes to ask.
+
+    Raises:
+        ResourceError: there is no cluster at the address.
+    """
+    import ray
+
+    if not joins_cluster(run):
+        return [machine_node()], THIS_MACHINE
+    check_address(run)
+    address = run.cluster.address or "auto"
+    with _own_sigterm_handler():
+        _join(address)
+    try:
+        return cluster_nodes(), f"the cluster at {address!r}"
+    finally:
+        ray.shutdown()
+
+
 @contextmanager
 def ray_session(run: Run, need: Need) -> Iterator[None]:
     """Starts or joins Ray, checks that the run fits, and leaves nothing of a local Ray behind.
@@ -207,17 +234,17 @@ def ray_session(run: Run, need: Need) -> Iterator[None]:
     import ray
 
     if ray.is_initialized():  # `kept_ray`: whoever started it ends it
-        check_fits(need, ray.cluster_resources(), "the Ray of this process")
+        check_placement(need, cluster_nodes(), "the Ray of this process")
         yield
         return
     with _own_sigterm_handler():
-        if not joins_cluster(run):
-            _start_local(need)
+        if joins_cluster(run):
+            _join(run.cluster.address or "auto")
         else:
-            address = run.cluster.address or "auto"
-            _join(address)
-            check_fits(need, ray.cluster_resources(), f"the cluster at {address!r}")
+            _start_local(need)
     try:
+        if joins_cluster(run):
+            check_placement(need, cluster_nodes(), "the cluster")  # it may have lost nodes since it was asked
         yield
     finally:
         ray.shutdown()

@@ -5,8 +5,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from raytrl.config.runs import SupervisedRun
+from raytrl.launch.placement import Need, needed
 from raytrl.launch.preflight import describe, preflight
-from raytrl.launch.session import Need, needed
 from raytrl.roles.job import SupervisedJob
 from raytrl.rundir import RunDirectory
 

@@ -15,7 +15,7 @@ from raytrl.launch.placement import Need, amounts, check_placement, needed
 from raytrl.launch.ppo_preflight import check_prompt_data, check_sources
 from raytrl.launch.preflight import check_model_path
 from raytrl.launch.resume import inspect_run
-from raytrl.launch.session import joins_cluster, nodes_for, prepare_environment, ray_session
+from raytrl.launch.session import check_output_dir, joins_cluster, nodes_for, prepare_environment, ray_session
 from raytrl.launch.train import write_start
 from raytrl.records import Progress, Prompt, Response, Score, sample_row
 from raytrl.roles.device import check_cpu
@@ -51,6 +51,7 @@ def evaluate(loaded: LoadedRun, command: str, fresh: bool, show: Callable[[Progr
     run = loaded.run
     assert isinstance(run, EvalRun)
     prepare_environment()
+    check_output_dir(run)
     started = time.time()
     run_dir = RunDirectory(run.output_dir, run.name)
     need = eval_need(run)

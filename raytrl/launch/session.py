@@ -1,5 +1,6 @@
 """Ray for one run: a local Ray that lives as long as the run, or the cluster that the run joins."""
 
+import json
 import logging
 import os
 import signal
@@ -11,7 +12,9 @@ from typing import Any
 
 from raytrl.config.runs import Run
 from raytrl.errors import ResourceError
+from raytrl.launch.packing import refuse_lost_output
 from raytrl.launch.placement import Need, Node, check_placement, could_be_added
+from raytrl.launch.secrets import load_secrets
 
 # Read by Ray when it is imported or started, so set before that. A user's own setting wins.
 _DEFAULTS = {
@@ -34,9 +37,21 @@ THIS_MACHINE = "this machine"
 
 
 def prepare_environment() -> None:
-    """Sets what Ray and the libraries read from the environment. Call before Ray is imported."""
+    """Sets what Ray and the libraries read from the environment, and a job's secrets. Call before Ray is imported."""
     for name, value in (_DEFAULTS | QUIET_LIBRARIES).items():
         os.environ.setdefault(name, value)
+    load_secrets()
+
+
+def check_output_dir(run: Run) -> None:
+    """Refuses a run directory in the copy of the working directory that a Ray job was given.
+
+    Raises:
+        ConfigError: it would be deleted with that copy.
+    """
+    job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))  # set by Ray in a job's own process
+    if (job.get("runtime_env") or {}).get("working_dir"):
+        refuse_lost_output(run.output_dir)
 
 
 def work_in(folder: str) -> None:
@@ -89,7 +104,8 @@ def cluster_nodes() -> list[Node]:
     import ray
     from ray._private.state import state  # the autoscaler's limits have no public counterpart
 
-    nodes, present = [], dict[str, int]()
+    nodes: list[Node] = []
+    present: dict[str, int] = {}
     for entry in ray.nodes():
         if not entry["Alive"]:
             continue

@@ -19,7 +19,7 @@ from raytrl.errors import RunError
 from raytrl.launch.capacity import memory_words
 from raytrl.launch.placement import Need, check_placement
 from raytrl.launch.resume import Standing, inspect_run, sweep
-from raytrl.launch.session import nodes_for, prepare_environment, ray_session
+from raytrl.launch.session import check_output_dir, nodes_for, prepare_environment, ray_session
 from raytrl.records import Progress
 from raytrl.rundir import RunDirectory, now
 
@@ -82,6 +82,7 @@ def train(loaded: LoadedRun, command: str, fresh: bool, show: Callable[[Progress
     run = loaded.run
     assert isinstance(run, TrainingRun)
     prepare_environment()
+    check_output_dir(run)
     started = time.time()
     run_dir = RunDirectory(run.output_dir, run.name)
     kind = kind_of(run)

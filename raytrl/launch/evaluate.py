@@ -11,7 +11,7 @@ from raytrl.config.eval_run import EvalRun
 from raytrl.config.load import LoadedRun
 from raytrl.errors import ConfigError, DataError
 from raytrl.launch.capacity import memory_words
-from raytrl.launch.placement import Need, amounts, check_placement, needed
+from raytrl.launch.placement import Group, Need, amounts, check_placement
 from raytrl.launch.ppo_preflight import check_prompt_data, check_sources
 from raytrl.launch.preflight import check_model_path
 from raytrl.launch.resume import inspect_run
@@ -78,11 +78,11 @@ def evaluate(loaded: LoadedRun, command: str, fresh: bool, show: Callable[[Progr
 
 def eval_need(run: EvalRun) -> Need:
     """What an evaluation's actors take."""
-    return needed(
-        [
-            ("rollout.actors", run.rollout.actors, run.rollout.resources),
-            ("reward.actors", run.reward.actors, run.reward.resources),
-        ]
+    return Need(
+        (
+            Group.of("rollout.actors", run.rollout.actors, run.rollout),
+            Group.of("reward.actors", run.reward.actors, run.reward),
+        )
     )
 
 

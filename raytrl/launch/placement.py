@@ -3,8 +3,12 @@
 import bisect
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+from raytrl.config.base import Placement as Strategy
+from raytrl.config.ppo import RolloutConfig
+from raytrl.config.reward import RewardSection
+from raytrl.config.runs import LearnerSection
 from raytrl.errors import ConfigError, ResourceError
 
 _SLACK = 1e-6  # sums of fractions such as 0.1
@@ -15,21 +19,40 @@ _UNLIMITED = 1024
 
 @dataclass(frozen=True)
 class Node:
-    """What one node has. `gpu_gib` (of each GPU) and `ram_gib` are None where nobody knows."""
+    """What one node has. `gpu_gib` (of each GPU), `ram_gib` and `labels` are None where nobody knows."""
 
     name: str
     resources: Mapping[str, float]
     ram_gib: float | None = None
     gpu_gib: float | None = None
+    labels: Mapping[str, str] | None = None
 
 
 @dataclass(frozen=True)
 class Group:
-    """Equal processes: the run file's key for their number, how many, and what each takes."""
+    """Equal processes: the run file's key for their number, how many, what each takes, and how they are placed."""
 
     key: str
     count: int
     resources: Mapping[str, float]
+    strategy: Strategy = "pack"
+    labels: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, key: str, count: int, section: LearnerSection | RolloutConfig | RewardSection) -> "Group":
+        """From a section of the run file."""
+        return cls(key, count, section.resources, section.placement, section.labels)
+
+    def may_use(self, node: Node) -> bool:
+        """Whether its labels let it onto the node, by Ray's selectors: `a`, `!a`, `in(a, b)`, `!in(a, b)`."""
+        if node.labels is None:
+            return True
+        for name, selector in self.labels.items():
+            text, negated = selector.removeprefix("!"), selector.startswith("!")
+            values = text[3:-1].split(",") if text.startswith("in(") and text.endswith(")") else [text]
+            if (node.labels.get(name) in [value.strip() for value in values]) == negated:
+                return False
+        return True
 
 
 @dataclass(frozen=True)
@@ -56,16 +79,6 @@ class Placement:
     """Key of a group → node name → how many of its processes."""
 
     places: dict[str, dict[str, int]] = field(default_factory=dict)
-
-    def add(self, key: str, node: str) -> None:
-        on_nodes = self.places.setdefault(key, {})
-        on_nodes[node] = on_nodes.get(node, 0) + 1
-
-
-def needed(parts: Sequence[tuple[str, int, Mapping[str, float]]], object_store_bytes: int | None = None) -> Need:
-    """From (key, processes, resources of each), in the order in which they are started."""
-    groups = tuple(Group(*part) for part in parts)
-    return Need(groups, object_store_bytes or Need.object_store_bytes)
 
 
 def amounts(resources: Mapping[str, float]) -> str:
@@ -132,9 +145,8 @@ def check_placement(need: Need, nodes: Sequence[Node], where: str) -> Placement:
 def place(groups: Sequence[Group], nodes: Sequence[Node]) -> Placement | None:
     """Where the processes would go, or None where there is no room.
 
-    Ray packs one placement group after the other: rollout and reward actors are one, learners another, each sorted by
-    size. That order is tried first; an arrangement that another order finds counts as room too, so nothing that fits
-    is refused by accident.
+    Ray places one group after the other. That order is tried first; an arrangement that another order finds counts as
+    room too, so that nothing that fits is refused by accident.
     """
     wanted = [group for group in groups if group.count]
     for order in itertools.permutations(wanted):
@@ -148,19 +160,34 @@ def _packed(groups: Sequence[Group], nodes: Sequence[Node]) -> Placement | None:
     free = {node.name: dict(node.resources) for node in nodes}
     placement = Placement()
     for group in groups:
-        left = group.count
-        while left:
-            room = {name: _room(have, group.resources, left) for name, have in free.items()}
-            # Ray takes the node that is left with the least: nodes without GPUs are for those who need none.
-            best = max(room, key=lambda name: (room[name], -free[name].get("GPU", 0.0), -free[name].get("CPU", 0.0)))
-            if not room[best]:
+        mine = {node.name: 0 for node in nodes if group.may_use(node)}
+        while (left := group.count - sum(mine.values())) > 0:
+            best = _next_node(group, mine, free, left)
+            if best is None:
                 return None
-            for _ in range(room[best]):
-                placement.add(group.key, best)
+            number = 1 if group.strategy.endswith("spread") else _room(free[best], group.resources, left)
+            mine[best] += number
             for name, amount in group.resources.items():
-                free[best][name] = free[best].get(name, 0.0) - room[best] * amount
-            left -= room[best]
+                free[best][name] = free[best].get(name, 0.0) - number * amount
+        placement.places[group.key] = {name: count for name, count in mine.items() if count}
     return placement
+
+
+def _next_node(group: Group, mine: Mapping[str, int], free: Mapping[str, Mapping[str, float]], left: int) -> str | None:
+    """The node that takes the group's next processes, as Ray's strategy would; None where none may and can."""
+    room = {name: _room(free[name], group.resources, left) for name in mine}
+    if group.strategy == "strict_spread":
+        room = {name: count for name, count in room.items() if not mine[name]}
+    if group.strategy == "strict_pack":
+        room = {name: count for name, count in room.items() if count == left}
+    room = {name: count for name, count in room.items() if count}
+    if not room:
+        return None
+    # Among equals Ray takes the node that is left with the least: those without GPUs are for who needs none.
+    least = {name: (-free[name].get("GPU", 0.0), -free[name].get("CPU", 0.0)) for name in room}
+    if group.strategy.endswith("spread"):
+        return max(room, key=lambda name: (-mine[name], *least[name]))
+    return max(room, key=lambda name: (room[name], *least[name]))
 
 
 def _room(free: Mapping[str, float], resources: Mapping[str, float], most: int) -> int:
@@ -171,9 +198,13 @@ def _room(free: Mapping[str, float], resources: Mapping[str, float], most: int) 
 
 def _misfit(need: Need, nodes: Sequence[Node]) -> str:
     for group in need.groups:
-        alone = sum(_room(node.resources, group.resources, group.count) for node in nodes)
-        if alone < group.count:
-            return f"there is room for {alone} of {group.key}: {group.count} x {amounts(group.resources)}"
+        if _packed([group], nodes) is None:
+            most = bisect.bisect_left(
+                range(1, group.count), True, key=lambda n, g=group: _packed([replace(g, count=n)], nodes) is None
+            )
+            how = "" if group.strategy == "pack" else f", {group.strategy}"
+            where = f" on nodes with {', '.join(f'{k}={v}' for k, v in group.labels.items())}" if group.labels else ""
+            return f"there is room for {most} of {group.key}: {group.count} x {amounts(group.resources)}{how}{where}"
     return "each role has room alone, but not all together"
 
 
@@ -183,7 +214,7 @@ def _nearest(need: Need, nodes: Sequence[Node]) -> str:
     for i, group in enumerate(need.groups):
 
         def too_many(count: int, i: int = i) -> bool:
-            changed = Group(need.groups[i].key, count, need.groups[i].resources)
+            changed = replace(need.groups[i], count=count)
             return place((*need.groups[:i], changed, *need.groups[i + 1 :]), nodes) is None
 
         count = bisect.bisect_left(range(1, group.count), True, key=too_many)

@@ -47,6 +47,9 @@ def plan(loaded: LoadedRun, cluster: Sequence[str], models: str) -> Plan:
     notes = [f"not known here, so not checked: {problem}" for problem in problems]
     found, tight = check_memory(run, need, placement, nodes, shapes, where)
     steps = total_steps(run, rows)
+    if isinstance(run, TrainingRun) and run.learner.min_workers < run.learner.max_workers:
+        least, most = run.learner.min_workers, run.learner.max_workers
+        notes.append(f"learner.workers: {least} is the least that is needed; up to {most} where there is room")
     notes += [*tight, *(f"does nothing: {line}" for line in idle_settings(run, steps))]
     return Plan(
         where=f"{where}: {_sum_of(nodes)}",

@@ -111,8 +111,9 @@ def cluster_nodes() -> list[Node]:
             continue
         resources = {name: amount for name, amount in entry["Resources"].items() if not name.startswith("node:")}
         ram = resources.pop("memory", 0.0) + resources.pop("object_store_memory", 0.0)
-        nodes.append(Node(_node_name(entry, nodes), resources, ram / 2**30 or None))
-        group = entry.get("Labels", {}).get("ray.io/node-group", "")
+        labels = entry.get("Labels", {})
+        nodes.append(Node(_node_name(entry, nodes), resources, ram / 2**30 or None, labels=labels))
+        group = labels.get("ray.io/node-group", "")
         present[group] = present.get(group, 0) + 1
     config = state.get_cluster_config()
     for group in config.node_group_configs if config is not None else ():
@@ -229,6 +230,7 @@ def nodes_for(run: Run) -> tuple[list[Node], str]:
     import ray
 
     if not joins_cluster(run):
+        check_one_node(run)
         return [machine_node()], THIS_MACHINE
     check_address(run)
     address = run.cluster.address or "auto"

@@ -1,9 +1,15 @@
 """Where processes would go, node by node, and what is said when they cannot."""
 
+from typing import Any
+
 import pytest
 
 from raytrl.errors import ConfigError, ResourceError
-from raytrl.launch.placement import Need, Node, check_placement, could_be_added, described_nodes, needed, place
+from raytrl.launch.placement import Group, Need, Node, check_placement, could_be_added, described_nodes, place
+
+
+def needed(parts: list[tuple[str, int, dict[str, float]]], strategy: Any = "pack", **labels: str) -> Need:
+    return Need(tuple(Group(*part, strategy, labels) for part in parts))
 
 
 def nodes(*sizes: dict[str, float]) -> list[Node]:
@@ -91,3 +97,34 @@ def test_nodes_that_an_autoscaler_may_add_count() -> None:
     need = needed([("learner.workers", 3, {"GPU": 8})])
     assert check_placement(need, could_be_added("gpu", {"GPU": 8}, present=1, most=4), "here")
     assert could_be_added("gpu", {"GPU": 8}, present=4, most=4) == []
+
+
+def test_strategies() -> None:
+    there = nodes({"CPU": 4}, {"CPU": 4}, {"CPU": 2})
+    part = [("a", 3, {"CPU": 1.0})]
+    assert check_placement(needed(part), there, "here").places["a"] == {"n0": 3}
+    assert check_placement(needed(part, "spread"), there, "here").places["a"] == {"n0": 1, "n1": 1, "n2": 1}
+    assert check_placement(needed(part, "strict_spread"), there, "here").places["a"] == {"n0": 1, "n1": 1, "n2": 1}
+    assert check_placement(needed(part, "strict_pack"), there, "here").places["a"] == {"n0": 3}
+    assert "room for 3 of a: 4 x CPU 1, strict_spread" in refusal(
+        needed([("a", 4, {"CPU": 1.0})], "strict_spread"), there
+    )
+    assert "room for 4 of a: 5 x CPU 1, strict_pack" in refusal(needed([("a", 5, {"CPU": 1.0})], "strict_pack"), there)
+    five = check_placement(needed([("a", 5, {"CPU": 1.0})], "spread"), there, "here").places["a"]
+    assert sorted(five.values()) == [1, 2, 2]
+
+
+@pytest.mark.parametrize(
+    ("selector", "expected"),
+    [("gpu", {"n0"}), ("!gpu", {"n1", "n2"}), ("in(gpu, cpu)", {"n0", "n1"}), ("!in(gpu,cpu)", {"n2"})],
+)
+def test_labels(selector: str, expected: set[str]) -> None:
+    kinds = [{"kind": "gpu"}, {"kind": "cpu"}, {}]
+    there = [Node(f"n{i}", {"CPU": 1.0}, labels=labels) for i, labels in enumerate(kinds)]
+    need = needed([("a", len(expected), {"CPU": 1.0})], kind=selector)
+    assert set(check_placement(need, there, "here").places["a"]) == expected
+    more = needed([("a", len(expected) + 1, {"CPU": 1.0})], kind=selector)
+    if len(expected) < 3:
+        assert f"room for {len(expected)} of a: {len(expected) + 1} x CPU 1 on nodes with kind={selector}" in refusal(
+            more, there
+        )

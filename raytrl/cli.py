@@ -94,6 +94,52 @@ def _write_page(loaded: Any) -> None:
     out.print(f"report    {write_run_page(RunDirectory(loaded.run.output_dir, loaded.run.name))}", soft_wrap=True)
 
 
+def _plan(file: str, overrides: list[str], cluster: list[str], models: str) -> None:
+    from raytrl.config.load import load_run
+
+    loaded = load_run(file, overrides)
+    from raytrl.launch.plan import RULE, plan
+    from raytrl.report.plan import plan_view
+
+    out.print(plan_view(plan(loaded, cluster, models)))
+    out.print(f"[dim]{RULE}[/]")
+
+
+def _submit(words: list[str], address: str | None, wait: bool, env: list[str], secret: list[str]) -> None:
+    from raytrl.launch import jobs
+
+    submission = jobs.prepare(words, env, secret)
+    client = jobs.connect(address)
+    job = jobs.job_of(client, submission)
+    if job is not None:
+        out.print(f"{job} is at this run already", soft_wrap=True)
+    else:
+        out.print(f"sending   {submission.package}", soft_wrap=True, markup=False)
+        job = jobs.submit(client, submission)
+        out.print(f"job       {job}", soft_wrap=True)
+    if not wait:
+        out.print(f"follow it with the same command without --no-wait, or: ray job logs --follow {job}", soft_wrap=True)
+        return
+    try:
+        jobs.follow(client, job, lambda text: out.out(text, end="", highlight=False))
+    except KeyboardInterrupt:
+        _stop_or_leave(client, job)
+    status, text = jobs.outcome(client, job)
+    if text:
+        err.print(text, soft_wrap=True, markup=False)
+    raise typer.Exit(status)
+
+
+def _stop_or_leave(client: Any, job: str) -> None:
+    from raytrl.launch import jobs
+
+    if sys.stdin.isatty() and typer.confirm(f"\nstop {job}? (no: it goes on without this terminal)"):
+        jobs.stop(client, job)
+        return
+    err.print(f"{job} goes on; the same command follows it again; ray job stop {job} ends it", soft_wrap=True)
+    raise typer.Exit(130)
+
+
 def _quickstart(output_dir: str, overrides: list[str], fresh: bool) -> None:
     from contextlib import contextmanager
 
@@ -192,6 +238,44 @@ def report(
         out.print(write_run_page(RunDirectory(parent or ".", name)), soft_wrap=True)
 
     _guarded(work, debug)
+
+
+@app.command()
+def submit(
+    words: Annotated[list[str], typer.Argument(metavar="-- KIND CONFIG [KEY=VALUE]...", show_default=False)],
+    address: Annotated[
+        str | None, typer.Option(help="http://head:8265; default: RAY_API_SERVER_ADDRESS or RAY_ADDRESS")
+    ] = None,
+    no_wait: Annotated[bool, typer.Option("--no-wait", help="return as soon as the job is started")] = False,
+    env: Annotated[
+        list[str] | None, typer.Option(metavar="NAME[=VALUE]", help="a variable of the job; Ray shows it to others")
+    ] = None,
+    secret: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME[=PATH]", help="a variable that the cluster, or a file there, holds"),
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Runs a command as a Ray job with this folder's files, follows its log, ends with its exit status."""
+    _guarded(lambda: _submit(words, address, not no_wait, env or [], secret or []), debug)
+
+
+@app.command("plan")
+def plan_command(
+    config: File,
+    overrides: Overrides = None,
+    cluster: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=N,…", help="plan for nodes=2,gpus=8,gpu_gib=80,cpus=64,mem_gib=512; may be repeated"),
+    ] = None,
+    models: Annotated[
+        str,
+        typer.Option(metavar="FOLDER", help="holds <model path>/config.json of models that are not on this machine"),
+    ] = "",
+    debug: Debug = False,
+) -> None:
+    """What would run where, whether it fits, how large a step is. Starts nothing."""
+    _guarded(lambda: _plan(config, overrides or [], cluster or [], models), debug)
 
 
 @config_app.command("show")

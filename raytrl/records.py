@@ -87,3 +87,28 @@ def chunks(prompts: Sequence[Prompt], chunk_prompts: int) -> list[list[Prompt]]:
     """
     ordered = sorted(prompts, key=lambda prompt: prompt.row)
     return [list(group) for _, group in groupby(ordered, key=lambda prompt: prompt.row // chunk_prompts)]
+
+
+@dataclass(frozen=True)
+class PlannedRole:
+    """Equal processes of a run that was only planned."""
+
+    key: str  # of the run file, for their number
+    count: int
+    each: str  # resources
+    nodes: Mapping[str, int]  # processes by node
+    memory_gib: Mapping[str, float]  # of each, by what it is for; empty where it is not known
+    device: str  # whose memory that is: GPU or RAM
+    room_gib: float | None  # what is there for each; None where nobody knows
+    host_gib: float  # RAM of each beside its GPU
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What would run where; nothing was started."""
+
+    where: str
+    roles: tuple[PlannedRole, ...]
+    words: tuple[tuple[str, str], ...]  # (subject, sentence)
+    nodes: tuple[tuple[str, float, float | None], ...]  # (node, RAM taken, RAM there), GiB
+    notes: tuple[str, ...]  # what does nothing, what is not known, what is tight

@@ -10,19 +10,12 @@ from typing import TYPE_CHECKING, Any
 from raytrl.config.eval_run import EvalRun
 from raytrl.config.load import LoadedRun
 from raytrl.errors import ConfigError, DataError
+from raytrl.launch.capacity import memory_words
+from raytrl.launch.placement import Group, Need, amounts, check_placement
 from raytrl.launch.ppo_preflight import check_prompt_data, check_sources
 from raytrl.launch.preflight import check_model_path
 from raytrl.launch.resume import inspect_run
-from raytrl.launch.session import (
-    amounts,
-    check_address,
-    check_fits,
-    joins_cluster,
-    machine_resources,
-    needed,
-    prepare_environment,
-    ray_session,
-)
+from raytrl.launch.session import check_output_dir, joins_cluster, nodes_for, prepare_environment, ray_session
 from raytrl.launch.train import write_start
 from raytrl.records import Progress, Prompt, Response, Score, sample_row
 from raytrl.roles.device import check_cpu
@@ -58,21 +51,20 @@ def evaluate(loaded: LoadedRun, command: str, fresh: bool, show: Callable[[Progr
     run = loaded.run
     assert isinstance(run, EvalRun)
     prepare_environment()
+    check_output_dir(run)
     started = time.time()
     run_dir = RunDirectory(run.output_dir, run.name)
-    need = needed(
-        [
-            ("rollout.actors", run.rollout.actors, run.rollout.resources),
-            ("reward.actors", run.reward.actors, run.reward.resources),
-        ]
-    )
+    need = eval_need(run)
     with run_dir.locked():
         already = not fresh and inspect_run(run, run_dir).state == "done"
         if not already:
-            check_address(run)
-            if not joins_cluster(run):
-                check_fits(need, machine_resources(), "this machine")
-            show(Progress("plan", text=_describe(run, run_dir, check_eval(run))))
+            nodes, where = nodes_for(run)
+            placement = check_placement(need, nodes, where)
+            prompts = check_eval(run)
+            memory, notes = memory_words(run, need, placement, nodes, where)
+            for note in notes:
+                show(Progress("notice", text=note))
+            show(Progress("plan", text=_describe(run, run_dir, prompts) + memory))
             run_dir.clear()
             write_start(loaded, run_dir, command)
             with ray_session(run, need):
@@ -82,6 +74,16 @@ def evaluate(loaded: LoadedRun, command: str, fresh: bool, show: Callable[[Progr
         results = json.loads(run_dir.read("results.json") or "{}")
         samples = [json.loads(line) for line in (run_dir.read("samples.jsonl") or "").splitlines()]
         return run_dir.manifest() | {"already_done": already, "results": results, "samples": samples}
+
+
+def eval_need(run: EvalRun) -> Need:
+    """What an evaluation's actors take."""
+    return Need(
+        (
+            Group.of("rollout.actors", run.rollout.actors, run.rollout),
+            Group.of("reward.actors", run.reward.actors, run.reward),
+        )
+    )
 
 
 def check_eval(run: EvalRun) -> str:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from raytrl.config.eval_run import EvalRun
 from raytrl.config.ppo_run import PpoRun
+from raytrl.launch.placement import Group, Need
 from raytrl.launch.ppo_preflight import check_ppo, describe_ppo
-from raytrl.launch.session import Need, needed
 from raytrl.roles.job import PpoJob
 from raytrl.rundir import RunDirectory
 
@@ -27,13 +27,13 @@ class PpoKind:
     @property
     def need(self) -> Need:
         run = self._run
-        parts = [
-            ("learner.workers", run.learner.max_workers, run.learner.resources),
-            ("rollout.actors", run.rollout.actors, run.rollout.resources),
-            ("reward.actors", run.reward.actors, run.reward.resources),
-        ]
+        groups = (
+            Group.of("rollout.actors", run.rollout.actors, run.rollout),
+            Group.of("reward.actors", run.reward.actors, run.reward),
+            Group.of("learner.workers", run.learner.max_workers, run.learner),
+        )
         # Two versions of the weights, in float32 at most, are there while actors change from one to the next.
-        return needed(parts, Need.object_store_bytes + 4 * self._travelling_bytes())
+        return Need(groups, Need.object_store_bytes + 4 * self._travelling_bytes())
 
     def _travelling_bytes(self) -> int:
         """Size on disk of what goes to the rollout actors at every step; little with LoRA, unknown for a hub id."""

@@ -6,8 +6,9 @@ from raytrl.config.ppo_run import PpoRun
 from raytrl.config.reward import RewardSection
 from raytrl.config.runs import DataSource
 from raytrl.errors import ConfigError
+from raytrl.launch.placement import amounts
 from raytrl.launch.preflight import check_model_path
-from raytrl.launch.session import amounts, joins_cluster
+from raytrl.launch.session import joins_cluster
 from raytrl.roles.device import check_cpu
 from raytrl.roles.reward_function import FunctionSource
 

@@ -7,7 +7,8 @@ import tempfile
 from raytrl.config.deepspeed import zero_stage
 from raytrl.config.runs import SupervisedRun, TokenizerSpec
 from raytrl.errors import ConfigError
-from raytrl.launch.session import amounts, joins_cluster
+from raytrl.launch.placement import amounts
+from raytrl.launch.session import joins_cluster
 from raytrl.roles.device import check_cpu
 from raytrl.rundir import RunDirectory
 

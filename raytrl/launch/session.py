@@ -1,5 +1,6 @@
 """Ray for one run: a local Ray that lives as long as the run, or the cluster that the run joins."""
 
+import json
 import logging
 import os
 import signal
@@ -7,10 +8,13 @@ import socket
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from typing import Any
 
 from raytrl.config.runs import Run
 from raytrl.errors import ResourceError
+from raytrl.launch.packing import refuse_lost_output
+from raytrl.launch.placement import Need, Node, check_placement, could_be_added
+from raytrl.launch.secrets import load_secrets
 
 # Read by Ray when it is imported or started, so set before that. A user's own setting wins.
 _DEFAULTS = {
@@ -29,11 +33,25 @@ QUIET_LIBRARIES = {
     "DS_ACCELERATOR_LOG_LEVEL": "error",
 }
 
+THIS_MACHINE = "this machine"
+
 
 def prepare_environment() -> None:
-    """Sets what Ray and the libraries read from the environment. Call before Ray is imported."""
+    """Sets what Ray and the libraries read from the environment, and a job's secrets. Call before Ray is imported."""
     for name, value in (_DEFAULTS | QUIET_LIBRARIES).items():
         os.environ.setdefault(name, value)
+    load_secrets()
+
+
+def check_output_dir(run: Run) -> None:
+    """Refuses a run directory in the copy of the working directory that a Ray job was given.
+
+    Raises:
+        ConfigError: it would be deleted with that copy.
+    """
+    job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))  # set by Ray in a job's own process
+    if (job.get("runtime_env") or {}).get("working_dir"):
+        refuse_lost_output(run.output_dir)
 
 
 def work_in(folder: str) -> None:
@@ -62,30 +80,51 @@ def machine_resources() -> dict[str, float]:
     return {"CPU": float(len(os.sched_getaffinity(0))), "GPU": float(gpus)}
 
 
-@dataclass(frozen=True)
-class Need:
-    """What all processes of a run take together, and who asks for it, for messages."""
-
-    total: Mapping[str, float]
-    who: str
-    object_store_bytes: int = 512 * 1024**2  # of a local Ray
+def machine_node() -> Node:
+    """This machine, as a local Ray would count it."""
+    return Node(THIS_MACHINE, machine_resources(), _memory_bytes() / 2**30, _gpu_gib())
 
 
-def check_fits(need: Need, there: Mapping[str, float], where: str) -> None:
-    """Refuses what could only wait for ever.
+def _gpu_gib() -> float | None:
+    """Memory of the smallest GPU of this machine; None without one."""
+    import ray._private.thirdparty.pynvml as pynvml  # part of Ray: its own way to count GPUs
 
-    Args:
-        need: of the whole run.
-        there: what the machine or cluster has.
-        where: its name, for the message.
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:  # no driver, no GPU
+        return None
+    handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
+    sizes = [pynvml.nvmlDeviceGetMemoryInfo(handle).total / 2**30 for handle in handles]
+    pynvml.nvmlShutdown()
+    return min(sizes, default=None)
 
-    Raises:
-        ResourceError: with both numbers.
-    """
-    for name, amount in need.total.items():
-        have = there.get(name, 0.0)
-        if amount > have:
-            raise ResourceError(f"{need.who} need {amount:g} {name}; found: {have:g} {name} on {where}")
+
+def cluster_nodes() -> list[Node]:
+    """The nodes of the cluster that this process has joined, and those that its autoscaler may still add."""
+    import ray
+    from ray._private.state import state  # the autoscaler's limits have no public counterpart
+
+    nodes: list[Node] = []
+    present: dict[str, int] = {}
+    for entry in ray.nodes():
+        if not entry["Alive"]:
+            continue
+        resources = {name: amount for name, amount in entry["Resources"].items() if not name.startswith("node:")}
+        ram = resources.pop("memory", 0.0) + resources.pop("object_store_memory", 0.0)
+        labels = entry.get("Labels", {})
+        nodes.append(Node(_node_name(entry, nodes), resources, ram / 2**30 or None, labels=labels))
+        group = labels.get("ray.io/node-group", "")
+        present[group] = present.get(group, 0) + 1
+    config = state.get_cluster_config()
+    for group in config.node_group_configs if config is not None else ():
+        nodes += could_be_added(group.name, dict(group.resources), present.get(group.name, 0), group.max_count)
+    return nodes
+
+
+def _node_name(entry: Mapping[str, Any], others: Sequence[Node]) -> str:
+    name = str(entry["NodeManagerAddress"])
+    same = sum(other.name.split(" ")[0] == name for other in others)  # several Ray nodes on one machine
+    return f"{name} ({same + 1})" if same else name
 
 
 def check_address(run: Run) -> None:
@@ -128,21 +167,6 @@ def check_one_node(run: Run) -> None:
             )
 
 
-def needed(parts: Sequence[tuple[str, int, Mapping[str, float]]], object_store_bytes: int | None = None) -> Need:
-    """The sum over (key, processes, resources of each)."""
-    total: dict[str, float] = {}
-    for _, count, resources in parts:
-        for name, amount in resources.items():
-            total[name] = total.get(name, 0.0) + count * amount
-    who = " + ".join(f"{key}: {count} x {amounts(resources)}" for key, count, resources in parts)
-    return Need(total, who, object_store_bytes or Need.object_store_bytes)
-
-
-def amounts(resources: Mapping[str, float]) -> str:
-    """`CPU 1, GPU 1`."""
-    return ", ".join(f"{name} {amount:g}" for name, amount in resources.items())
-
-
 def _memory_bytes() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
@@ -159,7 +183,7 @@ def kept_ray() -> Iterator[None]:
         yield
         return
     with _own_sigterm_handler():
-        _start_local(Need({}, "all runs"))
+        _start_local(Need(()))
     try:
         yield
     finally:
@@ -197,6 +221,27 @@ def _join(address: str) -> None:
         raise ResourceError(f"cluster.address: no Ray answers at {address!r}: {str(error).splitlines()[0]}") from None
 
 
+def nodes_for(run: Run) -> tuple[list[Node], str]:
+    """The nodes that a run would have, and their name for messages; joins its cluster for as long as it takes to ask.
+
+    Raises:
+        ResourceError: there is no cluster at the address.
+    """
+    import ray
+
+    if not joins_cluster(run):
+        check_one_node(run)
+        return [machine_node()], THIS_MACHINE
+    check_address(run)
+    address = run.cluster.address or "auto"
+    with _own_sigterm_handler():
+        _join(address)
+    try:
+        return cluster_nodes(), f"the cluster at {address!r}"
+    finally:
+        ray.shutdown()
+
+
 @contextmanager
 def ray_session(run: Run, need: Need) -> Iterator[None]:
     """Starts or joins Ray, checks that the run fits, and leaves nothing of a local Ray behind.
@@ -207,17 +252,17 @@ def ray_session(run: Run, need: Need) -> Iterator[None]:
     import ray
 
     if ray.is_initialized():  # `kept_ray`: whoever started it ends it
-        check_fits(need, ray.cluster_resources(), "the Ray of this process")
+        check_placement(need, cluster_nodes(), "the Ray of this process")
         yield
         return
     with _own_sigterm_handler():
-        if not joins_cluster(run):
-            _start_local(need)
+        if joins_cluster(run):
+            _join(run.cluster.address or "auto")
         else:
-            address = run.cluster.address or "auto"
-            _join(address)
-            check_fits(need, ray.cluster_resources(), f"the cluster at {address!r}")
+            _start_local(need)
     try:
+        if joins_cluster(run):
+            check_placement(need, cluster_nodes(), "the cluster")  # it may have lost nodes since it was asked
         yield
     finally:
         ray.shutdown()

@@ -5,8 +5,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from raytrl.config.runs import SupervisedRun
+from raytrl.launch.placement import Group, Need
 from raytrl.launch.preflight import describe, preflight
-from raytrl.launch.session import Need, needed
 from raytrl.roles.job import SupervisedJob
 from raytrl.rundir import RunDirectory
 
@@ -21,7 +21,7 @@ class SupervisedKind:
     @property
     def need(self) -> Need:
         learner = self._run.learner
-        return needed([("learner.workers", learner.min_workers, learner.resources)])
+        return Need((Group.of("learner.workers", learner.min_workers, learner),))
 
     def check(self, run_dir: RunDirectory) -> str:
         rows, self._has_tokenizer = preflight(self._run, run_dir)

@@ -16,17 +16,10 @@ from raytrl.config.load import LoadedRun
 from raytrl.config.ppo_run import PpoRun
 from raytrl.config.runs import SupervisedRun, TrainingRun
 from raytrl.errors import RunError
+from raytrl.launch.capacity import memory_words
+from raytrl.launch.placement import Need, check_placement
 from raytrl.launch.resume import Standing, inspect_run, sweep
-from raytrl.launch.session import (
-    Need,
-    check_address,
-    check_fits,
-    check_one_node,
-    joins_cluster,
-    machine_resources,
-    prepare_environment,
-    ray_session,
-)
+from raytrl.launch.session import check_output_dir, nodes_for, prepare_environment, ray_session
 from raytrl.records import Progress
 from raytrl.rundir import RunDirectory, now
 
@@ -89,6 +82,7 @@ def train(loaded: LoadedRun, command: str, fresh: bool, show: Callable[[Progress
     run = loaded.run
     assert isinstance(run, TrainingRun)
     prepare_environment()
+    check_output_dir(run)
     started = time.time()
     run_dir = RunDirectory(run.output_dir, run.name)
     kind = kind_of(run)
@@ -98,13 +92,15 @@ def train(loaded: LoadedRun, command: str, fresh: bool, show: Callable[[Progress
             return run_dir.manifest() | {"already_done": True}
         for notice in standing.notices:
             show(Progress("notice", text=notice))
-        check_address(run)
-        if not joins_cluster(run):
-            check_one_node(run)
-            check_fits(kind.need, machine_resources(), "this machine")
+        nodes, where = nodes_for(run)
+        placement = check_placement(kind.need, nodes, where)
         with tempfile.TemporaryDirectory() as staging:  # nothing of an earlier run is touched before all checks passed
             staged = run_dir if standing.state == "continue" else RunDirectory(staging, run.name)
             plan = kind.check(staged)
+            memory, notes = memory_words(run, kind.need, placement, nodes, where)
+            plan += memory
+            for note in notes:
+                show(Progress("notice", text=note))
             if staged is not run_dir:
                 run_dir.clear()
                 if staged.exists("tokenizer"):

@@ -107,8 +107,8 @@ def test_a_reward_function_that_raises_ends_the_run_with_one_message(folder: Pat
 
 
 REFUSED = {
-    "learner.resources.CPU=90": r"learner.workers: 2 x CPU 90 + rollout.actors: 2 x CPU 0.5 + reward.actors: 1 x CPU "
-    r"0.5 need 181.5 CPU; found: ",
+    "learner.resources.CPU=90": "rollout.actors: 2 x CPU 0.5 + reward.actors: 1 x CPU 0.5 + learner.workers: 2 x "
+    "CPU 90 need 181.5 CPU; found: ",
     "model.path=nowhere/at/all": "model.path: no such folder; found: 'nowhere/at/all'",
     "reward.sources.0.function=nowhere.py:f": "nowhere.py",
     "rollout.sampling.max_new_tokens=120": "do not fit the model; found: ",

@@ -9,7 +9,7 @@ from raytrl.config.load import load_run
 from raytrl.config.runs import SupervisedRun
 from raytrl.errors import ConfigError, ResourceError
 from raytrl.launch.preflight import describe, preflight
-from raytrl.launch.session import Need, check_fits, check_one_node, joins_cluster, machine_resources
+from raytrl.launch.session import check_one_node, joins_cluster, machine_resources
 from raytrl.roles import device
 from raytrl.rundir import RunDirectory
 from tests.runs import pair_rows, run_file, text_rows, write_rows
@@ -24,19 +24,6 @@ def run_of(tmp_path: Path, **sections: Any) -> SupervisedRun:
 
 def check(run: SupervisedRun) -> tuple[dict[str, int], bool]:
     return preflight(run, RunDirectory(run.output_dir, run.name))
-
-
-def test_what_does_not_fit_is_refused_with_both_numbers() -> None:
-    need = Need({"CPU": 2, "GPU": 4}, "learner.workers: 4 x CPU 0.5, GPU 1")
-    with pytest.raises(ResourceError) as caught:
-        check_fits(need, {"CPU": 8, "GPU": 1}, "this machine")
-    assert str(caught.value) == "learner.workers: 4 x CPU 0.5, GPU 1 need 4 GPU; found: 1 GPU on this machine"
-    with pytest.raises(ResourceError, match="need 4 GPU; found: 0 GPU"):
-        check_fits(need, {"CPU": 8}, "this machine")
-
-
-def test_what_just_fits_is_accepted() -> None:
-    check_fits(Need({"CPU": 2.0}, "x"), {"CPU": 2.0, "GPU": 0.0}, "this machine")
 
 
 def test_this_machine_has_the_processors_this_process_may_use() -> None:

@@ -1,0 +1,188 @@
+"""Whether the memory that a run would take is there: the check that every run makes before it starts."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from raytrl.config.ppo_run import PpoRun
+from raytrl.config.runs import Run, SupervisedRun, TrainingRun
+from raytrl.errors import ResourceError
+from raytrl.launch.placement import Need, Node, Placement
+from raytrl.roles.memory import GIB, Estimate, estimates, recomputes
+from raytrl.roles.shapes import ModelShape, read_shapes
+
+# An estimate was within 25 % of every measured peak (tests/benchmarks/plan_memory.py): what does not fit even so, is
+# refused; what fits only so, is said.
+CERTAINTY = 1.25
+# The driver, Ray's own processes and its dashboard, on the node that the run is started on; measured on Linux.
+DRIVER_GIB = 1.2
+
+
+@dataclass(frozen=True)
+class Load:
+    """Memory of one thing (a GPU's share, a node's RAM) that a run would take, and what is there; GiB."""
+
+    what: str
+    taken: float
+    there: float | None
+    parts: str = ""
+
+    @property
+    def is_impossible(self) -> bool:
+        return self.there is not None and self.taken > CERTAINTY * self.there
+
+    @property
+    def is_tight(self) -> bool:
+        return self.there is not None and self.taken > self.there
+
+
+def loads(need: Need, placement: Placement, nodes: Sequence[Node], found: Mapping[str, Estimate]) -> list[Load]:
+    """What each process takes of its GPU, and all processes of a node together of its GPUs and its RAM."""
+    by_name = {node.name: node for node in nodes}
+    ram, on_gpus, result = dict.fromkeys(by_name, 0.0), dict.fromkeys(by_name, 0.0), list[Load]()
+    shared = set[str]()  # nodes where processes share a GPU
+    for group in need.groups:
+        if (estimate := found.get(group.key)) is None:
+            continue
+        gpus = group.resources.get("GPU", 0.0)
+        for name, count in placement.places.get(group.key, {}).items():
+            ram[name] += count * (estimate.host if gpus else estimate.total) / GIB
+            on_gpus[name] += count * estimate.total / GIB if gpus else 0.0
+        if gpus:
+            shared |= set(placement.places.get(group.key, {})) if gpus % 1 else set()
+            sizes = [by_name[name].gpu_gib for name in placement.places.get(group.key, {})]
+            smallest = min((size for size in sizes if size is not None), default=None)
+            what = f"each of {group.key} on its GPU"
+            result.append(Load(what, estimate.total / GIB, smallest and smallest * max(1.0, gpus), _words(estimate)))
+    for i, (name, node) in enumerate(by_name.items()):
+        if name in shared and node.gpu_gib is not None:
+            there = node.gpu_gib * node.resources.get("GPU", 0.0)
+            result.append(Load(f"all processes on the GPUs of {name}", on_gpus[name], there))
+        if ram[name]:
+            result.append(Load(f"RAM of {name}", ram[name] + (DRIVER_GIB if i == 0 else 0.0), node.ram_gib))
+    return result
+
+
+def check_memory(
+    run: Run, need: Need, placement: Placement, nodes: Sequence[Node], shapes: Mapping[str, ModelShape], where: str
+) -> tuple[list[Load], list[str]]:
+    """Refuses a run that is clearly too large: where even the estimate less its error is more than is there.
+
+    Returns:
+        What would be taken of what, and words about what is tight.
+
+    Raises:
+        ResourceError: with the numbers, and the nearest change that would fit.
+    """
+    found = loads(need, placement, nodes, estimates(run, shapes))
+    impossible = [load for load in found if load.is_impossible]
+    if impossible:
+        lines = [
+            f"memory: {load.what}: needs about {load.taken:.1f} GiB{load.parts}; found: {load.there or 0:.1f} GiB on "
+            f"{where}"
+            for load in impossible
+        ]
+        change = _nearest(run, need, placement, nodes, shapes)
+        lines[-1] += f"; would fit by this estimate: {change}" if change else "; no single setting would make it fit"
+        raise ResourceError("\n".join(lines))
+    tight = [
+        f"memory is tight: {load.what}: about {load.taken:.1f} of {load.there or 0:.1f} GiB, and the estimate may be off "
+        f"by a quarter"
+        for load in found
+        if load.is_tight
+    ]
+    return found, tight
+
+
+def memory_words(
+    run: Run, need: Need, placement: Placement, nodes: Sequence[Node], where: str
+) -> tuple[str, list[str]]:
+    """`check_memory` of a run that is about to start: a line for its plan, and what the user should be told besides.
+
+    Raises:
+        ResourceError: it is clearly too large.
+    """
+    shapes, problems = read_shapes(run)
+    found, notes = check_memory(run, need, placement, nodes, shapes, where)
+    notes += [f"memory is not estimated: {problem}" for problem in problems]
+    sizes = [
+        f"{load.what} {load.taken:.1f}{'' if load.there is None else f' of {load.there:.1f}'} GiB" for load in found[:4]
+    ]
+    return (f"\nmemory   about {', '.join(sizes)}" if sizes else ""), notes
+
+
+def _words(estimate: Estimate) -> str:
+    return (
+        " (" + ", ".join(f"{name} {size / GIB:.1f}" for name, size in estimate.parts.items() if size >= GIB / 20) + ")"
+    )
+
+
+def _nearest(
+    run: Run, need: Need, placement: Placement, nodes: Sequence[Node], shapes: Mapping[str, ModelShape]
+) -> str | None:
+    """The first setting, or all of them one after the other, with which nothing is impossible any more."""
+
+    def fits(changed: Run) -> bool:
+        found = loads(need, placement, nodes, estimates(changed, shapes))
+        return not any(load.is_impossible for load in found)
+
+    changes = list(_changes(run))
+    for text, change in changes:
+        if fits(change(run)):
+            return text
+    together, texts = run, []
+    for text, change in changes:
+        together = change(together)
+        texts.append(text)
+        if fits(together):
+            return " ".join(texts)
+    return None
+
+
+Change = tuple[str, Callable[[Any], Any]]
+
+
+def _changes(run: Run) -> Iterator[Change]:
+    """Settings that save memory, the least intrusive first: what is computed stays the same but for the last."""
+    if isinstance(run, SupervisedRun):
+        if not recomputes(run):
+            yield _training(gradient_checkpointing=True)
+        rows = int(run.training.get("per_device_train_batch_size", 8))
+        if rows > 1:
+            steps = rows * int(run.training.get("gradient_accumulation_steps", 1))
+            yield _training(per_device_train_batch_size=1, gradient_accumulation_steps=steps)
+    if isinstance(run, PpoRun):
+        least = run.rollout.max_prompt_length + run.rollout.sampling.max_new_tokens
+        yield _section("ppo", max_tokens_per_microbatch=least)
+        yield _section("rollout", chunk_prompts=1)
+    if isinstance(run, TrainingRun):
+        for zero in ({"stage": 2}, {"stage": 3}, {"stage": 3, "offload_optimizer": {"device": "cpu"}}):
+            if run.learner.max_workers > 1 or "offload_optimizer" in zero:
+                yield _section("learner", deepspeed={"zero_optimization": zero})
+        if run.lora is None:
+            lora = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
+            yield (
+                "'lora={r: 16, lora_alpha: 32, target_modules: all-linear}'",
+                lambda changed: changed.model_copy(update={"lora": lora}),
+            )
+
+
+def _training(**values: Any) -> Change:
+    def change(run: SupervisedRun) -> SupervisedRun:
+        return run.model_copy(update={"training": {**run.training, **values}})
+
+    return " ".join(f"training.{key}={_yaml(value)}" for key, value in values.items()), change
+
+
+def _section(name: str, **values: Any) -> Change:
+    def change(run: TrainingRun) -> TrainingRun:
+        return run.model_copy(update={name: getattr(run, name).model_copy(update=values)})
+
+    texts = [f"{name}.{key}={_yaml(value)}" for key, value in values.items()]
+    return " ".join(f"'{text}'" if " " in text else text for text in texts), change
+
+
+def _yaml(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return str(value).replace("'", "")

@@ -1,0 +1,249 @@
+"""Which process would run on which node: Ray's packing, worked out before anything is started."""
+
+import bisect
+import functools
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from raytrl.config.base import Placement as Strategy
+from raytrl.config.ppo import RolloutConfig
+from raytrl.config.reward import RewardSection
+from raytrl.config.runs import LearnerSection
+from raytrl.errors import ConfigError, ResourceError
+
+_SLACK = 1e-6  # sums of fractions such as 0.1
+_CLUSTER_KEYS = ("nodes", "cpus", "gpus", "gpu_gib", "mem_gib")
+# A guess at how many nodes an autoscaler without a limit would add; more than any role asks for.
+_UNLIMITED = 1024
+
+
+@dataclass(frozen=True)
+class Node:
+    """What one node has. `gpu_gib` (of each GPU), `ram_gib` and `labels` are None where nobody knows."""
+
+    name: str
+    resources: Mapping[str, float]
+    ram_gib: float | None = None
+    gpu_gib: float | None = None
+    labels: Mapping[str, str] | None = None
+
+
+@dataclass(frozen=True)
+class Group:
+    """Equal processes: the run file's key for their number, how many, what each takes, and how they are placed."""
+
+    key: str
+    count: int
+    resources: Mapping[str, float]
+    strategy: Strategy = "pack"
+    labels: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, key: str, count: int, section: LearnerSection | RolloutConfig | RewardSection) -> "Group":
+        """From a section of the run file."""
+        return cls(key, count, section.resources, section.placement, section.labels)
+
+    def may_use(self, node: Node) -> bool:
+        """Whether its labels let it onto the node, by Ray's selectors: `a`, `!a`, `in(a, b)`, `!in(a, b)`."""
+        if node.labels is None:
+            return True
+        for name, selector in self.labels.items():
+            text, negated = selector.removeprefix("!"), selector.startswith("!")
+            values = text[3:-1].split(",") if text.startswith("in(") and text.endswith(")") else [text]
+            if (node.labels.get(name) in [value.strip() for value in values]) == negated:
+                return False
+        return True
+
+
+@dataclass(frozen=True)
+class Need:
+    """What all processes of a run take; the groups in the order in which they are started."""
+
+    groups: tuple[Group, ...]
+    object_store_bytes: int = 512 * 1024**2  # of a local Ray
+
+    @property
+    def total(self) -> dict[str, float]:
+        total: dict[str, float] = {}
+        for group in self.groups:
+            for name, amount in group.resources.items():
+                total[name] = total.get(name, 0.0) + group.count * amount
+        return total
+
+    def __str__(self) -> str:
+        return " + ".join(f"{group.key}: {group.count} x {amounts(group.resources)}" for group in self.groups)
+
+
+@dataclass
+class Placement:
+    """Key of a group → node name → how many of its processes."""
+
+    places: dict[str, dict[str, int]] = field(default_factory=dict)
+
+
+def amounts(resources: Mapping[str, float]) -> str:
+    """`CPU 1, GPU 1`."""
+    return ", ".join(f"{name} {amount:g}" for name, amount in resources.items())
+
+
+def described_nodes(descriptions: Sequence[str]) -> list[Node]:
+    """The nodes of `--cluster nodes=2,gpus=8,gpu_gib=80,cpus=64,mem_gib=512`, one description for each kind of node.
+
+    Raises:
+        ConfigError: an unknown key, or a value that is no number.
+    """
+    nodes: list[Node] = []
+    for text in descriptions:
+        values: dict[str, float] = {}
+        for part in text.split(","):
+            key, _, value = part.partition("=")
+            try:
+                values[key.strip()] = float(value)
+            except ValueError:
+                values = {}
+            if key.strip() not in _CLUSTER_KEYS or values.get(key.strip(), -1) < 0:
+                raise ConfigError(
+                    f"--cluster: found: {part!r}; expected: {', '.join(_CLUSTER_KEYS)}, each with a number, such as "
+                    f"nodes=2,gpus=8,gpu_gib=80,cpus=64,mem_gib=512"
+                )
+        for _ in range(int(values.get("nodes", 1))):
+            resources = {"CPU": values.get("cpus", 0.0), "GPU": values.get("gpus", 0.0)}
+            nodes.append(Node(f"node {len(nodes) + 1}", resources, values.get("mem_gib"), values.get("gpu_gib")))
+    if not nodes:
+        raise ConfigError(f"--cluster: describes no node; found: {' '.join(descriptions)!r}; expected: nodes=1 or more")
+    return nodes
+
+
+def check_placement(need: Need, nodes: Sequence[Node], where: str) -> Placement:
+    """Refuses what could only wait for ever: in all, or because no node has room for one of the processes.
+
+    Args:
+        nodes: what there is, empty.
+        where: its name, for the message.
+
+    Raises:
+        ResourceError: with the numbers, and the nearest change that would fit.
+    """
+    have: dict[str, float] = {}
+    for node in nodes:
+        for name, amount in node.resources.items():
+            have[name] = have.get(name, 0.0) + amount
+    lacking = {name: amount for name, amount in need.total.items() if amount > have.get(name, 0.0) + _SLACK}
+    if lacking:
+        needs = ", ".join(f"{amount:g} {name}" for name, amount in lacking.items())
+        there = ", ".join(f"{have.get(name, 0.0):g} {name}" for name in lacking)
+        raise ResourceError(f"{need} need {needs}; found: {there} on {where}{_nearest(need, nodes)}")
+    placement = place(need.groups, nodes)
+    if placement is None:
+        raise ResourceError(
+            f"{need}: enough in all, but not node by node: {_misfit(need, nodes)}; found on {where}: {_kinds(nodes)}"
+            + _nearest(need, nodes)
+        )
+    return placement
+
+
+def place(groups: Sequence[Group], nodes: Sequence[Node]) -> Placement | None:
+    """Where the processes would go, or None where there is no room.
+
+    Ray places one group after the other. That order is tried first; an arrangement that another order finds counts as
+    room too, so that nothing that fits is refused by accident.
+    """
+    wanted = [group for group in groups if group.count]
+    for order in itertools.permutations(wanted):
+        placement = _packed(order, nodes)
+        if placement is not None:
+            return placement
+    return None
+
+
+def _packed(groups: Sequence[Group], nodes: Sequence[Node]) -> Placement | None:
+    free = {node.name: dict(node.resources) for node in nodes}
+    placement = Placement()
+    for group in groups:
+        mine = {node.name: 0 for node in nodes if group.may_use(node)}
+        while (left := group.count - sum(mine.values())) > 0:
+            best = _next_node(group, mine, free, left)
+            if best is None:
+                return None
+            number = 1 if group.strategy.endswith("spread") else _room(free[best], group.resources, left)
+            mine[best] += number
+            for name, amount in group.resources.items():
+                free[best][name] = free[best].get(name, 0.0) - number * amount
+        placement.places[group.key] = {name: count for name, count in mine.items() if count}
+    return placement
+
+
+def _next_node(group: Group, mine: Mapping[str, int], free: Mapping[str, Mapping[str, float]], left: int) -> str | None:
+    """The node that takes the group's next processes, as Ray's strategy would; None where none may and can."""
+    room = {name: _room(free[name], group.resources, left) for name in mine}
+    if group.strategy == "strict_spread":
+        room = {name: count for name, count in room.items() if not mine[name]}
+    if group.strategy == "strict_pack":
+        room = {name: count for name, count in room.items() if count == left}
+    room = {name: count for name, count in room.items() if count}
+    if not room:
+        return None
+    # Among equals Ray takes the node that is left with the least: those without GPUs are for who needs none.
+    least = {name: (-free[name].get("GPU", 0.0), -free[name].get("CPU", 0.0)) for name in room}
+    if group.strategy.endswith("spread"):
+        return max(room, key=lambda name: (-mine[name], *least[name]))
+    return max(room, key=lambda name: (room[name], *least[name]))
+
+
+def _room(free: Mapping[str, float], resources: Mapping[str, float], most: int) -> int:
+    """How many of these processes there is room for, up to `most`."""
+    fits = [int((free.get(name, 0.0) + _SLACK) / amount) for name, amount in resources.items() if amount > 0]
+    return max(0, min([most, *fits]))
+
+
+def _misfit(need: Need, nodes: Sequence[Node]) -> str:
+    for group in need.groups:
+        if _packed([group], nodes) is None:
+            most = bisect.bisect_left(range(1, group.count), True, key=functools.partial(_is_too_many, group, nodes))
+            how = "" if group.strategy == "pack" else f", {group.strategy}"
+            where = f" on nodes with {', '.join(f'{k}={v}' for k, v in group.labels.items())}" if group.labels else ""
+            return f"there is room for {most} of {group.key}: {group.count} x {amounts(group.resources)}{how}{where}"
+    return "each role has room alone, but not all together"
+
+
+def _is_too_many(group: Group, nodes: Sequence[Node], count: int) -> bool:
+    return _packed([replace(group, count=count)], nodes) is None
+
+
+def _nearest(need: Need, nodes: Sequence[Node]) -> str:
+    """The words for the smallest change of one number that would fit; empty where there is none."""
+    fitting = []
+    for i, group in enumerate(need.groups):
+
+        def too_many(count: int, i: int = i) -> bool:
+            changed = replace(need.groups[i], count=count)
+            return place((*need.groups[:i], changed, *need.groups[i + 1 :]), nodes) is None
+
+        count = bisect.bisect_left(range(1, group.count), True, key=too_many)
+        if count:
+            fitting.append((group.count - count, f"{group.key}={count}"))
+    if fitting:
+        return "; would fit: " + " or ".join(text for _, text in sorted(fitting))
+    for group in need.groups:
+        if not any(_room(node.resources, group.resources, 1) for node in nodes):
+            largest = {name: max(node.resources.get(name, 0.0) for node in nodes) for name in group.resources}
+            return (
+                f"; no node has room for one process of {group.key}, {amounts(group.resources)}; the most that a node has: "
+                f"{amounts(largest)}"
+            )
+    return "; expected: more nodes, or smaller resources of each process"
+
+
+def _kinds(nodes: Sequence[Node]) -> str:
+    kinds: dict[str, int] = {}
+    for node in nodes:
+        text = amounts({name: amount for name, amount in node.resources.items() if amount and name in ("CPU", "GPU")})
+        kinds[text or "nothing"] = kinds.get(text or "nothing", 0) + 1
+    return "; ".join(f"{count} x {text}" for text, count in kinds.items())
+
+
+def could_be_added(group: str, resources: Mapping[str, float], present: int, most: int) -> list[Node]:
+    """The nodes that an autoscaler may still add to a node group; `most` below 0 is no limit."""
+    count = (_UNLIMITED if most < 0 else most) - present
+    return [Node(f"{group} (to be added {i + 1})", resources) for i in range(max(0, count))]

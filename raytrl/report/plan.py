@@ -1,0 +1,60 @@
+"""A plan on the terminal: roles, what a step is, memory by what it is for."""
+
+from rich.console import Group
+from rich.markup import escape
+from rich.table import Table
+
+from raytrl.records import Plan, PlannedRole
+
+_MANY = 4
+
+
+def plan_view(plan: Plan) -> Group:
+    """The tables and sentences of a plan."""
+    return Group(f"[bold]where[/]  {escape(plan.where)}", "", _roles(plan), "", _memory(plan), "", _words(plan))
+
+
+def _roles(plan: Plan) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("role", "processes", "each", "nodes"):
+        table.add_column(name, overflow="fold")
+    for role in plan.roles:
+        table.add_row(role.key, str(role.count), role.each, escape(_places(role)))
+    return table
+
+
+def _places(role: PlannedRole) -> str:
+    places = [f"{name}: {count}" for name, count in role.nodes.items()]
+    if len(places) <= _MANY:
+        return ", ".join(places)
+    return f"{', '.join(places[:_MANY])}, and {len(places) - _MANY} more nodes"
+
+
+def _memory(plan: Plan) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("memory, GiB", "each", "there", "of it"):
+        table.add_column(name, overflow="fold", justify="right" if name in ("each", "there") else "left")
+    for role in plan.roles:
+        if not role.memory_gib:
+            table.add_row(role.key, "not known", "", "")
+            continue
+        parts = [f"{name} {size:.2f}" for name, size in role.memory_gib.items() if size >= 0.005]
+        there = "?" if role.room_gib is None else f"{role.room_gib:.1f}"
+        table.add_row(f"{role.key} ({role.device})", f"{sum(role.memory_gib.values()):.2f}", there, ", ".join(parts))
+    for name, taken, size in plan.nodes[:_MANY]:
+        what = "all processes, the driver and Ray" if name == plan.nodes[0][0] else "all processes"
+        table.add_row(f"RAM of {escape(name)}", f"{taken:.2f}", "?" if size is None else f"{size:.1f}", what)
+    if len(plan.nodes) > _MANY:
+        table.add_row(f"and {len(plan.nodes) - _MANY} more nodes", "", "", "")
+    return table
+
+
+def _words(plan: Plan) -> Table:
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for subject, sentence in plan.words:
+        table.add_row(escape(subject), escape(sentence))
+    for note in plan.notes:
+        table.add_row("[yellow]note[/]", escape(note))
+    return table

@@ -1,0 +1,287 @@
+"""How much memory each process of a run takes at its peak, estimated from the shapes of its models.
+
+The sums follow the code that allocates: TRL's trainers, DeepSpeed's ZeRO stages (Rajbhandari et al. 2020, section 3),
+raytrl's own learner and rollout engine. Held against measured peaks on a CPU by tests/benchmarks/plan_memory.py.
+Sequences are taken to be as long as the run file allows; shorter ones take less.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from raytrl.config.deepspeed import zero_stage
+from raytrl.config.eval_run import EvalRun
+from raytrl.config.native import native_fields
+from raytrl.config.ppo_run import PpoRun
+from raytrl.config.runs import Run, SupervisedRun
+from raytrl.roles.shapes import ModelShape, lora_parameters
+
+# Resident memory of a process that has loaded its libraries and no model yet, measured on Linux (GiB).
+LIBRARIES_GIB = {"supervised": 0.65, "peft": 0.75, "learner": 0.65, "rollout": 0.5, "reward": 0.5, "function": 0.25}
+# On a GPU: the CUDA context, NCCL and what the allocator cannot use. Not measured here: the usual size.
+CUDA_GIB = 1.0
+MIB = 2**20
+GIB = 2**30
+# TRL scores tokens and vocabulary in tiles of this size (trl/kernels/chunked_logprob.py), with these float32 copies.
+_TILE = (4096, 32768)
+_TILE_COPIES = 4
+# What the backward pass needs of a layer, as a multiple of its linear layers' inputs and outputs: norms, residuals,
+# rotary embeddings and the attention output come on top. Fitted to Llama in float32 on a CPU.
+KEPT = 1.8
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes of one process by what they are for: on its GPU where it has one, else resident in RAM.
+
+    `host` is what a process with a GPU takes of RAM besides.
+    """
+
+    parts: Mapping[str, float]
+    host: float = 0.0
+
+    @property
+    def total(self) -> float:
+        return sum(self.parts.values())
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """What a DeepSpeed dictionary does to memory; stage 0 is none."""
+
+    stage: int
+    workers: int
+    buckets: float  # numbers in the buffers that gradients are reduced through
+    live: float  # numbers that ZeRO-3 keeps gathered at most
+    on_gpu: bool
+    offloads_optimizer: bool
+    offloads_parameters: bool
+
+    @classmethod
+    def of(cls, deepspeed: dict[str, Any] | None, workers: int, on_gpu: bool) -> "Sharding":
+        zero = (deepspeed or {}).get("zero_optimization") or {}
+
+        def device(key: str) -> bool:
+            return (zero.get(key) or {}).get("device", "none") not in ("none", None)
+
+        bucket, copies = zero.get("reduce_bucket_size", 5e8), 2 if zero.get("overlap_comm") is True else 1
+        return cls(
+            stage=zero_stage(deepspeed) or 0,
+            workers=workers,
+            buckets=copies * (5e8 if bucket == "auto" else float(bucket)),
+            live=float(live) if (live := zero.get("stage3_max_live_parameters", "auto")) != "auto" else 1e9,
+            on_gpu=on_gpu,
+            offloads_optimizer=device("offload_optimizer"),
+            offloads_parameters=device("offload_param"),
+        )
+
+    def states(self, trainable: float, size: int, frozen_bytes: float) -> tuple[dict[str, float], float]:
+        """Weights, gradients and optimizer state of one worker, and the bytes that are offloaded to its RAM.
+
+        Args:
+            trainable: numbers that learn, of `size` bytes each in the forward pass.
+            frozen_bytes: of weights that do not learn.
+        """
+        n = self.workers
+        if self.stage == 0:
+            return {
+                "weights": trainable * size + frozen_bytes,
+                "gradients": trainable * size,
+                "optimizer": 2 * trainable * size,
+            }, 0.0
+        master = 12 * trainable / n  # float32 copy and Adam's two moments
+        gradients = trainable * size if self.stage == 1 else trainable * size / n
+        weights, offloaded = trainable * size + frozen_bytes, 0.0
+        # The buffer is allocated whole; of what was never written to, a CPU holds no page.
+        buckets = (self.buckets if self.on_gpu else min(self.buckets, trainable)) * size
+        if self.stage == 3:
+            weights = weights / n
+            if self.offloads_parameters:
+                weights, offloaded = 0.0, offloaded + weights
+            weights += min(self.live, trainable + frozen_bytes / size) * size
+        if self.offloads_optimizer:
+            offloaded += master + 4 * trainable / n
+            master = 0.0
+        return {"weights": weights, "gradients": gradients + buckets, "optimizer": master}, offloaded
+
+
+def estimates(run: Run, shapes: Mapping[str, ModelShape]) -> dict[str, Estimate]:
+    """The peak of one process of each role, by the key of its number; roles whose model is not known are left out.
+
+    Args:
+        shapes: by key of the run file, as `shapes.read_shapes` gives them.
+    """
+    found: dict[str, Estimate] = {}
+    model = shapes.get("model.path")
+    if isinstance(run, SupervisedRun):
+        return {} if model is None else {"learner.workers": supervised_worker(run, model)}
+    assert isinstance(run, PpoRun | EvalRun)
+    others = ("value_model.init", "reference.path") if isinstance(run, PpoRun) else ()
+    named = [key for key in others if getattr(getattr(run, key.split(".")[0]), key.split(".")[1]) is not None]
+    if isinstance(run, PpoRun) and model is not None and all(key in shapes for key in named):
+        found["learner.workers"] = ppo_worker(run, model, *(shapes.get(key) for key in others))
+    sampled = [shapes[key] for key in ("model.path", "compare", "reference.path") if key in shapes]
+    if isinstance(run, PpoRun):
+        sampled = sampled[:1] if model is not None else []
+    if sampled:  # an evaluation loads one model after the other
+        found["rollout.actors"] = rollout_actor(run, max(sampled, key=lambda shape: shape.parameters))
+    keys = {s.name: f"reward.sources.{i}.model" for i, s in enumerate(run.reward.sources) if s.model is not None}
+    if all(key in shapes for key in keys.values()):
+        found["reward.actors"] = reward_actor(run, {name: shapes[key] for name, key in keys.items()})
+    return found
+
+
+def supervised_worker(run: SupervisedRun, shape: ModelShape) -> Estimate:
+    """One worker of SFT, reward modelling or DPO under TRL's trainer."""
+    on_gpu = run.learner.uses_gpu
+    size = _size(str((run.training.get("model_init_kwargs") or {}).get("dtype") or run.model.dtype), on_gpu)
+    half = on_gpu or bool(run.training.get("bf16"))
+    workers = run.learner.max_workers
+    sharding = Sharding.of(run.learner.deepspeed, workers, on_gpu)
+    trainable, frozen = float(shape.parameters), 0.0
+    trained_size = size
+    if run.lora is not None:
+        trainable, frozen = float(lora_parameters(shape, run.lora)), shape.parameters * float(size)
+        trained_size = size if sharding.stage == 3 else 4  # PEFT keeps adapters in float32, under ZeRO-3 it does not
+    parts, offloaded = sharding.states(trainable, trained_size, frozen)
+    if not sharding.stage:
+        if workers > 1:
+            parts["gradients"] *= 2  # DDP's buckets are a second copy
+        parts["optimizer"] *= _optimizer_share(str(run.training.get("optim", "adamw")))
+    if half and size == 4:
+        parts["weights"] += shape.parameters * 2.0  # autocast's copies
+    rows = int(run.training.get("per_device_train_batch_size", 8)) * (1 if run.kind == "sft" else 2)
+    length = native_default(run, "max_length")
+    tokens = rows * int(length or 1024)
+    if run.kind == "dpo" and run.lora is None and not run.training.get("precompute_ref_log_probs"):
+        parts["reference"] = shape.parameters * float(size) / (workers if sharding.stage == 3 else 1)
+    parts["activations"] = activations(shape, tokens, 2 if half else 4, recomputes(run))
+    if run.kind != "reward":
+        head = shape.vocab * shape.hidden * 4.0 * (1 if run.lora is None else 0)
+        parts["activations"] += head + _TILE_COPIES * 4.0 * min(tokens, _TILE[0]) * min(shape.vocab, _TILE[1])
+    if run.lora is not None or sharding.stage == 3:  # the first worker merges or gathers the whole in RAM
+        parts |= {} if on_gpu else {"saving": shape.parameters * float(size)}
+    return _finish(parts, offloaded, on_gpu, "peft" if run.lora else "supervised", shape.parameters * float(size))
+
+
+def recomputes(run: SupervisedRun) -> bool:
+    """Whether activations are recomputed in the backward pass: TRL's default."""
+    names = ("activation_checkpointing", "gradient_checkpointing")
+    return bool(next((run.training[name] for name in names if name in run.training), True))
+
+
+def native_default(run: SupervisedRun, name: str) -> Any:
+    """A value of `training:`, or what TRL's class says by default."""
+    if name in run.training:
+        return run.training[name]
+    default = native_fields(run.native_class)[name].default
+    return None if default in (None, "None") else int(default)
+
+
+def activations(shape: ModelShape, tokens: int, size: int, recomputed: bool) -> float:
+    """Bytes that the backward pass needs of a batch: inputs and outputs of all layers, or of one where recomputed."""
+    one_layer = KEPT * shape.linear_width / max(1, shape.layers)
+    kept = shape.hidden * shape.layers if recomputed else KEPT * shape.linear_width
+    return float(tokens * (kept + 2 * one_layer) * size)  # beside the gradients of the layer in hand
+
+
+def microbatch_tokens(run: PpoRun, shape: ModelShape) -> int:
+    """Tokens in one forward pass of the learner, as `PpoLearner` chooses them."""
+    from raytrl.roles.learner import LOGITS_BYTES
+
+    chosen = run.ppo.max_tokens_per_microbatch or min(16384, max(1, LOGITS_BYTES // (16 * shape.vocab)))
+    rows = -(-run.ppo.batch_size // run.learner.max_workers)
+    return min(max(chosen, _row(run)), rows * _row(run))
+
+
+def _row(run: PpoRun | EvalRun) -> int:
+    return run.rollout.max_prompt_length + run.rollout.sampling.max_new_tokens
+
+
+def ppo_worker(
+    run: PpoRun, policy: ModelShape, value: ModelShape | None = None, reference: ModelShape | None = None
+) -> Estimate:
+    """One learner worker of PPO; `value` and `reference` where the run file names models of their own."""
+    on_gpu, workers = run.learner.uses_gpu, run.learner.max_workers
+    size = _size(run.model.dtype, on_gpu)
+    value_numbers = float((value or policy).parameters)
+    if run.lora is None:
+        trainable = policy.parameters + value_numbers
+        frozen = (reference or policy).parameters * float(size)
+        copies = trainable
+    else:
+        adapter = float(lora_parameters(policy, run.lora))
+        trainable = adapter + (adapter if value is None else value_numbers)
+        frozen = (policy.parameters + (reference.parameters if reference else 0)) * float(size)
+        copies = 0.0 if value is None else value_numbers
+    sharding = Sharding.of(run.learner.deepspeed, workers, on_gpu)
+    parts, offloaded = sharding.states(trainable, 4, frozen)  # what learns is float32
+    if size == 2:
+        parts["weights"] += 2 * copies  # autocast's copies of float32 weights
+    tokens = microbatch_tokens(run, policy)
+    graphs = activations(policy, tokens, size, False) + activations(value or policy, tokens, size, False)
+    responses = tokens * run.rollout.sampling.max_new_tokens / _row(run)
+    parts["activations"] = graphs + responses * policy.vocab * 16.0
+    return _finish(parts, offloaded, on_gpu, "learner", policy.parameters * float(size))
+
+
+def rollout_actor(run: PpoRun | EvalRun, shape: ModelShape) -> Estimate:
+    """One rollout actor with the transformers engine: weights, and the key-value cache of the chunk in hand."""
+    on_gpu = run.rollout.resources.get("GPU", 0) > 0
+    size = _size(run.model.dtype, run.learner.uses_gpu if isinstance(run, PpoRun) else on_gpu)
+    samples = run.ppo.responses_per_prompt if isinstance(run, PpoRun) else 1
+    rows = run.rollout.chunk_prompts * samples
+    parts = {
+        "weights": shape.parameters * float(size),
+        "cache": float(rows * _row(run) * shape.layers * shape.kv_width * size),
+        "activations": rows * run.rollout.max_prompt_length * (2.0 * shape.hidden + 3 * shape.widest) * size,
+    }
+    sampling = rows * shape.vocab * 24.0  # float64 probabilities, always on the CPU
+    travelling = 0.0 if isinstance(run, PpoRun) and run.lora is not None else shape.parameters * float(size)
+    if not on_gpu:
+        parts["sampling and new weights"] = sampling + travelling
+    return _finish(parts, sampling if on_gpu else 0.0, on_gpu, "rollout", travelling)
+
+
+def reward_actor(run: PpoRun | EvalRun, shapes: Mapping[str, ModelShape]) -> Estimate:
+    """One reward actor: each of its models (by source name), and a process for each function."""
+    on_gpu = run.reward.resources.get("GPU", 0) > 0
+    weights = batch = largest = 0.0
+    functions = sum(source.kind == "function" for source in run.reward.sources)
+    for source in run.reward.sources:
+        if (shape := shapes.get(source.name)) is None:
+            continue
+        size = _size(source.dtype, on_gpu)
+        weights += shape.parameters * float(size)
+        largest = max(largest, shape.parameters * float(size))
+        tokens = (source.batch_size or 32) * _row(run)
+        batch = max(batch, tokens * (2.0 * shape.hidden + 3 * shape.widest) * size)
+    parts = {"weights": weights, "activations": batch}
+    extra = functions * LIBRARIES_GIB["function"] * GIB
+    if not on_gpu and extra:
+        parts["reward functions"] = extra
+    return _finish(parts, extra if on_gpu else 0.0, on_gpu, "reward", largest)
+
+
+def _finish(parts: dict[str, float], offloaded: float, on_gpu: bool, libraries: str, loading: float) -> Estimate:
+    """Adds the process itself; on a GPU also what it needs of RAM: libraries, and the weights while they are loaded."""
+    process = LIBRARIES_GIB[libraries] * GIB
+    if on_gpu:
+        kept = {name: size for name, size in {**parts, "CUDA": CUDA_GIB * GIB}.items() if size}
+        return Estimate(kept, process + offloaded + loading)
+    everything = {**parts, "offloaded": offloaded, "libraries": process}
+    return Estimate({name: size for name, size in everything.items() if size})
+
+
+def _size(dtype: str, on_gpu: bool) -> int:
+    """Bytes of one number of `model.dtype`."""
+    if dtype == "auto":
+        return 2 if on_gpu else 4
+    return 2 if dtype.removeprefix("torch.") in ("bfloat16", "float16") else 4
+
+
+def _optimizer_share(optim: str) -> float:
+    """State of an optimizer as a share of Adam's two moments."""
+    if "8bit" in optim:
+        return 0.25
+    return 0.0 if optim in ("sgd", "adafactor") else 0.5 if optim in ("rmsprop", "adagrad", "lion") else 1.0

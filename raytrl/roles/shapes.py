@@ -1,0 +1,209 @@
+"""The shape of a model, counted on torch's meta device: no weights are read and no memory is taken."""
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from raytrl.config.eval_run import EvalRun
+from raytrl.config.ppo_run import PpoRun
+from raytrl.config.runs import ModelSection, Run, TokenizerSpec, TrainingRun
+from raytrl.errors import ConfigError
+
+Head = Literal["causal", "score"]
+
+
+@dataclass(frozen=True)
+class Linear:
+    """One linear layer below the output head, by its name in the model."""
+
+    name: str
+    num_in: int
+    num_out: int
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What memory and arithmetic of a model follow from."""
+
+    parameters: int  # shared ones counted once
+    linears: tuple[Linear, ...]
+    modules: Mapping[str, int]  # name of every module → parameters in it, for LoRA's `modules_to_save`
+    hidden: int
+    layers: int
+    vocab: int
+    kv_width: int  # numbers that a layer's cache holds for a token, keys and values together
+    architecture: str
+
+    @property
+    def linear_width(self) -> int:
+        """Inputs and outputs of all linear layers, numbers a token."""
+        return sum(linear.num_in + linear.num_out for linear in self.linears)
+
+    @property
+    def widest(self) -> int:
+        return max((max(linear.num_in, linear.num_out) for linear in self.linears), default=self.hidden)
+
+
+def shape_of_path(
+    path: str, key: str, head: Head, *, revision: str | None = None, trust_remote_code: bool = False, models: str = ""
+) -> ModelShape:
+    """The shape of a model folder or hub id.
+
+    Args:
+        key: of the run file, for messages.
+        models: a folder that holds `<path>/config.json` of models that are not on this machine.
+
+    Raises:
+        ConfigError: its config.json is nowhere to be had, or names no architecture of transformers.
+    """
+    from transformers import AutoConfig
+
+    place, options = _place(path, key, revision, models), {"trust_remote_code": trust_remote_code}
+    if place == path and not os.path.isdir(path):
+        options["revision"] = revision  # type: ignore[assignment]
+    try:
+        config = AutoConfig.from_pretrained(place, **options)
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"{key}: {path!r}: config.json cannot be read: {str(error).splitlines()[0]}") from None
+    return _shape(config, key, head, trust_remote_code)
+
+
+def shape_of_config(values: Mapping[str, Any], vocab_size: int, key: str, head: Head) -> ModelShape:
+    """The shape of a model that `model.config` describes; `vocab_size` is the tokenizer's.
+
+    Raises:
+        ConfigError: the config names an unknown architecture or field values it cannot have.
+    """
+    from transformers import AutoConfig
+
+    fields = {name: value for name, value in values.items() if name != "model_type"}
+    try:
+        config = AutoConfig.for_model(values["model_type"], **{"vocab_size": vocab_size} | fields)
+    except Exception as error:  # the config's own checks raise classes of their own
+        raise ConfigError(f"{key}: cannot be built: {str(error).splitlines()[0]}") from None
+    return _shape(config, key, head, False)
+
+
+def _place(path: str, key: str, revision: str | None, models: str) -> str:
+    """Where config.json is: the folder itself, a folder below `models`, the cache, or the hub."""
+    given = os.path.join(models, path) if models else ""
+    if os.path.isfile(os.path.join(given, "config.json")):
+        return given
+    for folder in (path, os.path.join(path, "merged")):  # beside an adapter: the merged model
+        if os.path.isfile(os.path.join(folder, "config.json")):
+            return folder
+    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
+
+    try:
+        if isinstance(cached := try_to_load_from_cache(path, "config.json", revision=revision), str):
+            return os.path.dirname(cached)
+        get_hf_file_metadata(hf_hub_url(path, "config.json", revision=revision), timeout=3)  # the download would retry
+        return os.path.dirname(hf_hub_download(path, "config.json", revision=revision))
+    except Exception as error:  # offline, gated, missing, not an id: each has its own class in each version
+        raise ConfigError(
+            f"{key}: {path!r}: no config.json on this machine, and not had from the hub ({type(error).__name__})"
+        ) from None
+
+
+def _shape(config: Any, key: str, head: Head, trust_remote_code: bool) -> ModelShape:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    if head == "score":
+        config.num_labels = 1
+    auto = AutoModelForCausalLM if head == "causal" else AutoModelForSequenceClassification
+    try:
+        with torch.device("meta"):
+            model = auto.from_config(config, trust_remote_code=trust_remote_code)
+    except Exception as error:  # the model's own code may raise anything
+        raise ConfigError(f"{key}: cannot be counted: {type(error).__name__}: {str(error).splitlines()[0]}") from None
+    text = config.get_text_config()
+    heads = int(getattr(text, "num_key_value_heads", None) or text.num_attention_heads)
+    head_width = int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
+    output = model.get_output_embeddings() if head == "causal" else getattr(model, "score", None)
+    return ModelShape(
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        linears=tuple(
+            Linear(name, *_features(module))
+            for name, module in model.named_modules()
+            if module is not output and type(module).__name__ in ("Linear", "Conv1D")
+        ),
+        modules={name: sum(p.numel() for p in module.parameters()) for name, module in model.named_modules()},
+        hidden=int(text.hidden_size),
+        layers=int(text.num_hidden_layers),
+        vocab=int(text.vocab_size),
+        kv_width=2 * heads * head_width,
+        architecture=str(config.model_type),
+    )
+
+
+def _features(module: Any) -> tuple[int, int]:
+    if hasattr(module, "in_features"):
+        return int(module.in_features), int(module.out_features)
+    return int(module.weight.shape[0]), int(module.weight.shape[1])  # GPT-2's Conv1D holds the transpose
+
+
+def read_shapes(run: Run, models: str = "") -> tuple[dict[str, ModelShape], list[str]]:
+    """The shapes of all models of a run that can be had, by their key in the run file, and why the others cannot.
+
+    Args:
+        models: a folder that holds `<path>/config.json` of models that are not on this machine.
+    """
+    wanted: list[tuple[str, str, Head]] = []
+    if isinstance(run, PpoRun | EvalRun):
+        rewards = enumerate(run.reward.sources)
+        wanted += [(f"reward.sources.{i}.model", str(s.model), "score") for i, s in rewards if s.model is not None]
+        if run.reference.path is not None:
+            wanted.append(("reference.path", run.reference.path, "causal"))
+    if isinstance(run, PpoRun) and run.value_model.init is not None:
+        wanted.append(("value_model.init", run.value_model.init, "score"))
+    if isinstance(run, EvalRun) and run.compare is not None:
+        wanted.append(("compare", run.compare, "causal"))
+    shapes, problems = {}, []
+    if isinstance(run, TrainingRun | EvalRun):
+        head: Head = "score" if run.kind == "reward" else "causal"
+        if run.model.path is not None:
+            wanted.insert(0, ("model.path", run.model.path, head))
+        else:
+            try:
+                config = run.model.config or {}
+                shapes["model.path"] = shape_of_config(config, _vocabulary(run.model), "model.config", head)
+            except (ConfigError, OSError, ValueError) as error:
+                problems.append(str(error).splitlines()[0])
+    for key, path, kind in wanted:
+        try:
+            revision, trust = None, False
+            if isinstance(run, TrainingRun | EvalRun) and not key.startswith("reward"):
+                revision, trust = run.model.revision, run.model.trust_remote_code
+            shapes[key] = shape_of_path(path, key, kind, revision=revision, trust_remote_code=trust, models=models)
+        except ConfigError as error:
+            problems.append(str(error))
+    return shapes, problems
+
+
+def _vocabulary(model: ModelSection) -> int:
+    if isinstance(model.tokenizer, TokenizerSpec):
+        return model.tokenizer.vocab_size
+    from raytrl.roles.tokenizer import load_tokenizer
+
+    return len(load_tokenizer(str(model.tokenizer), model.revision, model.trust_remote_code))
+
+
+def lora_parameters(shape: ModelShape, lora: Mapping[str, Any]) -> int:
+    """Trainable numbers of one LoRA adapter of these `LoraConfig` fields."""
+    rank, targets = int(lora.get("r", 8)), lora.get("target_modules")
+    if targets is None:  # PEFT's own choice for the architecture
+        from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+        targets = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(shape.architecture, [])
+    chosen = [linear for linear in shape.linears if _is_target(linear.name, targets)]
+    kept = [n for n in shape.modules for saved in lora.get("modules_to_save") or () if n.split(".")[-1] == saved]
+    return sum(rank * (linear.num_in + linear.num_out) for linear in chosen) + sum(shape.modules[n] for n in kept)
+
+
+def _is_target(name: str, targets: Any) -> bool:
+    if isinstance(targets, str):
+        return targets == "all-linear" or re.fullmatch(targets, name) is not None
+    return any(name == target or name.endswith(f".{target}") for target in targets)

@@ -1,0 +1,185 @@
+"""What `raytrl plan` says of memory against what real runs took at their peak, on a CPU.
+
+    python -m tests.benchmarks.plan_memory FOLDER [CASE ...]
+
+Each case is a short run of a model that is large beside its libraries. A process's peak is the kernel's VmHWM of it, the
+largest of its role. Exit status 1 where an estimate is more than 25 % off.
+"""
+
+import re
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from raytrl.config.load import load_run
+from raytrl.roles.memory import GIB, estimates
+from raytrl.roles.shapes import read_shapes
+from tests.ppo_files import RULE, ppo_file
+from tests.runs import WORDS, run_file, start, write_rows
+
+LIMIT = 1.25
+ROLES = {"learner.workers": "RayTrainWorker", "rollout.actors": "RolloutActor", "reward.actors": "RewardActor"}
+ROW_TOKENS = 160  # of every row and prompt: cut to max_length
+MODEL = {
+    "model_type": "llama",
+    "hidden_size": 640,
+    "intermediate_size": 1728,
+    "num_hidden_layers": 10,
+    "num_attention_heads": 10,
+    "num_key_value_heads": 10,
+    "max_position_embeddings": 1024,
+    "vocab_size": 16000,
+}
+GPT2 = {"model_type": "gpt2", "n_embd": 640, "n_layer": 10, "n_head": 10, "n_positions": 1024, "vocab_size": 16000}
+LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
+
+
+def supervised(folder: Path, name: str, **sections: Any) -> str:
+    """An SFT file of two steps without recomputation; sections extend it."""
+    training = {
+        "max_steps": 2,
+        "per_device_train_batch_size": 2,
+        "learning_rate": 1e-4,
+        "max_length": 128,
+        "gradient_checkpointing": False,
+    }
+    base: dict[str, Any] = {
+        "model": {"config": MODEL, "tokenizer": {"vocab_size": 300}},
+        "training": training | sections.pop("training", {}),
+        "learner": {"workers": 1},
+        "checkpoint": {"every": 100},
+    }
+    return run_file(folder, name, **(base | sections))
+
+
+def zero(stage: int) -> dict[str, Any]:
+    return {"workers": 2, "deepspeed": {"zero_optimization": {"stage": stage}, "train_batch_size": "auto"}}
+
+
+def ppo(folder: Path, name: str, **sections: Any) -> str:
+    base: dict[str, Any] = {
+        "model": {"path": str(folder / "policy")},
+        "learner": {"workers": 1, "resources": {"CPU": 0.5}},
+        "rollout": {
+            "actors": 1,
+            "resources": {"CPU": 0.5},
+            "sampling": {"max_new_tokens": 32},
+            "max_prompt_length": 128,
+            "chunk_prompts": 4,
+        },
+        "reward": {
+            "resources": {"CPU": 0.5},
+            "sources": [{"name": "judge", "model": str(folder / "judge"), "batch_size": 4}],
+        },
+        "ppo": {
+            "steps": 2,
+            "batch_size": 8,
+            "epochs": 1,
+            "minibatches": 2,
+            "learning_rate": 1e-5,
+            "max_tokens_per_microbatch": 640,
+        },
+        "checkpoint": {"every": 100},
+    }
+    return ppo_file(folder, name, **(base | sections))
+
+
+CASES: dict[str, Any] = {
+    "sft": lambda f: supervised(f, "sft"),
+    "sft-gpt2": lambda f: supervised(f, "sft-gpt2", model={"config": GPT2, "tokenizer": {"vocab_size": 300}}),
+    "sft-recompute": lambda f: supervised(
+        f, "sft-recompute", training={"gradient_checkpointing": True, "per_device_train_batch_size": 8}
+    ),
+    "sft-long": lambda f: supervised(f, "sft-long", training={"per_device_train_batch_size": 16}),
+    "sft-ddp": lambda f: supervised(f, "sft-ddp", learner={"workers": 2}),
+    "sft-lora": lambda f: supervised(f, "sft-lora", lora=LORA),
+    "sft-zero2": lambda f: supervised(f, "sft-zero2", learner=zero(2)),
+    "sft-zero3": lambda f: supervised(f, "sft-zero3", learner=zero(3)),
+    "dpo": lambda f: supervised(f, "dpo", kind="dpo", data={"train": str(f / "pairs.jsonl")}),
+    "reward": lambda f: supervised(f, "reward", kind="reward", data={"train": str(f / "pairs.jsonl")}),
+    "ppo": lambda f: ppo(f, "ppo"),
+    "ppo-lora": lambda f: ppo(f, "ppo-lora", lora=LORA),
+}
+
+
+def make_files(folder: Path) -> None:
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
+
+    from raytrl.config.runs import TokenizerSpec
+    from raytrl.roles.tokenizer import train_tokenizer
+
+    folder.mkdir(parents=True, exist_ok=True)
+    words = [f" {WORDS[(i * 7 + j) % len(WORDS)]}" for i in range(32) for j in range(ROW_TOKENS)]
+    rows = ["".join(words[i : i + ROW_TOKENS]) for i in range(0, len(words), ROW_TOKENS)]
+    write_rows(folder / "train.jsonl", [{"text": row} for row in rows])
+    part = ["".join(words[i : i + 60]) for i in range(0, len(words), 60)][:32]  # longer pairs are left out, not cut
+    write_rows(folder / "pairs.jsonl", [{"prompt": row, "chosen": row, "rejected": row} for row in part])
+    write_rows(folder / "prompts.jsonl", [{"prompt": row} for row in rows])
+    (folder / "rule.py").write_text(RULE)
+    tokenizer = train_tokenizer(iter(rows), TokenizerSpec(vocab_size=300))
+    torch.manual_seed(0)
+    values = {key: value for key, value in MODEL.items() if key != "model_type"}
+    ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    for name, auto in (("policy", LlamaForCausalLM), ("judge", LlamaForSequenceClassification)):
+        auto(LlamaConfig(**values, **ids, num_labels=1)).save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+
+
+def peaks(file: str, kind: str) -> dict[str, float]:
+    """GiB of the largest process of each role; runs the file to its end."""
+    process = start(kind, file, "--fresh")
+    found: dict[str, float] = {}
+    while process.poll() is None:
+        for role, pid in _role_pids(process.pid):
+            found[role] = max(found.get(role, 0.0), _peak_gib(pid))
+        time.sleep(0.1)
+    assert process.returncode == 0, process.communicate()[0]
+    return found
+
+
+def _role_pids(driver: int) -> Iterator[tuple[str, int]]:
+    for child in psutil.Process(driver).children(recursive=True):
+        try:
+            title = " ".join(child.cmdline())
+        except psutil.NoSuchProcess:
+            continue
+        yield from ((role, child.pid) for role, name in ROLES.items() if name in title)
+
+
+def _peak_gib(pid: int) -> float:
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0.0
+    found = re.search(r"VmHWM:\s+(\d+) kB", status)
+    return int(found[1]) / 2**20 if found else 0.0
+
+
+def main(folder: Path, names: list[str]) -> int:
+    make_files(folder)
+    worst = 1.0
+    print(f"{'case':<15}{'process':<18}{'estimate':>9}{'measured':>9}{'ratio':>7}")
+    for name in names or list(CASES):
+        file = CASES[name](folder)
+        run = load_run(file, []).run
+        said = estimates(run, read_shapes(run)[0])
+        measured = peaks(file, run.kind)
+        for role, estimate in said.items():
+            ratio = estimate.total / GIB / measured[role]
+            worst = max(worst, ratio, 1 / ratio)
+            parts = ", ".join(f"{part} {size / GIB:.2f}" for part, size in estimate.parts.items())
+            print(
+                f"{name:<15}{role:<18}{estimate.total / GIB:>9.2f}{measured[role]:>9.2f}{ratio:>7.2f}  {parts}",
+                flush=True,
+            )
+    print(f"worst: {worst:.2f}; limit: {LIMIT}")
+    return int(worst > LIMIT)
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1]), sys.argv[2:]))

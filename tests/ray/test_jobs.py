@@ -1,0 +1,221 @@
+"""Runs as Ray jobs, on a Ray that was started on its own with token authentication: submitted, stopped, continued."""
+
+import json
+import os
+import pty
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.runs import TINY_LLAMA, last_step, metrics, raytrl, start, text_rows, wait_for, write_rows
+
+BIN = str(Path(sys.executable).parent)
+TOKEN = "a-token-of-the-tests-and-of-nothing-else"
+SECRET = "what-no-log-may-hold"
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def head() -> Iterator[dict[str, str]]:
+    """A head node with 2 CPUs; yields the variables by which a client finds it and may speak to it."""
+    ports = [free_port() for _ in range(3)]
+    folder = tempfile.mkdtemp(prefix="rt", dir="/tmp")  # sockets below it: their paths may only be short
+    environment = os.environ | {
+        "PATH": f"{BIN}:{os.environ['PATH']}",  # a job's command is looked up there
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": TOKEN,
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+        "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "1",
+        "IN_CLUSTER": SECRET,
+    }
+    process = subprocess.Popen(
+        [
+            *(f"{BIN}/ray", "start", "--head", "--block", "--disable-usage-stats", "--num-cpus=2"),
+            *(f"--port={ports[0]}", f"--dashboard-port={ports[1]}", f"--ray-client-server-port={ports[2]}"),
+            *(f"--temp-dir={folder}", "--object-store-memory=200000000"),
+        ],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    found = {
+        "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{ports[1]}",
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": TOKEN,
+    }
+    wait_for("the job server", lambda: _answers(ports[1]), process)
+    yield found | {"GCS": f"127.0.0.1:{ports[0]}"}
+    process.send_signal(signal.SIGTERM)
+    try:
+        process.wait(timeout=60)
+    finally:
+        process.kill()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _answers(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+@pytest.fixture
+def client(head: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    for name, value in head.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    return head
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A working directory: data and run files in it, by relative paths, and a large folder that git ignores."""
+    folder = tmp_path_factory.mktemp("project")
+    write_rows(folder / "train.jsonl", text_rows(64))
+    (folder / ".gitignore").write_text("large/\n")
+    (folder / "large").mkdir()
+    with open(folder / "large/model.bin", "wb") as file:
+        file.truncate(600 * 2**20)
+    (folder / "secret.txt").write_text(SECRET)
+    return folder
+
+
+def sft_file(project: Path, name: str, **training: object) -> Path:
+    """Writes a run file whose results lie beside the project, as on shared storage; returns the run directory."""
+    shared = project.parent / f"{project.name}-shared"
+    values = {
+        "kind": "sft",
+        "name": name,
+        "output_dir": str(shared),
+        "model": {"config": TINY_LLAMA, "tokenizer": {"vocab_size": 300}},
+        "data": {"train": "train.jsonl"},
+        "training": {"max_steps": 4, "per_device_train_batch_size": 4, "max_length": 32} | training,
+        "checkpoint": {"every": 2},
+        "report_to": [],
+    }
+    (project / f"{name}.yaml").write_text(yaml.safe_dump(values))
+    return shared / name
+
+
+def job_info(word: str) -> str:
+    """All that Ray tells of the jobs whose id has this word in it."""
+    from ray.job_submission import JobSubmissionClient
+
+    client = JobSubmissionClient()
+    found = [job for job in client.list_jobs() if word in str(job.submission_id)]
+    return "\n".join(f"{job}\n{client.get_job_logs(str(job.submission_id))}" for job in found)
+
+
+def test_a_run_is_sent_and_its_log_and_status_come_back(client: dict[str, str], project: Path) -> None:
+    run = sft_file(project, "sent")
+    secrets = ("--secret", "IN_CLUSTER", "--secret", f"IN_FILE={project}/secret.txt")
+    output = raytrl("submit", *secrets, "--env", "COLUMNS=150", "--", "sft", "sent.yaml", cwd=project)
+    assert "3 files, 0.0 MiB" in output  # run file, rows, .gitignore and the secret: not the 600 MiB
+    assert "step 4/4" in output
+    assert json.loads((run / "manifest.json").read_text())["state"] == "done"
+    assert "finished already" in raytrl("submit", "--", "sft", "sent.yaml", cwd=project)
+    assert SECRET not in output + job_info("sent")
+    assert "IN_FILE=" in job_info("sent")
+
+
+def test_a_cluster_that_does_not_answer_or_does_not_know_us(client: dict[str, str], project: Path) -> None:
+    sft_file(project, "refused")
+
+    def refused(*words: str, **environment: str) -> str:
+        return raytrl("submit", *words, "--", "sft", "refused.yaml", status=2, cwd=project, **environment)
+
+    assert "asks for Ray's token" in refused(RAY_AUTH_TOKEN="another")
+    assert "no job server answers" in refused("--address", f"http://127.0.0.1:{free_port()}")
+    assert not job_info("refused")
+
+
+def test_a_job_ends_with_its_own_exit_status(client: dict[str, str], project: Path) -> None:
+    """2 where the run does not fit the cluster or lacks a secret: `ray job submit` knows only 1."""
+    run = sft_file(project, "large")
+    output = raytrl("submit", "--", "sft", "large.yaml", "learner.workers=3", status=2, cwd=project)
+    assert "learner.workers: 3 x CPU 1 need 3 CPU; found: 2 CPU on the cluster at 'auto'; would fit" in output
+    assert not (run / "manifest.json").exists()
+    output = raytrl("submit", "--secret", "NOWHERE", "--", "sft", "large.yaml", status=2, cwd=project)
+    assert "--secret NOWHERE: is not in the environment" in output
+
+
+def test_plain_ray_job_submit(client: dict[str, str], project: Path) -> None:
+    run = sft_file(project, "plain")
+    submit = [f"{BIN}/ray", "job", "submit", "--working-dir", ".", "--"]
+
+    def plain(*words: str) -> subprocess.CompletedProcess[str]:
+        command = [*submit, "raytrl", "sft", "plain.yaml", *words]
+        return subprocess.run(command, cwd=project, text=True, capture_output=True, timeout=240, check=False)
+
+    lost = plain("output_dir=runs")
+    assert lost.returncode == 1
+    assert "output_dir: would be lost" in lost.stdout + lost.stderr
+    done = plain()
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(metrics(run)) == 4
+
+
+def test_a_stopped_job_is_continued_by_the_same_submission(client: dict[str, str], project: Path) -> None:
+    run = sft_file(project, "stopped", max_steps=60)
+    terminal, keyboard = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "raytrl", "submit", "--", "sft", "stopped.yaml"],
+        cwd=project,
+        stdin=keyboard,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=os.environ | {"COLUMNS": "200"},
+    )
+    wait_for("a checkpoint", lambda: last_step(run) >= 4, process)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    os.write(terminal, b"y\n")
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 130, output
+    assert "was stopped; the same submission continues from the last checkpoint" in output
+    assert json.loads((run / "manifest.json").read_text())["state"] == "running"
+    cut = last_step(run)
+    assert cut < 60
+
+    sent = raytrl("submit", "--no-wait", "--", "sft", "stopped.yaml", cwd=project)
+    assert "follow it with the same command" in sent
+    output = raytrl("submit", "--", "sft", "stopped.yaml", cwd=project)
+    assert "is at this run already" in output
+    assert "resume   from step " in output
+    assert [row["step"] for row in metrics(run)] == list(range(1, 61))
+    for fd in (terminal, keyboard):
+        os.close(fd)
+
+
+@pytest.mark.parametrize("how", ["address", "auto"])
+def test_a_driver_outside_of_a_job_joins_the_cluster(client: dict[str, str], project: Path, how: str) -> None:
+    run = sft_file(project, f"joined-{how}")
+    if how == "address":
+        output = raytrl("sft", f"joined-{how}.yaml", f"cluster.address={client['GCS']}", cwd=project)
+    else:
+        output = raytrl("sft", f"joined-{how}.yaml", "cluster.address=auto", cwd=project, RAY_ADDRESS=client["GCS"])
+    assert "this machine" not in output
+    assert len(metrics(run)) == 4
+
+
+def test_a_plan_asks_the_cluster(client: dict[str, str], project: Path) -> None:
+    sft_file(project, "planned")
+    process = start("plan", "planned.yaml", f"cluster.address={client['GCS']}", cwd=project)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    assert "1 x CPU 2, " in output

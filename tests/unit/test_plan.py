@@ -1,0 +1,179 @@
+"""`raytrl plan`: what it answers, for this machine and for a described cluster."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from raytrl.config.load import load_run
+from raytrl.errors import ConfigError, ResourceError
+from raytrl.launch.plan import plan
+from raytrl.records import Plan
+from raytrl.report.plan import plan_view
+from tests.ppo_files import make_files, ppo_file
+from tests.runs import raytrl, run_file, text_rows, write_rows
+
+NODES = ["nodes=2,gpus=8,gpu_gib=80,cpus=64,mem_gib=512"]
+LARGE = {
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+}
+ON_GPUS = {"workers": 8, "resources": {"GPU": 1, "CPU": 4}}
+
+
+@pytest.fixture(autouse=True)
+def no_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+
+
+def planned(file: str, *overrides: str, cluster: list[str] | None = None, models: str = "") -> Plan:
+    return plan(load_run(file, list(overrides)), cluster or [], models)
+
+
+def sft(tmp_path: Path, **sections: Any) -> str:
+    write_rows(tmp_path / "train.jsonl", text_rows(60))
+    return run_file(tmp_path, "a", **sections)
+
+
+def large(tmp_path: Path, **sections: Any) -> str:
+    """An 8B model from nothing on 8 GPUs."""
+    return sft(
+        tmp_path, **{"model": {"config": LARGE, "tokenizer": {"vocab_size": 300}}, "learner": ON_GPUS} | sections
+    )
+
+
+def test_a_run_on_this_machine(tmp_path: Path) -> None:
+    training = {"max_steps": -1, "num_train_epochs": 2, "gradient_accumulation_steps": 3}
+    found = planned(sft(tmp_path, training=training, learner={"workers": 1}))
+    assert found.where.startswith("this machine: 1 x CPU ")
+    words = dict(found.words)
+    assert words["step"] == "12 rows = 4 a forward pass x 3 accumulated x 1 workers"
+    assert words["steps"] == "10 optimizer steps = 5 an epoch (60 rows) x 2 epochs"
+    assert "time" not in words
+    (role,) = found.roles
+    assert role.nodes == {"this machine": 1}
+    assert 0.3 < sum(role.memory_gib.values()) < 2
+
+
+def test_an_earlier_start_tells_the_time(tmp_path: Path) -> None:
+    file = sft(tmp_path, learner={"workers": 1})
+    folder = tmp_path / "runs/a"
+    folder.mkdir(parents=True)
+    rows = [json.dumps({"step": i, "time/step_s": 1.0 + i / 10}) for i in range(1, 4)]
+    (folder / "metrics.jsonl").write_text("\n".join([*rows, json.dumps({"step": 3, "eval_loss": 1}), '{"st']))
+    assert dict(planned(file).words)["time"].startswith(
+        "1.20 s a step, the median of the last 3 of an earlier start; 8 steps"
+    )
+
+
+def test_a_large_model_on_a_described_cluster(tmp_path: Path) -> None:
+    found = planned(
+        large(tmp_path, learner=ON_GPUS | {"deepspeed": {"zero_optimization": {"stage": 3}}}), cluster=NODES
+    )
+    (role,) = found.roles
+    assert role.nodes == {"node 1": 8}
+    assert (role.device, role.room_gib) == ("GPU", 80)
+    assert role.memory_gib["optimizer"] == pytest.approx(12 * 8.03e9 / 8 / 2**30, rel=0.01)
+
+
+def test_what_cannot_fit_names_the_setting_that_would(tmp_path: Path) -> None:
+    """16 bytes a parameter are 120 GiB; sharded over 8 GPUs they are 15."""
+    file = large(tmp_path, training={"model_init_kwargs": {"dtype": "float32"}})
+    with pytest.raises(ResourceError) as caught:
+        planned(file, cluster=NODES)
+    text = str(caught.value)
+    assert text.startswith("memory: each of learner.workers on its GPU: needs about 1")
+    assert "weights 29.9" in text or "weights 44.9" in text
+    assert "found: 80.0 GiB on the described cluster; would fit by this estimate: " in text
+    fitting = text.rpartition("estimate: ")[2].strip("'")
+    assert planned(file, fitting, cluster=NODES)
+
+
+def test_tight_memory_is_a_note(tmp_path: Path) -> None:
+    found = planned(large(tmp_path), cluster=["gpus=8,gpu_gib=76,cpus=64,mem_gib=512"])
+    assert any(note.startswith("memory is tight: each of learner.workers on its GPU") for note in found.notes)
+
+
+def test_ppo_on_two_nodes_and_models_that_are_elsewhere(tmp_path: Path) -> None:
+    make_files(tmp_path)
+    gpu = {"GPU": 1, "CPU": 4}
+    judge = [{"name": "judge", "model": "some/judge"}]
+    file = ppo_file(
+        tmp_path,
+        "a",
+        model={"path": "some/policy"},
+        learner={"workers": 8, "resources": gpu},
+        rollout={"actors": 6, "resources": gpu, "chunk_prompts": 1},
+        reward={"actors": 2, "resources": gpu, "sources": judge},
+        lora={"r": 16, "target_modules": "all-linear"},
+    )
+    unknown = planned(file, cluster=NODES)
+    assert [role.memory_gib for role in unknown.roles] == [{}, {}, {}]
+    assert sum("no config.json on this machine" in note for note in unknown.notes) == 2
+    with pytest.raises(ResourceError, match="need 64 CPU, 16 GPU"):
+        planned(file)
+    for name in ("policy", "judge"):
+        (tmp_path / "models/some" / name).mkdir(parents=True)
+        (tmp_path / "models/some" / name / "config.json").write_text(json.dumps(LARGE))
+    found = planned(file, cluster=NODES, models=str(tmp_path / "models"))
+    assert {role.key: role.nodes for role in found.roles} == {
+        "rollout.actors": {"node 1": 6},
+        "reward.actors": {"node 1": 2},
+        "learner.workers": {"node 2": 8},
+    }
+    assert all(role.memory_gib["weights"] > 10 for role in found.roles)
+    words = dict(found.words)
+    assert words["update"] == "4 optimizer steps = 2 epochs x 2 minibatches of 8 responses"
+    assert words["steps"] == "8; 128 responses, 128 prompts = 3.2 epochs of 40 prompts"
+    console = Console(width=140)
+    with console.capture() as capture:
+        console.print(plan_view(found))
+    assert "8.03 billion parameters" in capture.get()
+
+
+def test_missing_data_is_an_error_here_and_a_note_elsewhere(tmp_path: Path) -> None:
+    file = run_file(tmp_path, "a", learner={"workers": 1})
+    with pytest.raises(ConfigError, match=r"^data\.train: no such file"):
+        planned(file)
+    assert any("data.train: no such file" in note for note in planned(file, cluster=NODES).notes)
+
+
+IDLE = {
+    "checkpoint.every=8": "checkpoint.every: 8, and the run has 8 steps",
+    "training.num_train_epochs=2": "training.num_train_epochs: does nothing beside training.max_steps 8",
+    "training.eval_steps=2": "training.eval_steps: does nothing with training.eval_strategy: no",
+    "training.per_device_eval_batch_size=4": "does nothing without data.eval",
+    "learner.deepspeed={zero_optimization: {stage: 2}}": "ZeRO shards over workers, and there is one",
+    "learner.workers=1": None,
+}
+
+
+@pytest.mark.parametrize("override", IDLE)
+def test_settings_that_do_nothing(tmp_path: Path, override: str) -> None:
+    notes = [n for n in planned(sft(tmp_path, learner={"workers": 1}), override).notes if n.startswith("does nothing")]
+    expected = IDLE[override]
+    assert any(expected in note for note in notes) if expected else notes == []
+
+
+def test_actors_without_work(tmp_path: Path) -> None:
+    make_files(tmp_path)
+    file = ppo_file(tmp_path, "a", rollout={"actors": 6})
+    assert "rollout.actors: 2 of 6 would always be idle" in " ".join(planned(file, cluster=NODES).notes)
+
+
+def test_the_command(tmp_path: Path) -> None:
+    file = sft(tmp_path, learner={"workers": 1})
+    output = raytrl("plan", file)
+    assert "learner.workers" in output
+    assert "this machine: 1" in output
+    assert not (tmp_path / "runs").exists()
+    refused = raytrl("plan", file, "learner.workers=99", status=2)
+    assert "need 99 CPU; found: " in refused
+    assert "would fit: learner.workers=" in refused

@@ -108,9 +108,12 @@ def test_actors_are_placed_as_asked(folder: Path, nodes: Nodes) -> None:
     try:
         found = {}
         for placement in ("pack", "strict_pack", "spread", "strict_spread"):
-            with started_actors(run_of(placement, actors=2, placement=placement), dict, dict) as (rollout, _):
+            with started_actors(run_of(f"actors-{placement}", actors=2, placement=placement), dict, dict) as (
+                rollout,
+                _,
+            ):
                 ray.get([actor.start.remote() for actor in rollout], timeout=60)
-            logs = (folder / f"runs/{placement}/logs").glob("rollout-*.log")
+            logs = (folder / f"runs/actors-{placement}/logs").glob("rollout-*.log")
             found[placement] = len({node_of(log) for log in logs})
         assert found == {"pack": 1, "strict_pack": 1, "spread": 2, "strict_spread": 2}
         too_many = run_of(

@@ -1,5 +1,6 @@
 """Runs over several Ray nodes: where each role is, what its log says, what Ray's metrics show, and what is refused."""
 
+import json
 import re
 import subprocess
 import sys
@@ -138,6 +139,7 @@ def test_a_node_with_another_disk_is_named_before_anything_starts(folder: Path, 
     assert "expected: a disk that all 5 nodes share, or a URI" in output
     assert time.monotonic() - began < 60
     assert not (runs / "unseen/logs").exists()
+    assert json.loads((runs / "unseen/manifest.json").read_text())["state"] == "failed"
 
 
 @contextmanager

@@ -104,12 +104,14 @@ def describe(run: SupervisedRun, rows: dict[str, int]) -> str:
     batch = int(run.training.get("per_device_train_batch_size", 8))
     accumulate = int(run.training.get("gradient_accumulation_steps", 1))
     where = run.cluster.address or ("the Ray job's cluster" if joins_cluster(run) else "a local Ray on this machine")
+    least, most = run.learner.min_workers, run.learner.max_workers
     lines = [
         f"model    {run.model.path or 'a new ' + str((run.model.config or {}).get('model_type'))}"
         f"{', LoRA r=' + str(run.lora.get('r', 8)) if run.lora is not None else ', full fine-tuning'}",
         f"data     {rows['train']:,} rows" + (f", {rows['eval']:,} to evaluate on" if "eval" in rows else ""),
-        f"workers  {workers} x {amounts(run.learner.resources)}, {how}, on {where}",
-        f"batch    {batch * accumulate * run.learner.max_workers} rows a step = {batch} a worker"
-        f"{f' x {accumulate} accumulated' if accumulate > 1 else ''} x {run.learner.max_workers} workers",
+        f"workers  {workers if least == most else f'{least} to {most}'} x {amounts(run.learner.resources)}, {how}, on {where}",
+        f"batch    {batch * accumulate * most} rows a step = {batch} a worker"
+        f"{f' x {accumulate} accumulated' if accumulate > 1 else ''} x {most} workers"
+        f"{'' if least == most else '; fewer accumulate more'}",
     ]
     return "\n".join(lines)

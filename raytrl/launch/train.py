@@ -15,7 +15,7 @@ import yaml
 from raytrl.config.load import LoadedRun
 from raytrl.config.ppo_run import PpoRun
 from raytrl.config.runs import SupervisedRun, TrainingRun
-from raytrl.errors import RunError
+from raytrl.errors import RaytrlError
 from raytrl.launch.capacity import memory_words
 from raytrl.launch.placement import Need, check_placement
 from raytrl.launch.resume import Standing, inspect_run, sweep
@@ -113,7 +113,7 @@ def train(loaded: LoadedRun, command: str, fresh: bool, show: Callable[[Progress
         write_start(loaded, run_dir, command)
         try:
             metrics = _run_on_ray(run, kind, run_dir, command, clock, show)
-        except RunError as error:
+        except RaytrlError as error:
             run_dir.update_manifest(state="failed", error=str(error))
             raise
         run_dir.update_manifest(state="done", finished=now(), model=f"{run_dir}/model", metrics=metrics, startup=clock)

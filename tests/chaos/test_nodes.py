@@ -41,6 +41,7 @@ def two_nodes() -> Iterator[Nodes]:
 PATIENT = {"start_timeout_s": 20, "max_failures": 20}
 
 
+@pytest.mark.slow
 def test_sft_goes_on_without_a_node_and_ends_with_the_same_weights(folder: Path, two_nodes: Nodes) -> None:
     """Two workers on two nodes; one is cut off, and another joins in its place."""
     training = {"max_steps": 40, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "max_length": 32}

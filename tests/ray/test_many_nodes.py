@@ -1,5 +1,6 @@
 """Runs over several Ray nodes: where each role is, what its log says, what Ray's metrics show, and what is refused."""
 
+import json
 import re
 import subprocess
 import sys
@@ -7,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -69,6 +71,7 @@ def test_ppo_roles_go_where_their_labels_say(folder: Path, nodes: Nodes) -> None
     assert "scoring 4 responses of step 3" in logs["reward-0.log"].read_text()
 
 
+@pytest.mark.slow
 def test_sft_workers_spread_and_pack(folder: Path, nodes: Nodes) -> None:
     """And paths are relative to where the command was typed, though the nodes' processes start elsewhere."""
     found = {}
@@ -88,6 +91,43 @@ def test_sft_workers_spread_and_pack(folder: Path, nodes: Nodes) -> None:
     assert len(found["pack"]) == 1
 
 
+def test_actors_are_placed_as_asked(folder: Path, nodes: Nodes) -> None:
+    import ray
+
+    from raytrl.config.load import load_run
+    from raytrl.config.ppo_run import PpoRun
+    from raytrl.errors import ResourceError
+    from raytrl.launch.ray_actors import started_actors
+
+    def run_of(name: str, **rollout: Any) -> PpoRun:
+        values = {"resources": {"CPU": 1}, "start_timeout_s": 15, **rollout}
+        run = load_run(ppo_file(folder, name, rollout=values), []).run
+        assert isinstance(run, PpoRun)
+        return run
+
+    ray.init(address=nodes.address, log_to_driver=False, logging_level="ERROR")
+    try:
+        found = {}
+        for placement in ("pack", "strict_pack", "spread", "strict_spread"):
+            with started_actors(run_of(f"actors-{placement}", actors=2, placement=placement), dict, dict) as (
+                rollout,
+                _,
+            ):
+                ray.get([actor.start.remote() for actor in rollout], timeout=60)
+            logs = (folder / f"runs/actors-{placement}/logs").glob("rollout-*.log")
+            found[placement] = len({node_of(log) for log in logs})
+        assert found == {"pack": 1, "strict_pack": 1, "spread": 2, "strict_spread": 2}
+        too_many = run_of(
+            "too-many", actors=4, placement="strict_spread", labels={"role": "!learner"}, start_timeout_s=2
+        )
+        with pytest.raises(
+            ResourceError, match=r"rollout.actors: could not be placed .* on 4 nodes; expected: 4 x CPU 1"
+        ):
+            started_actors(too_many, dict, dict).__enter__()
+    finally:
+        ray.shutdown()
+
+
 def test_a_node_with_another_disk_is_named_before_anything_starts(folder: Path, nodes: Nodes) -> None:
     """The node has a mount namespace of its own, in which an empty disk lies over the run directory."""
     runs = folder / "runs"
@@ -99,6 +139,7 @@ def test_a_node_with_another_disk_is_named_before_anything_starts(folder: Path, 
     assert "expected: a disk that all 5 nodes share, or a URI" in output
     assert time.monotonic() - began < 60
     assert not (runs / "unseen/logs").exists()
+    assert json.loads((runs / "unseen/manifest.json").read_text())["state"] == "failed"
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """configs/: every run file is one that raytrl takes."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -21,11 +22,29 @@ def test_every_run_file_is_valid_and_says_what_it_needs(path: Path) -> None:
         assert run.name == path.stem
 
 
-def test_what_was_never_run_says_so() -> None:
-    for path in FILES:
-        text = path.read_text()
-        if "GPU: " in text:
-            assert "Not run here" in " ".join(text.splitlines()[:3]), path
+PLANNED = [path for path in FILES if "GPU: " in path.read_text()]
+
+
+@pytest.mark.parametrize("path", PLANNED, ids=lambda path: path.stem)
+def test_what_was_never_run_says_so_and_passes_its_plan(path: Path) -> None:
+    """By the command in its header, on the hardware that it names; with GPUs of 4 GiB it is refused with numbers."""
+    from typer.testing import CliRunner
+
+    from raytrl.cli import app
+
+    header = path.read_text().partition("\nkind:")[0]
+    assert "Not run here" in header
+    command = re.search(r"raytrl (plan .*) \\\n#\s+(--cluster \S+)\n", header)
+    assert command is not None
+    words = [*command[1].split(), *command[2].split()]
+    assert words[1] == str(path)
+    planned = CliRunner().invoke(app, words)
+    assert planned.exit_code == 0, planned.output
+    assert "learner.workers (GPU)" in planned.output
+    less = re.sub(r"gpu_gib=(\d+)", "gpu_gib=4", words[-1])
+    refused = CliRunner().invoke(app, [*words[:-1], less])
+    assert refused.exit_code == 2, refused.output
+    assert "found: 4.0 GiB" in refused.output
 
 
 def test_flash_attention_is_one_word_more() -> None:

@@ -111,3 +111,6 @@ def test_the_plan_says_what_runs_where(tmp_path: Path, monkeypatch: pytest.Monke
     assert "1,234 rows" in text
     assert "2 x CPU 1, DDP, on a local Ray on this machine" in text
     assert "24 rows a step = 4 a worker x 3 accumulated x 2 workers" in text
+    elastic = describe(run_of(tmp_path, learner={"workers": [1, 2]}), {"train": 1234})
+    assert "1 to 2 x CPU 1, DDP" in elastic
+    assert "8 rows a step = 4 a worker x 2 workers; fewer accumulate more" in elastic

@@ -109,6 +109,7 @@ def _networks(run: PpoRun) -> Networks:
         dtype=torch_dtype(run.model.dtype, run.learner.uses_gpu),
         trust_remote_code=run.model.trust_remote_code,
         seed=run.seed,
+        gradient_checkpointing=run.ppo.gradient_checkpointing,
     )
 
 

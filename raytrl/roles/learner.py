@@ -33,7 +33,7 @@ LOGITS_BYTES = 2 * 2**30
 # What one more pass costs on a CPU, in parameters times tokens: about 30 tokens of a model of 1 million parameters, by
 # 8 ms of Python and small operations against 0.28 ms a token. On a GPU a pass is cheap to widen and dear to add.
 PASS_COST = 30_000_000
-MIN_PASS_TOKENS = 32
+MIN_PASS_TOKENS = 10
 
 
 class Rollout(Protocol):

@@ -29,10 +29,10 @@ class LoadedRun:
 
         The origin is the value's own line, or that of a parent written as one value (`train: file.jsonl`).
         """
-        written = {key for key, _ in _flatten(self.run.model_dump(mode="json", exclude_unset=True))}
+        written = {key for key, _ in flatten(self.run.model_dump(mode="json", exclude_unset=True))}
         return [
             (key, value, _where(key, self.origins, self.file) if key in written else "default")
-            for key, value in _flatten(self.run.model_dump(mode="json"))
+            for key, value in flatten(self.run.model_dump(mode="json"))
         ]
 
 
@@ -266,9 +266,10 @@ def _fields_at(model: type[BaseModel], loc: list[str]) -> list[str]:
     return list(model.model_fields)
 
 
-def _flatten(value: Any, prefix: str = "") -> list[tuple[str, Any]]:
+def flatten(value: Any, prefix: str = "") -> list[tuple[str, Any]]:
+    """(dotted key, value) of everything in nested dictionaries, and in lists that hold dictionaries."""
     if isinstance(value, dict) and value:
-        return [row for key, item in value.items() for row in _flatten(item, f"{prefix}{key}.")]
+        return [row for key, item in value.items() for row in flatten(item, f"{prefix}{key}.")]
     if isinstance(value, list) and any(isinstance(item, dict) for item in value):
-        return [row for i, item in enumerate(value) for row in _flatten(item, f"{prefix}{i}.")]
+        return [row for i, item in enumerate(value) for row in flatten(item, f"{prefix}{i}.")]
     return [(prefix.rstrip("."), value)]

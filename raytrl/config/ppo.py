@@ -105,6 +105,7 @@ class PpoConfig(Section):
     reward_clip: PositiveFloat | None = None  # scores are cut to ± this, after scaling
     whiten_advantages: bool = True
     max_tokens_per_microbatch: PositiveInt | None = None
+    gradient_checkpointing: bool = False  # compute layers again in the backward pass instead of keeping their results
     max_lag: Literal[0, 1] = 0
     importance_cap: Annotated[float, Field(ge=1.0)] = 2.0  # upper limit of the correction for stale rollouts
 

@@ -83,9 +83,8 @@ class PpoRun(TrainingRun):
             )
         if any(amount <= 0 for amount in self.rollout.resources.values()) or not self.rollout.resources:
             problems.append(f"rollout.resources: found: {self.rollout.resources}; expected: amounts above 0")
-        for tracker in self.report_to:
-            if tracker != "tensorboard":
-                problems.append(f"report_to: ppo writes to tensorboard only so far; found: {tracker!r}; leave it out")
+        if "all" in self.report_to:
+            problems.append("report_to: ppo needs trackers by name; found: 'all'; expected: for example [wandb]")
         return problems
 
     def _idle_settings(self) -> list[str]:

@@ -16,7 +16,7 @@ from raytrl.launch.ppo_preflight import check_prompt_data, check_sources
 from raytrl.launch.preflight import check_model_path
 from raytrl.launch.resume import inspect_run
 from raytrl.launch.session import check_output_dir, joins_cluster, nodes_for, prepare_environment, ray_session
-from raytrl.launch.train import write_start
+from raytrl.launch.train import failure_noted, write_start
 from raytrl.records import Progress, Prompt, Response, Score, sample_row
 from raytrl.roles.device import check_cpu
 from raytrl.roles.evaluation import compare, summarize
@@ -67,7 +67,7 @@ def evaluate(loaded: LoadedRun, command: str, fresh: bool, show: Callable[[Progr
             show(Progress("plan", text=_describe(run, run_dir, prompts) + memory))
             run_dir.clear()
             write_start(loaded, run_dir, command)
-            with ray_session(run, need):
+            with failure_noted(run_dir), ray_session(run, need):
                 answers = _on_actors(run, show)
             _write(run, run_dir, answers, time.time() - started)
             run_dir.update_manifest(state="done", finished=now())

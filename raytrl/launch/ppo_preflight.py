@@ -7,7 +7,7 @@ from raytrl.config.reward import RewardSection
 from raytrl.config.runs import DataSource
 from raytrl.errors import ConfigError
 from raytrl.launch.placement import amounts
-from raytrl.launch.preflight import check_model_path
+from raytrl.launch.preflight import check_model_path, check_trackers
 from raytrl.launch.session import joins_cluster
 from raytrl.roles.device import check_cpu
 from raytrl.roles.reward_function import FunctionSource
@@ -31,6 +31,7 @@ def check_ppo(run: PpoRun) -> dict[str, str]:
         if path is not None:
             check_model_path(path, key)
     check_sources(run.reward)
+    check_trackers(run)
     if not run.learner.uses_gpu and not joins_cluster(run):
         check_cpu(run)
     words = {"data.train": check_prompt_data(run, run.data.train, "data.train")}

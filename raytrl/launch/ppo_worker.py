@@ -12,6 +12,7 @@ import torch
 from ray.train.collective import broadcast_from_rank_zero
 
 from raytrl.config.deepspeed import without_auto, zero_stage
+from raytrl.config.load import flatten
 from raytrl.config.ppo_run import PpoRun
 from raytrl.data import load_data
 from raytrl.launch.gauges import RoleGauges
@@ -33,6 +34,7 @@ from raytrl.roles.models import torch_dtype
 from raytrl.roles.networks import Networks, build_networks
 from raytrl.roles.prompts import PromptTable, SharedPrompts
 from raytrl.roles.tokenizer import load_tokenizer
+from raytrl.roles.trackers import Trackers
 from raytrl.roles.weights import Weights
 from raytrl.rundir import RunDirectory
 
@@ -74,8 +76,9 @@ def train_ppo(
         start_timeout_s=run.rollout.start_timeout_s,
         gather=gather_over_workers,
     )
-    reporter = StepReporter(run, context, tensorboard, learner.step, lambda: generator.num_up)
+    reporter = StepReporter(run, context, tensorboard, learner, backend.networks.policy, lambda: generator.num_up)
     loop.run(_schedule(run), _prompts(run, tokenizer, context), generator, scorer, learner, reporter)
+    reporter.close()
     say("saving model")
     _save(job, _whole_networks(run, backend), tokenizer, learner.step, reporter.last, context)
     context.barrier()  # no rank leaves before the model is in place
@@ -109,6 +112,7 @@ def _networks(run: PpoRun) -> Networks:
         dtype=torch_dtype(run.model.dtype, run.learner.uses_gpu),
         trust_remote_code=run.model.trust_remote_code,
         seed=run.seed,
+        gradient_checkpointing=run.ppo.gradient_checkpointing,
     )
 
 
@@ -176,13 +180,25 @@ class StepReporter:
     """`ppo.protocols.Reporter`: rank 0 tells the driver and the tracker; all ranks commit checkpoints."""
 
     def __init__(
-        self, run: PpoRun, context: RayWorkerContext, tensorboard: str, step: int, num_actors: Callable[[], int]
+        self,
+        run: PpoRun,
+        context: RayWorkerContext,
+        tensorboard: str,
+        learner: PpoLearner,
+        policy: Any,
+        num_actors: Callable[[], int],
     ) -> None:
         self._run, self._context, self._num_actors = run, context, num_actors
         self.last: Mapping[str, float] = {}
         self._writer: Any = None
+        self._trackers: Trackers | None = None
         if context.rank == 0:
+            step = learner.step
             context.progress(Progress("start", step, run.ppo.steps))
+            others = [name for name in run.report_to if name != "tensorboard"]
+            if others:
+                values = dict(flatten(run.model_dump(mode="json")))
+                self._trackers = Trackers(others, values, run.name, context.scratch, policy, run.ppo.steps)
             if "tensorboard" in run.report_to:
                 from torch.utils.tensorboard import SummaryWriter
 
@@ -205,11 +221,18 @@ class StepReporter:
                 for name, value in metrics.items():
                     self._writer.add_scalar(name, value, step)
                 self._writer.flush()
+            if self._trackers is not None:
+                self._trackers.log(step, metrics)
         else:
             set_version(step)
             LOG.info("step %d/%d in %.3f s", step, self._run.ppo.steps, metrics["time/step_s"])
         if save is not None:
             self._checkpoint(step, save)
+
+    def close(self) -> None:
+        """The last step is done."""
+        if self._trackers is not None:
+            self._trackers.close()
 
     def _samples(self, rollout: Rollout, evaluation: Rollout | None, step: int) -> tuple[Mapping[str, Any], ...]:
         """Rows of samples.jsonl, spread over the global batch whoever holds them. Collective."""

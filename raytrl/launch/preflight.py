@@ -5,7 +5,7 @@ import os
 import tempfile
 
 from raytrl.config.deepspeed import zero_stage
-from raytrl.config.runs import SupervisedRun, TokenizerSpec
+from raytrl.config.runs import SupervisedRun, TokenizerSpec, TrainingRun
 from raytrl.errors import ConfigError
 from raytrl.launch.placement import amounts
 from raytrl.launch.session import joins_cluster
@@ -21,7 +21,7 @@ def preflight(run: SupervisedRun, run_dir: RunDirectory) -> tuple[dict[str, int]
     """
     from raytrl.data import check_columns, conversation_of, load_data, texts_of  # datasets: 1.3 s
 
-    _check_trackers(run)
+    check_trackers(run)
     if run.model.path is not None:
         check_model_path(run.model.path, "model.path", run.model.revision)
     train_rows = load_data(run.data.train, "data.train")
@@ -54,7 +54,8 @@ def preflight(run: SupervisedRun, run_dir: RunDirectory) -> tuple[dict[str, int]
     return rows, isinstance(spec, TokenizerSpec)
 
 
-def _check_trackers(run: SupervisedRun) -> None:
+def check_trackers(run: TrainingRun) -> None:
+    """Every tracker of `report_to` is installed; ConfigError names the one that is not."""
     for tracker in run.report_to:
         if tracker == "tensorboard" or tracker == "all":
             continue

@@ -6,8 +6,8 @@ import platform
 import tempfile
 import threading
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
 
 import yaml
@@ -111,11 +111,8 @@ def train(loaded: LoadedRun, command: str, fresh: bool, show: Callable[[Progress
         clock = {"checks_s": time.time() - started}
         show(Progress("plan", text=plan))
         write_start(loaded, run_dir, command)
-        try:
+        with failure_noted(run_dir):
             metrics = _run_on_ray(run, kind, run_dir, command, clock, show)
-        except RaytrlError as error:
-            run_dir.update_manifest(state="failed", error=str(error))
-            raise
         run_dir.update_manifest(state="done", finished=now(), model=f"{run_dir}/model", metrics=metrics, startup=clock)
         sweep(run_dir)
         return run_dir.manifest()
@@ -126,6 +123,16 @@ def log_place(run_dir: RunDirectory) -> str:
     if run_dir.is_local:
         return f"{run_dir}/logs"
     return f"raytrl-{os.path.basename(run_dir.path)}-* in Ray's log folder of each node (object stores cannot append)"
+
+
+@contextmanager
+def failure_noted(run_dir: RunDirectory) -> Iterator[None]:
+    """An error of the block goes into the manifest on its way."""
+    try:
+        yield
+    except RaytrlError as error:
+        run_dir.update_manifest(state="failed", error=str(error))
+        raise
 
 
 def versions() -> dict[str, str]:

@@ -31,9 +31,10 @@ MAX_FIRST_KL = {torch.float32: 1e-3}
 # Logits of one micro-batch, their gradient and the float32 copies of both should stay near 2 GiB.
 LOGITS_BYTES = 2 * 2**30
 # What one more pass costs on a CPU, in parameters times tokens: about 30 tokens of a model of 1 million parameters, by
-# 8 ms of Python and small operations against 0.28 ms a token. On a GPU a pass is cheap to widen and dear to add.
+# 8 ms of Python and small operations against 0.28 ms a token; 16 of a model of 6 million. On a GPU a pass is cheap to
+# widen and dear to add.
 PASS_COST = 30_000_000
-MIN_PASS_TOKENS = 32
+MIN_PASS_TOKENS = 16
 
 
 class Rollout(Protocol):

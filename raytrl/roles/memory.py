@@ -219,7 +219,8 @@ def ppo_worker(
     if size == 2:
         parts["weights"] += 2 * copies  # autocast's copies of float32 weights
     tokens = microbatch_tokens(run, policy)
-    graphs = activations(policy, tokens, size, False) + activations(value or policy, tokens, size, False)
+    recomputed = run.ppo.gradient_checkpointing
+    graphs = activations(policy, tokens, size, recomputed) + activations(value or policy, tokens, size, recomputed)
     responses = tokens * run.rollout.sampling.max_new_tokens / _row(run)
     parts["activations"] = graphs + responses * policy.vocab * 16.0
     return _finish(parts, offloaded, on_gpu, "learner", policy.parameters * float(size))

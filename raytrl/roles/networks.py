@@ -4,7 +4,8 @@ Full fine-tuning: three models. LoRA: one base; the policy is an adapter, the va
 head, the reference the base with adapters off.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
 from pathlib import Path
 from typing import Any, Literal
@@ -26,7 +27,13 @@ class Networks(nn.Module):
     """Which network runs is an argument of `forward`, so that engines that hook `forward` see them all."""
 
     def __init__(
-        self, policy: nn.Module, value: nn.Module | None, reference: nn.Module | None, *, dtype: torch.dtype
+        self,
+        policy: nn.Module,
+        value: nn.Module | None,
+        reference: nn.Module | None,
+        *,
+        dtype: torch.dtype,
+        gradient_checkpointing: bool = False,
     ) -> None:
         """
         Args:
@@ -34,6 +41,8 @@ class Networks(nn.Module):
             value: a sequence classifier with one output, or None: an adapter and a new head on the policy's base.
             reference: a causal language model, or None: the policy's base with adapters off.
             dtype: what the forward passes compute in, and what rollout engines hold.
+            gradient_checkpointing: policy and value function keep only what enters each layer, and compute the rest
+                again in the backward pass.
         """
         super().__init__()
         self.policy, self.value, self.reference = policy, value, reference
@@ -50,6 +59,12 @@ class Networks(nn.Module):
                 # At a learning rate of 1e-5 a bfloat16 weight would round every update away.
                 parameter.data = parameter.data.float()
         disable_dropout(self)
+        if gradient_checkpointing:
+            for model in (policy, value):
+                if model is not None:
+                    settings = {"use_reentrant": False, "context_fn": lambda: self._recomputing()}
+                    model.gradient_checkpointing_enable(settings)  # type: ignore[operator]
+                    model.train()  # transformers checkpoints only then; no dropout is left that it could turn on
 
     def forward(self, network: Network, batch: Sequences) -> Tensor:
         """Policy and reference: logits (B, R, V) that predict each response token. Value: float32 (B, R), before it."""
@@ -120,6 +135,17 @@ class Networks(nn.Module):
         values_BR: Tensor = head(hidden_BRD).squeeze(-1).float()  # type: ignore[operator]
         return values_BR
 
+    def _recomputing(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        """Around a checkpointed layer's forward pass, and around its repetition: by then the other adapter is active."""
+        adapter = self.policy.active_adapter if isinstance(self.policy, PeftModel) else None
+        return nullcontext(), self._under(adapter)
+
+    @contextmanager
+    def _under(self, adapter: str | None) -> Iterator[None]:
+        if adapter is not None and self.policy.active_adapter != adapter:
+            self._activate(adapter)
+        yield
+
     def _activate(self, adapter: str) -> None:
         assert isinstance(self.policy, PeftModel)
         self.policy.set_adapter(adapter)
@@ -141,6 +167,7 @@ def build_networks(
     dtype: torch.dtype = torch.float32,
     trust_remote_code: bool = False,
     seed: int = 0,
+    gradient_checkpointing: bool = False,
 ) -> Networks:
     """The networks of one learner worker from folders or hub ids.
 
@@ -150,6 +177,7 @@ def build_networks(
             with LoRA an adapter and head on the base, else a copy of the policy with a zero head.
         reference_path: None is the starting policy.
         seed: of the adapters' initial weights, so that every worker starts from the same.
+        gradient_checkpointing: see `Networks`.
     """
 
     def causal(path: str) -> nn.Module:
@@ -160,7 +188,7 @@ def build_networks(
     policy = causal(model_path)
     value = None if value_init is None else value_from_path(value_init, dtype, trust_remote_code)
     reference = None if reference_path is None else causal(reference_path)
-    return assemble(policy, value, reference, lora=lora, dtype=dtype)
+    return assemble(policy, value, reference, lora=lora, dtype=dtype, gradient_checkpointing=gradient_checkpointing)
 
 
 def assemble(
@@ -170,16 +198,17 @@ def assemble(
     *,
     lora: Mapping[str, Any] | None = None,
     dtype: torch.dtype = torch.float32,
+    gradient_checkpointing: bool = False,
 ) -> Networks:
     """`Networks` from models in memory; value None and reference None as in `build_networks`."""
     if lora is None:
         reference = deepcopy(policy) if reference is None else reference
         value = value_from_policy(policy) if value is None else value
-        return Networks(policy, value, reference, dtype=dtype)
+        return Networks(policy, value, reference, dtype=dtype, gradient_checkpointing=gradient_checkpointing)
     adapted = add_policy_adapter(policy, lora)
     if value is None:
         adapted.add_adapter(VALUE_ADAPTER, LoraConfig(task_type="CAUSAL_LM", **lora))
-    return Networks(adapted, value, reference, dtype=dtype)
+    return Networks(adapted, value, reference, dtype=dtype, gradient_checkpointing=gradient_checkpointing)
 
 
 def add_policy_adapter(model: nn.Module, lora: Mapping[str, Any]) -> PeftModel:

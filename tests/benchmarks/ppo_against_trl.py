@@ -1,10 +1,12 @@
-"""`raytrl ppo` against the last PPOTrainer: python -m tests.benchmarks.ppo_against_trl TRL_PYTHON SIZE [ROUNDS STEPS FULL]
+"""`raytrl ppo` against the last PPOTrainer.
+
+python -m tests.benchmarks.ppo_against_trl TRL_PYTHON SIZE [ROUNDS STEPS FULL PROCESSES]
 
 TRL_PYTHON is the Python of an environment of its own with `torch==2.13.0 trl==1.12`; SIZE 1m or 6m; FULL 1: responses
 never end before their longest, else after 24 tokens on average, 48 at most. Alternates both in one run: same models,
 tokenizer, prompts, batch, epochs and minibatches, two cores each. raytrl: 2 learners, 2 rollout and 2 reward actors of
-one thread. TRL: one process of two threads, then two processes of one. A first step is not counted. Prints samples a
-second, the ratio to TRL's better way, and the split by phase.
+one thread. TRL: PROCESSES 1: one of two threads; 2 (the faster one here): two of one; 0: both. A first step is not
+counted. Prints samples a second, the ratio to TRL's better way, and the split by phase.
 """
 
 import json
@@ -84,7 +86,7 @@ def told(result: dict[str, float]) -> str:
 
 def main() -> None:
     python, size = sys.argv[1:3]
-    rounds, steps, full = (int(a) for a in (sys.argv[3:] + ["2", "4", "0"][len(sys.argv) - 3 :]))
+    rounds, steps, full, ways = (int(a) for a in (sys.argv[3:] + ["2", "4", "0", "2"][len(sys.argv) - 3 :]))
     with tempfile.TemporaryDirectory() as where:
         folder = Path(where)
         make(folder, size, ends=not full)
@@ -93,7 +95,9 @@ def main() -> None:
         ratios = []
         for i in range(rounds):
             ours = run_raytrl(folder, f"raytrl-{i}", steps, seed=i)
-            theirs = {p: run_trl(python, folder, f"trl-{p}-{i}", p, steps, seed=i) for p in (1, 2)}
+            theirs = {
+                p: run_trl(python, folder, f"trl-{p}-{i}", p, steps, seed=i) for p in ((1, 2) if ways == 0 else (ways,))
+            }
             ratios.append(min(result["step"] for result in theirs.values()) / ours["step"])
             print(f"round {i}  raytrl          {told(ours)}")
             for processes, result in theirs.items():

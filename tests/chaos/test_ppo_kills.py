@@ -2,6 +2,9 @@
 
 import os
 import signal
+import subprocess
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +40,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def written(folder: Path, name: str, kind: str) -> str:
+def written(folder: Path, name: str, kind: str, **more: Any) -> str:
     ppo = {"steps": STEPS, "batch_size": 16, "epochs": 2, "minibatches": 2, "learning_rate": 3e-3}
-    return ppo_file(folder, name, **{"ppo": ppo, "checkpoint": {"every": 4}, **SETTINGS[kind]})
+    return ppo_file(folder, name, **{"ppo": ppo, "checkpoint": {"every": 4}, **SETTINGS[kind], **more})
 
 
 @pytest.fixture(scope="module")
@@ -84,3 +87,48 @@ def test_same_weights(folder: Path, undisturbed: Any, kind: str, victims: tuple[
     assert (run / "samples.jsonl").read_text() == (whole / "samples.jsonl").read_text()
     if "RolloutActor" in victims:
         assert {row["rollout/actors"] for row in rows} == {1.0, 2.0}
+
+
+PHASES = ("generate", "score", "update", "sync", "checkpoint")
+PAUSED = str(Path(__file__).with_name("paused"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", ["RolloutActor", "RewardActor", "RayTrainWorker", "driver"])
+def test_killed_in_every_phase(folder: Path, undisturbed: Any, victim: str) -> None:
+    """One run that loses the same part once in each phase; prints the seconds that each death cost."""
+    name, places = f"phases-{victim}", folder / f"places-{victim}"
+    file, run = written(folder, name, "full", learner={"max_failures": len(PHASES)}), folder / "runs" / name
+    places.mkdir()
+    environment = {"PYTHONPATH": PAUSED, "RAYTRL_TEST_PAUSES": str(places)}
+    process = start("ppo", file, **environment)
+    for death, phase in enumerate(PHASES, 1):
+        step = 5 * death
+        wait_for(f"step {step}", lambda step=step: last_step(run) >= step, process)  # type: ignore[misc]
+        (places / "want").write_text(phase)
+        wait_for(phase, lambda: bool(list(places.glob("at-*"))), process)
+        (here,) = places.glob("at-*")
+        at, pid = last_step(run), int(here.name.removeprefix("at-"))
+        here.unlink()
+        process = killed(process, victim, pid, lambda: start("ppo", file, **environment))
+        began = time.monotonic()
+        wait_for("the next step", lambda at=at: last_step(run) > at, process)  # type: ignore[misc]
+        print(f"{victim} in {phase}: the next step came {time.monotonic() - began:.1f} s later")
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, output
+    for model in ("model", "value_model"):
+        assert weights_hash(run / model) == weights_hash(undisturbed("full") / model)
+    assert [row["step"] for row in metrics(run)] == list(range(1, STEPS + 1))
+
+
+def killed(
+    process: subprocess.Popen[str], victim: str, paused: int, again: Callable[[], subprocess.Popen[str]]
+) -> subprocess.Popen[str]:
+    """Kills the process that is paused where it is of the wanted kind, else another of that kind."""
+    if victim == "driver":
+        process.kill()
+        process.communicate()
+        return again()
+    pids = worker_pids(process, victim)
+    os.kill(paused if paused in pids else pids[-1], signal.SIGKILL)
+    return process

@@ -120,7 +120,8 @@ REFUSED = {
     "eval.every=5": "eval: does nothing without data.eval",
     "ppo.kl.horizon=5": "ppo.kl.horizon: does nothing without ppo.kl.target",
     "rollout.sampling.top_p=0.9": "top_p is refused",
-    "report_to=[wandb]": "ppo writes to tensorboard only so far",
+    "report_to=all": "ppo needs trackers by name",
+    "report_to=[clearml]": "report_to: 'clearml' is not installed",
     "ppo.kl.coeff=0.1": "nearest known key: coef",
 }
 

@@ -65,8 +65,11 @@ def difference(a: PpoLearner, b: PpoLearner) -> float:
     return max(float((mine[name] - other[name]).abs().max()) for name in mine)
 
 
-def a_rollout(ppo_responses: int = 1) -> Rollout:
-    engine, learner = make_engine(gpt2(width=16)), make_learner(gpt2(width=16), config())
+def a_rollout(ppo_responses: int = 1, family: Any = None) -> Rollout:
+    def model() -> Any:
+        return family() if family else gpt2(width=16)
+
+    engine, learner = make_engine(model()), make_learner(model(), config())
     engine.load_weights(learner.weights())
     prompts = prompt_batch(0, range(16 // ppo_responses))
     responses = engine.generate(prompts, 0, samples=ppo_responses)
@@ -286,6 +289,26 @@ def test_every_setting_does_something(changes: dict[str, Any], baseline: str) ->
 @pytest.fixture(scope="module")
 def baseline() -> str:
     return checksum(parameters(train(3, value_clip_range=0.02)[0]))
+
+
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("family", [gpt2, llama])
+def test_gradient_checkpointing_computes_layers_twice_to_the_same_weights(family: Any, lora: bool) -> None:
+    passes: dict[bool, int] = {}
+    checksums = set()
+    for checkpointing in (False, True):
+        learner = make_learner(family(), config(gradient_checkpointing=checkpointing), lora=lora)
+        policy = learner._backend.networks.policy
+        norm = next(m for name, m in policy.named_modules() if name.endswith(("ln_2", "post_attention_layernorm")))
+        count = [0]
+        norm.register_forward_hook(lambda *_, count=count: count.__setitem__(0, count[0] + 1))
+        learner.update(learner.experience(a_rollout(family=family)))
+        passes[checkpointing] = count[0]
+        checksums.add(checksum(parameters(learner)))
+    assert len(checksums) == 1
+    # LoRA's value function runs on the same layers; the passes that make experience keep nothing to compute again.
+    experience = 3 if lora else 1
+    assert passes[True] - experience == 2 * (passes[False] - experience)
 
 
 def test_the_gradient_is_really_clipped() -> None:

@@ -1,7 +1,9 @@
 """The number of learner workers changes nothing: same global batch, same result."""
 
+import math
 import os
 import socket
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,8 +12,11 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from toy import LocalGenerator, LocalScorer, Log, Prompts, config, gpt2, make_engine, make_learner
 
+from raytrl.errors import NonFiniteError
 from raytrl.ppo.loop import Schedule, run
+from raytrl.ppo.protocols import Rollout
 from raytrl.records import Prompt, Response
+from raytrl.roles.collectives import add_over_workers
 
 
 def free_port() -> int:
@@ -46,6 +51,44 @@ def trained(world: int, lora: bool, folder: Path) -> list[tuple[dict[str, torch.
     # fork: a fresh interpreter would import everything again in each worker.
     mp.start_processes(work, (world, free_port(), lora, str(folder)), nprocs=world, start_method="fork")
     return [torch.load(folder / f"{rank}.pt") for rank in range(world)]
+
+
+def together(rank: int, world: int, port: int, folder: str) -> None:
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    dist.init_process_group("gloo", rank=rank, world_size=world)
+    try:
+        tensors = [torch.full((n,), float(rank + 1)) for n in (3, 5, 1, 4)]
+        add_over_workers(tensors, bucket_bytes=24)  # 3 alone, 5 and 1 together, 4 alone
+        ppo = config(minibatches=2)
+        learner, engine = make_learner(gpt2(width=16), ppo), make_engine(gpt2(width=16), chunk=4)
+        engine.load_weights(learner.weights())
+        prompts = Prompts(16, rank, world).next(0)
+        responses, scorer, told = engine.generate(prompts, 0), LocalScorer(), []
+        scorer.submit(prompts, responses)
+        scores = scorer.collect()
+        bad = [replace(s, value=math.nan) if s.row == 11 else s for s in scores]
+        for given in (bad, scores):
+            try:
+                experience = learner.experience(Rollout(prompts, responses, given))
+                if rank == 1:
+                    experience.returns_BR[2, 0] = math.inf
+                learner.update(experience)
+            except NonFiniteError as error:
+                told.append(str(error))
+        torch.save(([t.tolist() for t in tensors], told), Path(folder) / f"{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+def test_sums_in_buckets_and_failing_together(tmp_path: Path) -> None:
+    """Only worker 1 meets what is not finite; worker 0 raises the same instead of waiting for it."""
+    mp.start_processes(together, (2, free_port(), str(tmp_path)), nprocs=2, start_method="fork")
+    for rank in range(2):
+        sums, told = torch.load(tmp_path / f"{rank}.pt")
+        assert sums == [[3.0] * n for n in (3, 5, 1, 4)]
+        assert "[(11, 0)]" in told[0]
+        assert "the value loss is inf; the micro-batch held rows" in told[1]
+        assert " 10" in told[1]
 
 
 @pytest.mark.parametrize(("lora", "world"), [(False, 2), (True, 2)])

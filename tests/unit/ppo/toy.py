@@ -163,7 +163,7 @@ def make_learner(
     model: nn.Module, ppo: PpoConfig, *, lora: bool = False, seed: int = 0, temperature: float = 1.0
 ) -> PpoLearner:
     torch.manual_seed(seed)
-    networks = assemble(model, lora=LORA if lora else None)
+    networks = assemble(model, lora=LORA if lora else None, gradient_checkpointing=ppo.gradient_checkpointing)
     backend = build_backend(networks, ppo)
     return PpoLearner(backend, ppo, temperature=temperature, seed=seed)
 

@@ -10,6 +10,8 @@ Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 # Truncated sampling draws from another distribution than the one whose log-probs PPO learns from: at top_p 0.8 a
 # user measured a mean ratio of 0.896 before any update (huggingface/trl#7269).
 TRUNCATING = ("top_k", "top_p", "min_p", "typical_p", "repetition_penalty", "no_repeat_ngram_size", "num_beams")
+# Logits of one micro-batch, their gradient and the float32 copies of both should stay near 2 GiB.
+LOGITS_BYTES = 2 * 2**30
 
 
 def _as_list(value: Any) -> Any:
@@ -122,6 +124,12 @@ class PpoConfig(Section):
                 f"found batch_size={self.batch_size}, minibatches={self.minibatches}"
             )
         return self
+
+    def microbatch_tokens(self, vocabulary: int) -> int:
+        """Tokens in one forward pass of the learner, for a policy with this many token ids."""
+        if self.max_tokens_per_microbatch is not None:
+            return self.max_tokens_per_microbatch
+        return min(16384, max(1, LOGITS_BYTES // (16 * vocabulary)))
 
     @property
     def prompts_per_step(self) -> int:

@@ -7,7 +7,7 @@ from typing import Any
 from raytrl.config.ppo_run import PpoRun
 from raytrl.config.runs import Run, SupervisedRun, TrainingRun
 from raytrl.errors import ResourceError
-from raytrl.launch.placement import Need, Node, Placement
+from raytrl.launch.placement import Need, Node, Placement, check_placement
 from raytrl.roles.memory import GIB, Estimate, estimates, recomputes
 from raytrl.roles.shapes import ModelShape, read_shapes
 
@@ -36,12 +36,45 @@ class Load:
         return self.there is not None and self.taken > self.there
 
 
-def loads(need: Need, placement: Placement, nodes: Sequence[Node], found: Mapping[str, Estimate]) -> list[Load]:
+@dataclass(frozen=True)
+class Room:
+    """Where the processes of a run go: every one has its place."""
+
+    need: Need
+    nodes: Sequence[Node]
+    where: str  # name of the machine or cluster, for messages
+    placement: Placement
+
+    @classmethod
+    def on(cls, nodes: Sequence[Node], where: str, need: Need) -> "Room":
+        """Finds the places.
+
+        Raises:
+            ResourceError: there is none for some process.
+        """
+        return cls(need, nodes, where, check_placement(need, nodes, where))
+
+    def memory(self, run: Run) -> tuple[str, list[str]]:
+        """`check_memory` of a run that is about to start: a line for its plan, and what the user should be told besides.
+
+        Raises:
+            ResourceError: it is clearly too large.
+        """
+        shapes, problems = read_shapes(run)
+        found, notes = check_memory(run, self, shapes)
+        notes += [f"memory is not estimated: {problem}" for problem in problems]
+        sizes = [
+            f"{load.what} {load.taken:.1f}{f' of {load.there:.1f}' if load.there else ''} GiB" for load in found[:4]
+        ]
+        return (f"\nmemory   about {', '.join(sizes)}" if sizes else ""), notes
+
+
+def loads(room: Room, found: Mapping[str, Estimate]) -> list[Load]:
     """What each process takes of its GPU, and all processes of a node together of its GPUs and its RAM."""
-    by_name = {node.name: node for node in nodes}
+    by_name, placement = {node.name: node for node in room.nodes}, room.placement
     ram, on_gpus, result = dict.fromkeys(by_name, 0.0), dict.fromkeys(by_name, 0.0), list[Load]()
     shared = set[str]()  # nodes where processes share a GPU
-    for group in need.groups:
+    for group in room.need.groups:
         if (estimate := found.get(group.key)) is None:
             continue
         gpus = group.resources.get("GPU", 0.0)
@@ -63,9 +96,7 @@ def loads(need: Need, placement: Placement, nodes: Sequence[Node], found: Mappin
     return result
 
 
-def check_memory(
-    run: Run, need: Need, placement: Placement, nodes: Sequence[Node], shapes: Mapping[str, ModelShape], where: str
-) -> tuple[list[Load], list[str]]:
+def check_memory(run: Run, room: Room, shapes: Mapping[str, ModelShape]) -> tuple[list[Load], list[str]]:
     """Refuses a run that is clearly too large: where even the estimate less its error is more than is there.
 
     Returns:
@@ -74,15 +105,15 @@ def check_memory(
     Raises:
         ResourceError: with the numbers, and the nearest change that would fit.
     """
-    found = loads(need, placement, nodes, estimates(run, shapes))
+    found = loads(room, estimates(run, shapes))
     impossible = [load for load in found if load.is_impossible]
     if impossible:
         lines = [
             f"memory: {load.what}: needs about {load.taken:.1f} GiB{load.parts}; found: {load.there or 0:.1f} GiB on "
-            f"{where}"
+            f"{room.where}"
             for load in impossible
         ]
-        change = _nearest(run, need, placement, nodes, shapes)
+        change = _nearest(run, room, shapes)
         lines[-1] += f"; would fit by this estimate: {change}" if change else "; no single setting would make it fit"
         raise ResourceError("\n".join(lines))
     tight = [
@@ -94,36 +125,17 @@ def check_memory(
     return found, tight
 
 
-def memory_words(
-    run: Run, need: Need, placement: Placement, nodes: Sequence[Node], where: str
-) -> tuple[str, list[str]]:
-    """`check_memory` of a run that is about to start: a line for its plan, and what the user should be told besides.
-
-    Raises:
-        ResourceError: it is clearly too large.
-    """
-    shapes, problems = read_shapes(run)
-    found, notes = check_memory(run, need, placement, nodes, shapes, where)
-    notes += [f"memory is not estimated: {problem}" for problem in problems]
-    sizes = [
-        f"{load.what} {load.taken:.1f}{'' if load.there is None else f' of {load.there:.1f}'} GiB" for load in found[:4]
-    ]
-    return (f"\nmemory   about {', '.join(sizes)}" if sizes else ""), notes
-
-
 def _words(estimate: Estimate) -> str:
     return (
         " (" + ", ".join(f"{name} {size / GIB:.1f}" for name, size in estimate.parts.items() if size >= GIB / 20) + ")"
     )
 
 
-def _nearest(
-    run: Run, need: Need, placement: Placement, nodes: Sequence[Node], shapes: Mapping[str, ModelShape]
-) -> str | None:
+def _nearest(run: Run, room: Room, shapes: Mapping[str, ModelShape]) -> str | None:
     """The first setting, or all of them one after the other, with which nothing is impossible any more."""
 
     def fits(changed: Run) -> bool:
-        found = loads(need, placement, nodes, estimates(changed, shapes))
+        found = loads(room, estimates(changed, shapes))
         return not any(load.is_impossible for load in found)
 
     changes = list(_changes(run))

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from raytrl.config.eval_run import EvalRun
 from raytrl.config.load import LoadedRun
 from raytrl.errors import ConfigError, DataError
-from raytrl.launch.capacity import memory_words
-from raytrl.launch.placement import Group, Need, amounts, check_placement
+from raytrl.launch.capacity import Room
+from raytrl.launch.placement import Group, Need, amounts
 from raytrl.launch.ppo_preflight import check_prompt_data, check_sources
 from raytrl.launch.preflight import check_model_path
 from raytrl.launch.resume import inspect_run
@@ -58,10 +58,9 @@ def evaluate(loaded: LoadedRun, command: str, fresh: bool, show: Callable[[Progr
     with run_dir.locked():
         already = not fresh and inspect_run(run, run_dir).state == "done"
         if not already:
-            nodes, where = nodes_for(run)
-            placement = check_placement(need, nodes, where)
+            room = Room.on(*nodes_for(run), need)
             prompts = check_eval(run)
-            memory, notes = memory_words(run, need, placement, nodes, where)
+            memory, notes = room.memory(run)
             for note in notes:
                 show(Progress("notice", text=note))
             show(Progress("plan", text=_describe(run, run_dir, prompts) + memory))

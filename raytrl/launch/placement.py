@@ -1,7 +1,6 @@
 """Which process would run on which node: Ray's packing, worked out before anything is started."""
 
 import bisect
-import functools
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -200,28 +199,27 @@ def _room(free: Mapping[str, float], resources: Mapping[str, float], most: int) 
 def _misfit(need: Need, nodes: Sequence[Node]) -> str:
     for group in need.groups:
         if _packed([group], nodes) is None:
-            most = bisect.bisect_left(range(1, group.count), True, key=functools.partial(_is_too_many, group, nodes))
+            most = _most(group, [group], nodes)
             how = "" if group.strategy == "pack" else f", {group.strategy}"
             where = f" on nodes with {', '.join(f'{k}={v}' for k, v in group.labels.items())}" if group.labels else ""
             return f"there is room for {most} of {group.key}: {group.count} x {amounts(group.resources)}{how}{where}"
     return "each role has room alone, but not all together"
 
 
-def _is_too_many(group: Group, nodes: Sequence[Node], count: int) -> bool:
-    return _packed([replace(group, count=count)], nodes) is None
+def _most(group: Group, groups: Sequence[Group], nodes: Sequence[Node]) -> int:
+    """The most processes of one group, fewer than it has, that there is room for beside the others; 0: not even one."""
+
+    def too_many(count: int) -> bool:
+        return place([replace(g, count=count) if g is group else g for g in groups], nodes) is None
+
+    return bisect.bisect_left(range(1, group.count), True, key=too_many)
 
 
 def _nearest(need: Need, nodes: Sequence[Node]) -> str:
     """The words for the smallest change of one number that would fit; empty where there is none."""
     fitting = []
-    for i, group in enumerate(need.groups):
-
-        def too_many(count: int, i: int = i) -> bool:
-            changed = replace(need.groups[i], count=count)
-            return place((*need.groups[:i], changed, *need.groups[i + 1 :]), nodes) is None
-
-        count = bisect.bisect_left(range(1, group.count), True, key=too_many)
-        if count:
+    for group in need.groups:
+        if count := _most(group, need.groups, nodes):
             fitting.append((group.count - count, f"{group.key}={count}"))
     if fitting:
         return "; would fit: " + " or ".join(text for _, text in sorted(fitting))

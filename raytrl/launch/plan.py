@@ -11,10 +11,10 @@ from raytrl.config.load import LoadedRun
 from raytrl.config.ppo_run import PpoRun
 from raytrl.config.runs import DataSource, Run, SupervisedRun, TrainingRun
 from raytrl.errors import ConfigError, DataError
-from raytrl.launch.capacity import CERTAINTY, Load, check_memory
+from raytrl.launch.capacity import CERTAINTY, Load, Room, check_memory
 from raytrl.launch.evaluate import eval_need
 from raytrl.launch.idle import idle_settings
-from raytrl.launch.placement import Need, Node, Placement, amounts, check_placement, described_nodes
+from raytrl.launch.placement import Need, Node, amounts, described_nodes
 from raytrl.launch.session import THIS_MACHINE, nodes_for, prepare_environment
 from raytrl.launch.train import kind_of
 from raytrl.records import Plan, PlannedRole
@@ -38,14 +38,14 @@ def plan(loaded: LoadedRun, cluster: Sequence[str], models: str) -> Plan:
     prepare_environment()
     need = need_of(run)
     nodes, where = (described_nodes(cluster), "the described cluster") if cluster else nodes_for(run)
-    placement = check_placement(need, nodes, where)
+    room = Room.on(nodes, where, need)
     shapes, problems = read_shapes(run, models)
     rows, missing = _rows(run)
     problems += missing
     if problems and where == THIS_MACHINE:
         raise ConfigError("\n".join(problems))
     notes = [f"not known here, so not checked: {problem}" for problem in problems]
-    found, tight = check_memory(run, need, placement, nodes, shapes, where)
+    found, tight = check_memory(run, room, shapes)
     steps = total_steps(run, rows)
     if isinstance(run, TrainingRun) and run.learner.min_workers < run.learner.max_workers:
         least, most = run.learner.min_workers, run.learner.max_workers
@@ -53,7 +53,7 @@ def plan(loaded: LoadedRun, cluster: Sequence[str], models: str) -> Plan:
     notes += [*tight, *(f"does nothing: {line}" for line in idle_settings(run, steps))]
     return Plan(
         where=f"{where}: {_sum_of(nodes)}",
-        roles=tuple(_roles(need, placement, nodes, estimates(run, shapes))),
+        roles=tuple(_roles(room, estimates(run, shapes))),
         words=tuple(_words(run, shapes, rows, steps)),
         nodes=tuple(_ram(found, nodes)),
         notes=tuple(notes),
@@ -79,10 +79,10 @@ def _sum_of(nodes: Sequence[Node]) -> str:
     return "; ".join(f"{count} x {text}" for text, count in kinds.items())
 
 
-def _roles(need: Need, placement: Placement, nodes: Sequence[Node], found: dict[str, Estimate]) -> list[PlannedRole]:
-    by_name, roles = {node.name: node for node in nodes}, []
-    for group in need.groups:
-        estimate, places = found.get(group.key), placement.places.get(group.key, {})
+def _roles(room: Room, found: dict[str, Estimate]) -> list[PlannedRole]:
+    by_name, roles = {node.name: node for node in room.nodes}, []
+    for group in room.need.groups:
+        estimate, places = found.get(group.key), room.placement.places.get(group.key, {})
         gpus = group.resources.get("GPU", 0.0)
         there = [by_name[name].gpu_gib if gpus else by_name[name].ram_gib for name in places]
         known = [size for size in there if size is not None]

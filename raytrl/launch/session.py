@@ -168,7 +168,10 @@ def check_one_node(run: Run) -> None:
 
 
 def _memory_bytes() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    """RAM of this machine, or the limit of the container."""
+    from ray._common.utils import get_system_memory
+
+    return int(get_system_memory())
 
 
 @contextmanager

@@ -16,8 +16,8 @@ from raytrl.config.load import LoadedRun
 from raytrl.config.ppo_run import PpoRun
 from raytrl.config.runs import SupervisedRun, TrainingRun
 from raytrl.errors import RaytrlError
-from raytrl.launch.capacity import memory_words
-from raytrl.launch.placement import Need, check_placement
+from raytrl.launch.capacity import Room
+from raytrl.launch.placement import Need
 from raytrl.launch.resume import Standing, inspect_run, sweep
 from raytrl.launch.session import check_output_dir, nodes_for, prepare_environment, ray_session
 from raytrl.records import Progress
@@ -92,12 +92,11 @@ def train(loaded: LoadedRun, command: str, fresh: bool, show: Callable[[Progress
             return run_dir.manifest() | {"already_done": True}
         for notice in standing.notices:
             show(Progress("notice", text=notice))
-        nodes, where = nodes_for(run)
-        placement = check_placement(kind.need, nodes, where)
+        room = Room.on(*nodes_for(run), kind.need)
         with tempfile.TemporaryDirectory() as staging:  # nothing of an earlier run is touched before all checks passed
             staged = run_dir if standing.state == "continue" else RunDirectory(staging, run.name)
             plan = kind.check(staged)
-            memory, notes = memory_words(run, kind.need, placement, nodes, where)
+            memory, notes = room.memory(run)
             plan += memory
             for note in notes:
                 show(Progress("notice", text=note))

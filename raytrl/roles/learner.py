@@ -28,8 +28,6 @@ from raytrl.roles.weights import Weights
 # Two forward passes of the same float32 weights differ by about 1e-6 a token; bfloat16 by about 1e-2.
 MAX_FIRST_LOG_RATIO = {torch.float32: 1e-3}
 MAX_FIRST_KL = {torch.float32: 1e-3}
-# Logits of one micro-batch, their gradient and the float32 copies of both should stay near 2 GiB.
-LOGITS_BYTES = 2 * 2**30
 # What one more pass costs on a CPU, in parameters times tokens: about 30 tokens of a model of 1 million parameters, by
 # 8 ms of Python and small operations against 0.28 ms a token; 16 of a model of 6 million. On a GPU a pass is cheap to
 # widen and dear to add.
@@ -245,10 +243,8 @@ class PpoLearner:
                 yield None, Sequences.filler(self._backend.device)
 
     def _max_tokens(self) -> int:
-        if self._config.max_tokens_per_microbatch is not None:
-            return self._config.max_tokens_per_microbatch
         vocabulary = int(self._backend.networks.policy.config.get_text_config().vocab_size)  # type: ignore[union-attr, operator]
-        return min(16384, max(1, LOGITS_BYTES // (16 * vocabulary)))
+        return self._config.microbatch_tokens(vocabulary)
 
     def _max_padding(self) -> int | None:
         """Where padding costs more than another pass would, micro-batches are split further."""

@@ -90,7 +90,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "large").mkdir()
     with open(folder / "large/model.bin", "wb") as file:
         file.truncate(600 * 2**20)
-    (folder / "secret.txt").write_text(SECRET)
+    (folder.parent / "secret.txt").write_text(SECRET)
     return folder
 
 
@@ -122,9 +122,9 @@ def job_info(word: str) -> str:
 
 def test_a_run_is_sent_and_its_log_and_status_come_back(client: dict[str, str], project: Path) -> None:
     run = sft_file(project, "sent")
-    secrets = ("--secret", "IN_CLUSTER", "--secret", f"IN_FILE={project}/secret.txt")
+    secrets = ("--secret", "IN_CLUSTER", "--secret", f"IN_FILE={project.parent}/secret.txt")
     output = raytrl("submit", *secrets, "--env", "COLUMNS=150", "--", "sft", "sent.yaml", cwd=project)
-    assert "3 files, 0.0 MiB" in output  # run file, rows, .gitignore and the secret: not the 600 MiB
+    assert "3 files, 0.0 MiB" in output  # run file, rows and .gitignore: not the 600 MiB
     assert "step 4/4" in output
     assert json.loads((run / "manifest.json").read_text())["state"] == "done"
     assert "finished already" in raytrl("submit", "--", "sft", "sent.yaml", cwd=project)

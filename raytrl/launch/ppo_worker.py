@@ -16,10 +16,11 @@ from raytrl.config.ppo_run import PpoRun
 from raytrl.data import load_data
 from raytrl.launch.pool import Pool
 from raytrl.launch.ray_actors import RayCalls
-from raytrl.launch.roles import RewardPool, RolloutPool, scoring_limit_s
+from raytrl.launch.roles import RewardPool, RolloutPool, requests_in_flight, scoring_limit_s
 from raytrl.launch.transport import pack
 from raytrl.launch.worker import RayWorkerContext
 from raytrl.ppo import loop
+from raytrl.ppo.alarm import GapAlarm
 from raytrl.ppo.protocols import Rollout
 from raytrl.records import Progress, Score
 from raytrl.roles.backends import Backend, build_backend
@@ -52,7 +53,13 @@ def train_ppo(
     attempt: int = broadcast_from_rank_zero(time.time_ns())
     who = f"learner worker {context.rank}"
     generator = RolloutPool(
-        Pool(RayCalls(rollout_actors), "rollout actors", who, run.rollout.timeout_s),
+        Pool(
+            RayCalls(rollout_actors),
+            "rollout actors",
+            who,
+            run.rollout.timeout_s,
+            window=requests_in_flight(run.rollout, run.ppo.responses_per_prompt),
+        ),
         run.rollout,
         samples=run.ppo.responses_per_prompt,
         attempt=attempt,
@@ -176,6 +183,7 @@ class StepReporter:
     ) -> None:
         self._run, self._context, self._num_actors = run, context, num_actors
         self.last: Mapping[str, float] = {}
+        self._alarm = GapAlarm()
         self._writer: Any = None
         if context.rank == 0:
             context.progress(Progress("start", step, run.ppo.steps))
@@ -190,6 +198,10 @@ class StepReporter:
         metrics = {**metrics, "rollout/actors": float(self._num_actors())}
         self.last = metrics
         if self._context.rank == 0:
+            if self._run.ppo.max_lag == 0:  # else the gap is also how far the policy has moved meanwhile
+                notice = self._alarm.check(step, metrics["rollout/logprob_gap_mean"])
+                if notice is not None:
+                    self._context.progress(Progress("notice", step, text=notice))
             samples = _sample_rows(rollout, self._run.rollout.samples, step)
             self._context.progress(Progress("step", step, self._run.ppo.steps, metrics=metrics, samples=samples))
             if self._writer is not None:

@@ -13,11 +13,12 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from raytrl.config.eval_run import EvalRun
 from raytrl.config.ppo_run import PpoRun
 from raytrl.errors import ResourceError
-from raytrl.launch.actors import CONCURRENCY_GROUPS, CONTROL, STATUS, RewardActor, RolloutActor
+from raytrl.launch.actors import CONCURRENCY_GROUPS, CONTROL, MAX_IN_FLIGHT, STATUS, WORK, RewardActor, RolloutActor
 from raytrl.launch.pool import ActorLostError
 
 # Which calls do not queue behind the long ones.
 _GROUPS = {"begin": CONTROL, "prepare": CONTROL, "start": CONTROL, "load_weights": CONTROL, "doing": STATUS}
+_GROUPS |= {"generate": WORK, "logprobs": WORK}
 _FINAL_AFTER = 10  # answers "died" in a row, half a second apart: it is not coming back
 
 
@@ -92,8 +93,11 @@ def started_actors(
     try:
         places = iter(range(len(bundles)))
         start = functools.partial(_start, group)
+        # transformers samples one chunk at a time; calls to vLLM wait side by side for its continuous batch.
+        threads = MAX_IN_FLIGHT if run.rollout.engine == "vllm" else 1
         rollout = [
-            start(next(places), RolloutActor, run.rollout.resources, make_engine) for _ in range(run.rollout.actors)
+            start(next(places), RolloutActor, run.rollout.resources, make_engine, threads)
+            for _ in range(run.rollout.actors)
         ]
         reward = [
             start(next(places), RewardActor, run.reward.resources, make_sources) for _ in range(run.reward.actors)
@@ -104,10 +108,12 @@ def started_actors(
             remove_placement_group(group)
 
 
-def _start(group: Any, place: int, kind: type, resources: Mapping[str, float], make: Callable[[], Any]) -> Any:
+def _start(
+    group: Any, place: int, kind: type, resources: Mapping[str, float], make: Callable[[], Any], threads: int = 1
+) -> Any:
     others = {name: amount for name, amount in resources.items() if name not in ("CPU", "GPU")}
     actor = (
-        ray.remote(concurrency_groups=CONCURRENCY_GROUPS)(kind)
+        ray.remote(concurrency_groups=CONCURRENCY_GROUPS | {WORK: threads})(kind)
         .options(
             num_cpus=resources.get("CPU", 0),
             num_gpus=resources.get("GPU", 0),

@@ -53,10 +53,12 @@ class Score:
 class Progress:
     """What rank 0 of a learner tells the driver on its way (and any rank, for `failure`)."""
 
-    kind: str  # phase | start | step | eval | checkpoint | done | failure; earlier: of a step before this start
+    kind: (
+        str  # phase | notice | start | step | eval | checkpoint | done | failure; earlier: of a step before this start
+    )
     step: int = 0
     total_steps: int = 0
-    text: str = ""  # phase: what is being done; failure: rank, node and cause
+    text: str = ""  # phase: what is being done; notice: what to know; failure: rank, node and cause
     metrics: Mapping[str, float] = field(default_factory=dict)
     details: str = ""  # failure: the traceback
     final: bool = False  # failure: a restart would fail the same way

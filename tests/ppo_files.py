@@ -12,10 +12,10 @@ def spelling(completions, **columns):
 '''
 
 
-def make_policy(folder: Path) -> str:
-    """Writes a model and its tokenizer; the same weights each time."""
+def make_policy(folder: Path, family: str = "llama", head_size: int | None = None, spread: float = 0.2) -> str:
+    """Writes a model and its tokenizer; the same weights each time. vLLM's CPU attention wants heads of 32 or more."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     from raytrl.config.runs import TokenizerSpec
     from raytrl.roles.tokenizer import train_tokenizer
@@ -23,14 +23,20 @@ def make_policy(folder: Path) -> str:
     tokenizer = train_tokenizer(iter([" " + " ".join(WORDS)] * 50), TokenizerSpec(vocab_size=300))
     torch.manual_seed(0)
     values = {key: value for key, value in TINY_LLAMA.items() if key != "model_type"}
-    config = LlamaConfig(
+    if head_size is not None:
+        values["hidden_size"] = head_size * TINY_LLAMA["num_attention_heads"]
+    if family == "gpt2":
+        values = {"n_embd": values["hidden_size"], "n_layer": 2, "n_head": 2, "n_positions": 128}
+    config = AutoConfig.for_model(
+        family,
         vocab_size=len(tokenizer),
-        initializer_range=0.2,
+        initializer_range=spread,
+        bos_token_id=tokenizer.eos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         **values,
     )
-    LlamaForCausalLM(config).save_pretrained(folder / "policy")
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder / "policy")
     tokenizer.save_pretrained(folder / "policy")
     return str(folder / "policy")
 
@@ -51,7 +57,13 @@ def ppo_file(folder: Path, name: str, **sections: Any) -> str:
         "model": {"path": str(folder / "policy")},
         "data": {"train": str(folder / "prompts.jsonl")},
         "learner": {"workers": 2, "resources": {"CPU": 0.25}},
-        "rollout": {"actors": 2, "resources": {"CPU": 0.5}, "sampling": {"max_new_tokens": 8}, "chunk_prompts": 4},
+        "rollout": {
+            "engine": "transformers",
+            "actors": 2,
+            "resources": {"CPU": 0.5},
+            "sampling": {"max_new_tokens": 8},
+            "chunk_prompts": 4,
+        },
         "reward": {
             "resources": {"CPU": 0.5},
             "sources": [{"name": "spelling", "function": f"{folder}/rule.py:spelling"}],

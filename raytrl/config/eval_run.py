@@ -5,6 +5,7 @@ from typing import Literal
 from pydantic import Field, PositiveInt, model_validator
 
 from raytrl.config.base import Section
+from raytrl.config.engines import Asked, chosen_engine, engine_problems
 from raytrl.config.ppo import RolloutConfig
 from raytrl.config.reward import RewardSection
 from raytrl.config.runs import DataSource, ModelSection, Run, TokenizerSpec, or_raise
@@ -46,11 +47,20 @@ class EvalRun(Run):
         return found if self.compare is None else {**found, "compare": (self.compare, self.compare)}
 
     @property
+    def asked(self) -> Asked:
+        """What the run wants of its rollout engine."""
+        paths = [path for path, _ in self.models.values()]
+        reference = self.reference.path
+        return Asked(self.rollout, paths if reference is None else [*paths, reference], logprobs=reference is not None)
+
+    @property
     def uses_gpu(self) -> bool:
         return self.rollout.resources.get("GPU", 0) > 0
 
     @model_validator(mode="after")
     def _agreement(self) -> "EvalRun":
+        # auto becomes a name here, so that the run file in the run directory says what a run was made with.
+        self.__dict__["rollout"] = self.rollout.with_engine(chosen_engine(self.asked))
         model, rollout, problems = self.model, self.rollout, []
         if model.path is None:
             problems.append("model.path: missing; only a finished model can be evaluated: a Hugging Face id or folder")
@@ -59,11 +69,7 @@ class EvalRun(Run):
         for key in ("revision", "pad_token"):
             if (value := getattr(model, key)) is not None:
                 problems.append(f"model.{key}: does nothing for eval; found: {value!r}; leave it out")
-        if rollout.engine == "vllm":
-            problems.append(
-                "rollout.engine: vllm is not there yet: its engine is not part of this version; expected: auto or "
-                "transformers"
-            )
+        problems += engine_problems(self.asked)
         if any(amount <= 0 for amount in rollout.resources.values()) or not rollout.resources:
             problems.append(f"rollout.resources: found: {rollout.resources}; expected: amounts above 0")
         if rollout.samples != RolloutConfig().samples:

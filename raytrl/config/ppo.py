@@ -61,12 +61,19 @@ class RolloutConfig(Section):
     sampling: SamplingConfig = SamplingConfig()
     max_prompt_length: PositiveInt = 512  # tokens
     long_prompts: Literal["cut", "refuse"] = "cut"  # cut: a longer prompt loses its beginning
-    # Prompts that are always sampled together, whichever actor does it: the bits of a matrix product depend on what
-    # shares its batch, so a chunk is what makes a response the same however many actors there are.
+    # Prompts whose responses are scored together and, by transformers, sampled together, whichever actor does it: the
+    # bits of a matrix product depend on what shares its batch, so a chunk is what makes a response and its score the
+    # same however many actors there are. vLLM samples in one continuous batch an actor.
     chunk_prompts: PositiveInt = 8
     start_timeout_s: PositiveFloat = 600.0  # for rollout and reward actors to be placed and to load their models
     timeout_s: PositiveFloat = 600.0  # without a single answer of any actor before the run fails
     samples: Annotated[int, Field(ge=0)] = 8  # responses a step that go to samples.jsonl
+
+    def with_engine(self, name: Literal["vllm", "transformers"]) -> "RolloutConfig":
+        """A copy with auto replaced; what was written in the run file stays the only part that counts as written."""
+        copy = self.model_copy()
+        copy.__dict__["engine"] = name
+        return copy
 
 
 class KlConfig(Section):

@@ -5,6 +5,7 @@ from typing import Any, Literal
 from pydantic import model_validator
 
 from raytrl.config.deepspeed import check_for_ppo
+from raytrl.config.engines import Asked, chosen_engine, engine_problems
 from raytrl.config.ppo import EvalConfig, KlConfig, PpoConfig, ReferenceConfig, RolloutConfig, ValueModelConfig
 from raytrl.config.reward import RewardSection
 from raytrl.config.runs import TokenizerSpec, TrainingRun, or_raise
@@ -28,6 +29,11 @@ class PpoRun(TrainingRun):
         return str(self.model.tokenizer or self.model.path)
 
     @property
+    def asked(self) -> Asked:
+        """What the run wants of its rollout engine."""
+        return Asked(self.rollout, [str(self.model.path)], self.lora)
+
+    @property
     def chunks_per_step(self) -> int:
         """Pieces that a step's prompts are sampled in."""
         return -(-self.ppo.prompts_per_step // self.rollout.chunk_prompts)
@@ -44,6 +50,8 @@ class PpoRun(TrainingRun):
 
     @model_validator(mode="after")
     def _agreement(self) -> "PpoRun":
+        # auto becomes a name here, so that the run file in the run directory says what a run was made with.
+        self.__dict__["rollout"] = self.rollout.with_engine(chosen_engine(self.asked))
         or_raise(self._model_problems() + self._role_problems() + self._idle_settings(), None)
         return self
 
@@ -76,11 +84,7 @@ class PpoRun(TrainingRun):
             )
         if learner.deepspeed is not None:
             problems += check_for_ppo(learner.deepspeed)
-        if self.rollout.engine == "vllm":
-            problems.append(
-                "rollout.engine: vllm is not there yet: its engine is not part of this version; expected: auto or "
-                "transformers"
-            )
+        problems += engine_problems(self.asked)
         if any(amount <= 0 for amount in self.rollout.resources.values()) or not self.rollout.resources:
             problems.append(f"rollout.resources: found: {self.rollout.resources}; expected: amounts above 0")
         if "all" in self.report_to:

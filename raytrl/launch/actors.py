@@ -5,6 +5,7 @@ first asked. Calls that only look or prepare run in threads of their own (`CONTR
 The driver imports this module to start the actors, so nothing heavy is imported before it is needed.
 """
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,8 +22,35 @@ if TYPE_CHECKING:
     from raytrl.roles.reward_call import Pair
     from raytrl.roles.rollout import RolloutEngine
 
-CONTROL, STATUS = "control", "status"
+CONTROL, STATUS, WORK = "control", "status", "work"
+MAX_IN_FLIGHT = 128  # requests that one rollout actor works on at a time
 CONCURRENCY_GROUPS = {CONTROL: 4, STATUS: 1}
+
+
+class _Gate:
+    """Lets calls through alone or, where they say so, several beside each other; one that must be alone goes first."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._inside, self._alone, self._want_alone = 0, False, 0
+
+    @contextmanager
+    def passed(self, concurrent: bool) -> Iterator[None]:
+        with self._changed:
+            if concurrent:
+                self._changed.wait_for(lambda: not self._alone and not self._want_alone)
+            else:
+                self._want_alone += 1
+                self._changed.wait_for(lambda: not self._inside)
+                self._want_alone -= 1
+                self._alone = True
+            self._inside += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._inside, self._alone = self._inside - 1, False
+                self._changed.notify_all()
 
 
 class _Actor:
@@ -30,12 +58,13 @@ class _Actor:
 
     def __init__(self) -> None:
         self._newest_attempt = 0
-        self._lock = threading.Lock()  # around the engine or the sources: one call at a time
-        self._doing = "nothing"
+        self._gate = _Gate()  # before the engine or the sources
+        self._doing: list[str] = []
 
     def doing(self) -> str:
         """What it is at, for messages; answers at any time."""
-        return self._doing
+        doing = list(self._doing)
+        return "nothing" if not doing else doing[0] + (f", and {len(doing) - 1} more" if len(doing) > 1 else "")
 
     def begin(self, attempt: int) -> None:
         """Requests of earlier attempts that still wait here are refused from now on."""
@@ -46,18 +75,20 @@ class _Actor:
             raise StaleAttemptError(f"request of attempt {attempt}; this actor serves {self._newest_attempt}")
 
     @contextmanager
-    def _busy(self, text: str) -> Iterator[None]:
-        with self._lock:
-            self._doing = f"{text}, since {time.strftime('%H:%M:%S')}"
+    def _busy(self, text: str, concurrent: bool = False) -> Iterator[None]:
+        """`concurrent`: beside other calls of that kind; else alone."""
+        with self._gate.passed(concurrent):
+            doing = f"{text}, since {time.strftime('%H:%M:%S')}"
+            self._doing.append(doing)
             began = time.perf_counter()
             try:
                 yield
-                LOG.info("%s: %.3f s", text, time.perf_counter() - began)
+                LOG.log(logging.DEBUG if concurrent else logging.INFO, "%s: %.3f s", text, time.perf_counter() - began)
             except Exception as error:
                 LOG.error("%s: failed after %.3f s: %s", text, time.perf_counter() - began, error)
                 raise
             finally:
-                self._doing = "nothing"
+                self._doing.remove(doing)
 
 
 class RolloutActor(_Actor):
@@ -101,7 +132,8 @@ class RolloutActor(_Actor):
             WeightsVersionError: it holds others, or none since it was restarted.
             StaleAttemptError: a newer attempt has begun.
         """
-        with self._busy(f"generating for rows {prompts[0].row} to {prompts[-1].row} of step {prompts[0].step}"):
+        rows = f"rows {prompts[0].row} to {prompts[-1].row} of step {prompts[0].step}"
+        with self._busy(f"generating for {rows}", self._concurrent):
             self._check(attempt, version)
             return self._loaded().generate(prompts, version, samples=samples, greedy=greedy)
 
@@ -109,9 +141,14 @@ class RolloutActor(_Actor):
         self, attempt: int, prompts: Sequence[Prompt], responses: Sequence[Response], version: int
     ) -> list[float]:
         """Log-probability of each response under the weights of this attempt and version; raises as `generate`."""
-        with self._busy(f"log-probabilities of rows {prompts[0].row} to {prompts[-1].row}"):
+        rows = f"rows {prompts[0].row} to {prompts[-1].row}"
+        with self._busy(f"log-probabilities of {rows}", self._concurrent):
             self._check(attempt, version)
             return self._loaded().logprobs(prompts, responses, version)
+
+    @property
+    def _concurrent(self) -> bool:
+        return self._engine is not None and self._engine.concurrent
 
     def _check(self, attempt: int, version: int) -> None:
         self._refuse_if_old(attempt)

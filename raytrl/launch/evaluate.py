@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from raytrl.config.engines import engine_words
 from raytrl.config.eval_run import EvalRun
 from raytrl.config.load import LoadedRun
 from raytrl.errors import ConfigError, DataError
@@ -25,7 +26,7 @@ from raytrl.rundir import RunDirectory, now
 if TYPE_CHECKING:
     from raytrl.launch.roles import RewardPool, RolloutPool
     from raytrl.roles.folder_engine import FolderEngine
-    from raytrl.roles.rollout import TransformersEngine
+    from raytrl.roles.rollout import RolloutEngine
 
 
 @dataclass
@@ -133,7 +134,7 @@ def _describe(run: EvalRun, run_dir: RunDirectory, prompts: str) -> str:
         *(f"{key:<9}{path}" for key, (path, _) in run.models.items()),
         f"data     {rows} of {prompts}; {how}",
         f"reward   {' + '.join(sources)}",
-        f"rollout  {run.rollout.actors} x {amounts(run.rollout.resources)}, transformers",
+        f"rollout  {run.rollout.actors} x {amounts(run.rollout.resources)}, {engine_words(run.asked)}",
         f"scoring  {run.reward.actors} x {amounts(run.reward.resources)}",
         f"output   {run_dir}",
     ]
@@ -148,7 +149,7 @@ def _on_actors(run: EvalRun, show: Callable[[Progress], None]) -> dict[str, Answ
     from raytrl.launch.pool import Pool
     from raytrl.launch.ppo import make_sources
     from raytrl.launch.ray_actors import RayCalls, started_actors
-    from raytrl.launch.roles import RewardPool, RolloutPool, scoring_limit_s
+    from raytrl.launch.roles import RewardPool, RolloutPool, requests_in_flight, scoring_limit_s
     from raytrl.launch.transport import pack
     from raytrl.roles.weights import Weights
 
@@ -156,7 +157,13 @@ def _on_actors(run: EvalRun, show: Callable[[Progress], None]) -> dict[str, Answ
     who, limit_s = "the evaluation", scoring_limit_s(run.rollout, run.reward, 1)
     with started_actors(run, functools.partial(make_engine, run), functools.partial(make_sources, run)) as actors:
         generator = RolloutPool(
-            Pool(RayCalls(actors[0], RoleGauges(run.name, "rollout")), "rollout actors", who, run.rollout.timeout_s),
+            Pool(
+                RayCalls(actors[0], RoleGauges(run.name, "rollout")),
+                "rollout actors",
+                who,
+                run.rollout.timeout_s,
+                window=requests_in_flight(run.rollout, 1),
+            ),
             run.rollout,
             samples=1,
             attempt=1,
@@ -214,15 +221,16 @@ def _paths(run: EvalRun) -> list[str]:
 
 def make_engine(run: EvalRun) -> "FolderEngine":
     """The engine of one rollout actor."""
+    from raytrl.roles.engines import engine_class
     from raytrl.roles.folder_engine import FolderEngine
     from raytrl.roles.models import torch_dtype
-    from raytrl.roles.rollout import TransformersEngine
 
+    engine = engine_class(run.rollout.engine)
     paths = _paths(run)
     tokenizers = [tokenizer for _, tokenizer in run.models.values()]
 
-    def load(version: int) -> "TransformersEngine":
-        return TransformersEngine.from_pretrained(
+    def load(version: int) -> "RolloutEngine":
+        return engine.from_pretrained(
             paths[version],
             tokenizers[version] if version < len(tokenizers) else paths[version],
             run.rollout,

@@ -3,7 +3,9 @@
 Knows nothing of Ray: `Calls` says how an actor is called. A pool belongs to one thread of one learner worker.
 """
 
+import math
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -48,7 +50,7 @@ class Request:
     """One call that any actor of the pool may answer."""
 
     name: str  # for messages
-    place: int  # the actor of choice is `place` modulo the pool's size
+    place: int  # of equally busy actors, the one of choice is `place` modulo the pool's size
     method: str
     arguments: tuple[Any, ...]
     losses: int = 0
@@ -57,14 +59,17 @@ class Request:
 class Pool:
     """Sends requests, takes answers in any order, and brings reborn actors up to date before they serve."""
 
-    def __init__(self, calls: Calls, what: str, who: str, timeout_s: float) -> None:
+    def __init__(self, calls: Calls, what: str, who: str, timeout_s: float, window: int | None = None) -> None:
         """
         Args:
             what: the actors, in the plural, for messages: "rollout actors".
             who: the one that waits.
             timeout_s: without any answer before StalledError.
+            window: requests that an actor has at a time; the others wait here, for whichever actor is done first.
+                None: requests are shared out at once.
         """
         self._calls, self._what, self._who, self._timeout_s = calls, what, who, timeout_s
+        self._window = math.inf if window is None else window
         self._prepare: tuple[Any, ...] = ()  # the call that brings an actor up to date: method, then arguments
         self._expect: Any = None
         self._up: set[int] = set()
@@ -72,7 +77,7 @@ class Pool:
         self._next_try: dict[int, float] = {}  # actors that are down and not being prepared
         self._preparing: dict[Any, int] = {}
         self._flying: dict[Any, tuple[Request, int]] = {}
-        self._unsent: list[Request] = []
+        self._unsent: deque[Request] = deque()
         self._last_loss = ""
 
     @property
@@ -105,18 +110,21 @@ class Pool:
             self._take(deadline, limit_s, method)
 
     def send(self, request: Request) -> None:
-        """Returns at once; the request goes to its actor of choice, or to the least busy one that is up."""
-        if not self._up:
-            self._unsent.append(request)
-            return
-        actor = request.place % len(self._calls)
-        if actor not in self._up or request.losses:
-            load = dict.fromkeys(sorted(self._up), 0)
-            for _, busy in self._flying.values():
-                if busy in load:
-                    load[busy] += 1
-            actor = min(load, key=lambda candidate: load[candidate])
-        self._flying[self._calls.call(actor, request.method, *request.arguments)] = (request, actor)
+        """Returns at once; the request goes to the least busy actor that is up, of several to its actor of choice."""
+        self._unsent.append(request)
+        self._hand_out()
+
+    def _hand_out(self) -> None:
+        load = dict.fromkeys(sorted(self._up), 0)
+        for _, busy in self._flying.values():
+            if busy in load:
+                load[busy] += 1
+        while self._unsent and load and min(load.values()) < self._window:
+            request = self._unsent.popleft()
+            choice = request.place % len(self._calls)
+            actor = min(load, key=lambda candidate: (load[candidate], candidate != choice))
+            load[actor] += 1
+            self._flying[self._calls.call(actor, request.method, *request.arguments)] = (request, actor)
 
     def answers(self) -> Iterator[tuple[Request, Any]]:
         """The answer to every request that was sent, as they come.
@@ -144,6 +152,7 @@ class Pool:
                 self._prepared(ticket)
             else:
                 answers += self._answered(ticket)
+        self._hand_out()
         return answers
 
     def _prepared(self, ticket: Any) -> None:
@@ -159,9 +168,6 @@ class Pool:
                 f"{proof}; expected: {self._expect}"
             )
         self._up.add(actor)
-        unsent, self._unsent = self._unsent, []
-        for request in unsent:
-            self.send(request)
 
     def _answered(self, ticket: Any) -> list[Any]:
         request, actor = self._flying.pop(ticket)
@@ -176,7 +182,10 @@ class Pool:
                 f"{self._who}: {request.name}: was lost with {_MAX_LOSSES} {self._what} one after the other, so it may "
                 f"be what ends them; last: {self._last_loss}"
             ) from None
-        self.send(Request(request.name, request.place, request.method, request.arguments, request.losses + 1))
+        # First in the line: whoever waits has waited for it longest.
+        self._unsent.appendleft(
+            Request(request.name, request.place, request.method, request.arguments, request.losses + 1)
+        )
         return []
 
     def _lost(self, actor: int, loss: ActorLostError) -> None:

@@ -60,10 +60,10 @@ class PpoKind:
 
 def make_engine(run: PpoRun) -> "RolloutEngine":
     """The engine of one rollout actor; its weights are the learners', in their dtype."""
+    from raytrl.roles.engines import engine_class
     from raytrl.roles.models import torch_dtype
-    from raytrl.roles.rollout import TransformersEngine
 
-    return TransformersEngine.from_pretrained(
+    return engine_class(run.rollout.engine).from_pretrained(
         str(run.model.path),
         run.tokenizer_path,
         run.rollout,

@@ -1,6 +1,7 @@
 """What is checked before a PPO run is started, and what is then going to run where."""
 
 from raytrl.config.deepspeed import zero_stage
+from raytrl.config.engines import engine_words
 from raytrl.config.eval_run import EvalRun
 from raytrl.config.ppo_run import PpoRun
 from raytrl.config.reward import RewardSection
@@ -89,7 +90,7 @@ def describe_ppo(run: PpoRun, data: dict[str, str]) -> str:
         f"data     {data['data.train']}" + (f"; evaluation: {data['data.eval']}" if "data.eval" in data else ""),
         f"reward   {' + '.join(sources)}",
         f"learner  {workers} x {amounts(learner.resources)}, {how}, on {where}",
-        f"rollout  {run.rollout.actors} x {amounts(run.rollout.resources)}, transformers",
+        f"rollout  {run.rollout.actors} x {amounts(run.rollout.resources)}, {engine_words(run.asked)}",
         f"scoring  {run.reward.actors} x {amounts(run.reward.resources)}",
         f"step     {ppo.batch_size} responses, {ppo.epochs} epochs of {ppo.minibatches} minibatches; {ppo.steps} steps; {kl}",
     ]

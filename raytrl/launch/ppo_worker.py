@@ -19,10 +19,11 @@ from raytrl.launch.gauges import RoleGauges
 from raytrl.launch.logs import LOG, set_version
 from raytrl.launch.pool import Pool
 from raytrl.launch.ray_actors import RayCalls
-from raytrl.launch.roles import RewardPool, RolloutPool, scoring_limit_s
+from raytrl.launch.roles import RewardPool, RolloutPool, requests_in_flight, scoring_limit_s
 from raytrl.launch.transport import pack
 from raytrl.launch.worker import RayWorkerContext
 from raytrl.ppo import loop
+from raytrl.ppo.alarm import GapAlarm
 from raytrl.ppo.protocols import Rollout
 from raytrl.records import Progress, sample_row
 from raytrl.roles.backends import Backend, build_backend
@@ -58,7 +59,13 @@ def train_ppo(
     attempt: int = broadcast_from_rank_zero(time.time_ns())
     who = f"learner worker {context.rank}"
     generator = RolloutPool(
-        Pool(RayCalls(rollout_actors, RoleGauges(run.name, "rollout")), "rollout actors", who, run.rollout.timeout_s),
+        Pool(
+            RayCalls(rollout_actors, RoleGauges(run.name, "rollout")),
+            "rollout actors",
+            who,
+            run.rollout.timeout_s,
+            window=requests_in_flight(run.rollout, run.ppo.responses_per_prompt),
+        ),
         run.rollout,
         samples=run.ppo.responses_per_prompt,
         attempt=attempt,
@@ -190,6 +197,7 @@ class StepReporter:
     ) -> None:
         self._run, self._context, self._num_actors = run, context, num_actors
         self.last: Mapping[str, float] = {}
+        self._alarm = GapAlarm()
         self._writer: Any = None
         self._trackers: Trackers | None = None
         if context.rank == 0:
@@ -216,6 +224,10 @@ class StepReporter:
         self.last = metrics
         samples = self._samples(rollout, evaluation, step)
         if self._context.rank == 0:
+            if self._run.ppo.max_lag == 0:  # else the gap is also how far the policy has moved meanwhile
+                notice = self._alarm.check(step, metrics["rollout/logprob_gap_mean"])
+                if notice is not None:
+                    self._context.progress(Progress("notice", step, text=notice))
             self._context.progress(Progress("step", step, self._run.ppo.steps, metrics=metrics, samples=samples))
             if self._writer is not None:
                 for name, value in metrics.items():

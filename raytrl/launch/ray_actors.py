@@ -17,7 +17,7 @@ from raytrl.config.ppo import RolloutConfig
 from raytrl.config.ppo_run import PpoRun
 from raytrl.config.reward import RewardSection
 from raytrl.errors import ResourceError
-from raytrl.launch.actors import CONCURRENCY_GROUPS, CONTROL, STATUS, RewardActor, RolloutActor
+from raytrl.launch.actors import CONCURRENCY_GROUPS, CONTROL, MAX_IN_FLIGHT, STATUS, WORK, RewardActor, RolloutActor
 from raytrl.launch.gauges import RoleGauges
 from raytrl.launch.logs import start_log
 from raytrl.launch.pool import ActorLostError
@@ -26,6 +26,7 @@ from raytrl.rundir import RunDirectory
 
 # Which calls do not queue behind the long ones.
 _GROUPS = {"begin": CONTROL, "prepare": CONTROL, "start": CONTROL, "load_weights": CONTROL, "doing": STATUS}
+_GROUPS |= {"generate": WORK, "logprobs": WORK}
 _FINAL_AFTER = 10  # answers "died" in a row, half a second apart: it is not coming back
 
 
@@ -111,8 +112,10 @@ def started_actors(
         if not groups[1].wait(max(0.1, deadline - time.monotonic())):
             raise _not_placed(run.reward, "reward", run.rollout.start_timeout_s)
         in_role = functools.partial(functools.partial, as_role, os.getcwd(), run.output_dir, run.name)
+        # transformers samples one chunk at a time; calls to vLLM wait side by side for its continuous batch.
+        threads = MAX_IN_FLIGHT if run.rollout.engine == "vllm" else 1
         rollout = [
-            _start(groups[0], i, RolloutActor, run.rollout.resources, in_role("rollout", i, make_engine))
+            _start(groups[0], i, RolloutActor, run.rollout.resources, in_role("rollout", i, make_engine), threads)
             for i in range(run.rollout.actors)
         ]
         reward = [
@@ -153,10 +156,12 @@ def as_role(cwd: str, output_dir: str, name: str, role: str, rank: int, make: Ca
     return make()
 
 
-def _start(group: Any, place: int, kind: type, resources: Mapping[str, float], make: Callable[[], Any]) -> Any:
+def _start(
+    group: Any, place: int, kind: type, resources: Mapping[str, float], make: Callable[[], Any], threads: int = 1
+) -> Any:
     others = {name: amount for name, amount in resources.items() if name not in ("CPU", "GPU")}
     actor = (
-        ray.remote(concurrency_groups=CONCURRENCY_GROUPS)(kind)
+        ray.remote(concurrency_groups=CONCURRENCY_GROUPS | {WORK: threads})(kind)
         .options(
             num_cpus=resources.get("CPU", 0),
             num_gpus=resources.get("GPU", 0),

@@ -151,7 +151,7 @@ def advantages_of(
     unexplained, total = explained_variance(returns_BR, values_BR, mask_BR)
     left, whole = Moments.of(sum_over_workers(unexplained)), Moments.of(sum_over_workers(total))
     gap_BR = torch.where(mask_BR, (old_BR - samples.sampling_logprobs_BR).abs(), torch.zeros_like(old_BR))
-    ended = mean(samples.ended_B)
+    ended, length = mean(samples.ended_B), mean(samples.sequences.response_lengths_B)
     metrics = {
         "objective/kl": kl,
         "objective/kl_k3": mean(total_B(kl_estimate(old_BR, ref_BR, "k3"))),
@@ -166,8 +166,9 @@ def advantages_of(
         "val/num_eos_tokens": ended * num_responses,
         "val/explained_variance": 1.0 - left.variance / whole.variance if whole.variance > 0 else math.nan,
         "response/ended_fraction": ended,
-        "response/length": mean(samples.sequences.response_lengths_B),
+        "response/length": length,
         "rollout/logprob_gap_max": _largest(gap_BR),
+        "rollout/logprob_gap_mean": mean(total_B(gap_BR)) / length,
     }
     return Advantages(advantages_BR, returns_BR, kl, num_responses, metrics)
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 from raytrl.errors import WeightsVersionError
 from raytrl.records import Prompt, Response
-from raytrl.roles.rollout import RolloutEngine, TransformersEngine
+from raytrl.roles.rollout import RolloutEngine
 from raytrl.roles.weights import Weights
 
 
@@ -15,11 +15,11 @@ class FolderEngine(RolloutEngine):
     reads the model itself, and the driver never has to.
     """
 
-    def __init__(self, paths: Sequence[str], make: Callable[[int], TransformersEngine]) -> None:
+    def __init__(self, paths: Sequence[str], make: Callable[[int], RolloutEngine]) -> None:
         """`make(v)` loads the model at `paths[v]`."""
         super().__init__()
         self._paths, self._make = paths, make
-        self._engine: TransformersEngine | None = None
+        self._engine: RolloutEngine | None = None
 
     def _load(self, weights: Weights) -> None:
         if self._paths[weights.version] != weights.checksum:
@@ -27,8 +27,11 @@ class FolderEngine(RolloutEngine):
                 f"rollout engine: asked for {weights.checksum!r}; found: {self._paths[weights.version]!r} as model "
                 f"{weights.version}"
             )
-        self._engine = None  # before the next is loaded: there may be no room for two
+        if self._engine is not None:  # before the next is loaded: there may be no room for two
+            self._engine.close()
+            self._engine = None
         self._engine = self._make(weights.version)
+        self.concurrent = self._engine.concurrent
 
     def _generate(self, prompts: Sequence[Prompt], version: int, samples: int, greedy: bool) -> list[Response]:
         return self._held()._generate(prompts, version, samples, greedy)
@@ -36,6 +39,6 @@ class FolderEngine(RolloutEngine):
     def _logprobs(self, prompts: Sequence[Prompt], responses: Sequence[Response]) -> list[float]:
         return self._held()._logprobs(prompts, responses)
 
-    def _held(self) -> TransformersEngine:
+    def _held(self) -> RolloutEngine:
         assert self._engine is not None
         return self._engine

@@ -34,6 +34,8 @@ class RolloutEngine(ABC):
     weights by mistake.
     """
 
+    concurrent = False  # whether `generate` may be called from several threads at a time
+
     def __init__(self) -> None:
         self._version: int | None = None
 
@@ -89,6 +91,9 @@ class RolloutEngine(ABC):
                 f"load_weights must come first"
             )
 
+    def close(self) -> None:  # noqa: B027 (most engines hold nothing that outlives them)
+        """Let go of threads and memory; the engine is of no use afterwards."""
+
     @abstractmethod
     def _load(self, weights: Weights) -> None: ...
 
@@ -103,6 +108,17 @@ def response_seed(run_seed: int, step: int, row: int, sample: int) -> int:
     """An independent 63-bit seed for every response."""
     digest = hashlib.blake2b(f"{run_seed}/{step}/{row}/{sample}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
+
+
+def response_text(
+    tokenizer: Tokenizer, token_ids: Sequence[int], stop_token_ids: Sequence[int], stop: Sequence[str] | None
+) -> str:
+    """What reward sources read: special tokens, the stop token and everything from a stop string on removed."""
+    # The stop token goes by its id: not every tokenizer counts it among the special ones.
+    shown = token_ids[:-1] if token_ids[-1] in stop_token_ids else token_ids
+    text = str(tokenizer.decode(list(shown), skip_special_tokens=True))
+    cuts = [text.index(word) for word in stop or () if word in text]
+    return text[: min(cuts)] if cuts else text
 
 
 class TransformersEngine(RolloutEngine):
@@ -249,15 +265,12 @@ class TransformersEngine(RolloutEngine):
         ended = bool(drawn.lengths_B[i] > 0)
         length = int(drawn.lengths_B[i]) if ended else self._sampling.max_new_tokens
         token_ids = tuple(drawn.tokens_BR[i, :length].tolist())
-        # The stop token goes by its id: not every tokenizer counts it among the special ones.
-        text = self._decode(token_ids[:-1] if token_ids[-1] in self._stop_token_ids.tolist() else token_ids)
-        cuts = [text.index(stop) for stop in self._sampling.stop or () if stop in text]
         return Response(
             step=prompt.step,
             row=prompt.row,
             sample=sample,
             token_ids=token_ids,
-            text=text[: min(cuts)] if cuts else text,
+            text=response_text(self._tokenizer, token_ids, self._stop_token_ids.tolist(), self._sampling.stop),
             ended=ended,
             sampling_logprobs=tuple(drawn.logprobs_BR[i, :length].tolist()),
             policy_version=version,

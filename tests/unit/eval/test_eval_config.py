@@ -40,7 +40,6 @@ def test_defaults(tmp_path: Path) -> None:
         ("model.path=null", "expected: one of path"),
         ("model.revision=main", "model.revision: does nothing for eval"),
         ("model.pad_token=<p>", "model.pad_token: does nothing for eval"),
-        ("rollout.engine=vllm", "rollout.engine: vllm is not there yet"),
         ("rollout.samples=3", "rollout.samples: does nothing for eval"),
         ("rollout.resources={CPU: 0}", "rollout.resources: found"),
         ("rollout.actor=2", "rollout.actor: unknown key; nearest known key: actors"),

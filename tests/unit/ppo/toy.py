@@ -14,7 +14,7 @@ from raytrl.records import Prompt, Response, Score, chunks
 from raytrl.roles.backends import build_backend
 from raytrl.roles.learner import PpoLearner
 from raytrl.roles.networks import add_policy_adapter, assemble
-from raytrl.roles.rollout import TransformersEngine
+from raytrl.roles.rollout import RolloutEngine, TransformersEngine
 from raytrl.roles.weights import Weights
 
 VOCABULARY, EOS = 8, 7
@@ -99,7 +99,7 @@ class Prompts:
 class LocalGenerator:
     """Engines in this process, taking the chunks in turn."""
 
-    def __init__(self, engines: Sequence[TransformersEngine], samples: int, chunk_prompts: int = 8) -> None:
+    def __init__(self, engines: Sequence[RolloutEngine], samples: int, chunk_prompts: int = 8) -> None:
         self.engines, self.samples, self.chunk_prompts = list(engines), samples, chunk_prompts
 
     def generate(self, prompts: Sequence[Prompt], version: int, *, greedy: bool) -> list[list[Response]]:

@@ -1,0 +1,159 @@
+"""Which rollout engine a run takes, and whether that engine can do what the run file asks. Imports neither engine."""
+
+import ast
+import importlib.util
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from raytrl.config.native import NativeClass, check_values, native_fields, package_folder
+from raytrl.config.nearest import unknown_key
+from raytrl.config.ppo import RolloutConfig
+
+VLLM_ARGS = NativeClass("vllm", "engine/arg_utils.py", "EngineArgs")
+# What raytrl sets itself, and by which key.
+_OWNED = {
+    "model": "model.path",
+    "tokenizer": "model.tokenizer",
+    "dtype": "model.dtype",
+    "trust_remote_code": "model.trust_remote_code",
+    "seed": "seed (every response has a seed of its own)",
+    "logprobs_mode": "raytrl: log-probs are those of the distribution that was sampled from",
+    "enable_lora": "lora (the adapter is merged on the rollout side)",
+    "skip_tokenizer_init": "raytrl, which tokenizes itself",
+    "data_parallel_size": "rollout.actors",
+    "distributed_executor_backend": "rollout.resources (one process, or one a GPU)",
+    "worker_extension_cls": "raytrl",
+}
+CPU_SEQUENCES = 128  # in vLLM's batch on CPUs at a time, unless engine_args.max_num_seqs says otherwise
+_INSTALL = "pip install 'raytrl[vllm]' on GPUs; on CPUs see README.md"
+
+
+def vllm_is_installed() -> bool:
+    """Whether `import vllm` would find a package: vLLM's own, or its CPU build."""
+    return importlib.util.find_spec("vllm") is not None
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a run wants of its engine."""
+
+    rollout: RolloutConfig
+    model_paths: Sequence[str]
+    lora: Mapping[str, Any] | None = None
+    logprobs: bool = False  # of responses that another model sampled
+
+
+def chosen_engine(asked: Asked) -> Literal["vllm", "transformers"]:
+    """`rollout.engine`, where auto is vllm if it is installed and can run this model."""
+    if asked.rollout.engine != "auto":
+        return asked.rollout.engine
+    return "transformers" if vllm_obstacles(asked) else "vllm"
+
+
+def engine_problems(asked: Asked) -> list[str]:
+    """Why `rollout.engine` cannot serve as it is asked to, one line each."""
+    if chosen_engine(asked) != "vllm":
+        return []
+    if obstacles := vllm_obstacles(asked):
+        return [f"rollout.engine: vllm cannot be taken: {obstacle}" for obstacle in obstacles]
+    return _argument_problems(asked.rollout.engine_args) + _placement_problems(asked.rollout)
+
+
+def engine_words(asked: Asked) -> str:
+    """The engine's name, and why it is not vLLM where that is installed; for people."""
+    if asked.rollout.engine == "vllm" or not vllm_is_installed():
+        return str(asked.rollout.engine)
+    obstacles = vllm_obstacles(asked)
+    return f"{asked.rollout.engine} (not vllm: {obstacles[0]})" if obstacles else str(asked.rollout.engine)
+
+
+def vllm_obstacles(asked: Asked) -> list[str]:
+    """What keeps vLLM from running these models here."""
+    if not vllm_is_installed():
+        return [f"it is not installed; {_INSTALL}; or set rollout.engine: transformers"]
+    obstacles = []
+    if asked.lora is not None and asked.lora.get("use_dora"):
+        obstacles.append("lora.use_dora: its magnitudes are not merged on the rollout side; set engine: transformers")
+    if asked.logprobs and asked.rollout.sampling.temperature != 1.0:
+        obstacles.append(
+            f"its log-probabilities of given responses (reference.path) are those of temperature 1; found: "
+            f"{asked.rollout.sampling.temperature:g}; set engine: transformers"
+        )
+    if not asked.rollout.resources.get("GPU"):
+        sizes = _cpu_head_sizes()
+        for path in asked.model_paths:
+            size = _head_size(path)
+            if sizes and size is not None and size not in sizes:
+                obstacles.append(
+                    f"its attention on CPUs has no heads of that size; found: {size} in {path!r}; expected: one of "
+                    f"{', '.join(map(str, sizes))}; set engine: transformers"
+                )
+    return obstacles
+
+
+def _argument_problems(given: Mapping[str, Any]) -> list[str]:
+    where = "rollout.engine_args"
+    known = native_fields(VLLM_ARGS)
+    problems = [f"{where}.{key}: is set by {_OWNED[key]}" for key in given if key in _OWNED]
+    problems += [unknown_key(where, key, known.keys() - _OWNED.keys()) for key in given if key not in known]
+    return problems + check_values(where, VLLM_ARGS, dict(given))
+
+
+def _placement_problems(rollout: RolloutConfig) -> list[str]:
+    """An engine is one actor; the GPUs of its bundle, which lie on one node, are the GPUs that it spreads over."""
+    gpus = rollout.resources.get("GPU", 0)
+    asked = gpus_asked(rollout.engine_args)
+    if not gpus and (asked or 1) > 1:
+        return [
+            f"rollout.engine_args: an engine on CPUs is one process; found: tensor and pipeline parallel sizes of {asked} "
+            f"in all; expected: 1; use more rollout.actors"
+        ]
+    if gpus > 1 and gpus != int(gpus):
+        return [f"rollout.resources.GPU: found: {gpus:g}; expected: a whole number, or a part of one GPU"]
+    if gpus and asked is not None and asked != max(1, gpus):
+        return [
+            f"rollout.resources.GPU: an engine spreads over as many GPUs as its actor has; found: {gpus:g} and "
+            f"rollout.engine_args with parallel sizes of {asked} in all; expected: the same number (without a size in "
+            f"engine_args, tensor_parallel_size is the number of GPUs)"
+        ]
+    return []
+
+
+def gpus_asked(engine_args: Mapping[str, Any]) -> int | None:
+    """The product of the parallel sizes that are given; None where none is."""
+    sizes = [engine_args[key] for key in ("tensor_parallel_size", "pipeline_parallel_size") if key in engine_args]
+    if not sizes or not all(isinstance(size, int) for size in sizes):
+        return None
+    product = 1
+    for size in sizes:
+        product *= size
+    return product
+
+
+def _head_size(model_path: str) -> int | None:
+    """Of a local model; None where it cannot be told without the hub."""
+    try:
+        config = json.loads((Path(model_path) / "config.json").read_text(encoding="utf-8"))
+        config = config.get("text_config") or config
+        if config.get("head_dim"):
+            return int(config["head_dim"])
+        width = config.get("hidden_size") or config["n_embd"]
+        return int(width) // int(config.get("num_attention_heads") or config["n_head"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _cpu_head_sizes() -> list[int]:
+    """What vLLM's CPU attention was compiled for, from its source; empty where that reads otherwise."""
+    file = package_folder("vllm") / "v1/attention/backends/cpu_attn.py"
+    if not file.is_file():
+        return []
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.FunctionDef) and node.name == "get_supported_head_sizes":
+            returned = node.body[-1]
+            if isinstance(returned, ast.Return) and isinstance(returned.value, ast.List):
+                return [int(size) for size in ast.literal_eval(returned.value)]
+    return []

@@ -1,0 +1,59 @@
+"""LoRA on the rollout side: only the adapter travels; here it is added to the base weights."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from raytrl.roles.networks import add_policy_adapter
+from raytrl.roles.weights import POLICY_ADAPTER, Weights, copy_into
+
+
+class LoraMerge:
+    """The base weights as they lie on disk, and the adapter that arrived last."""
+
+    def __init__(
+        self, model_path: str, lora: Mapping[str, Any], dtype: torch.dtype, trust_remote_code: bool = False
+    ) -> None:
+        """`dtype` is the rollout engine's. Safetensors in that dtype are mapped, not read into memory."""
+        base = AutoModelForCausalLM.from_pretrained(model_path, dtype=dtype, trust_remote_code=trust_remote_code)
+        self._policy = add_policy_adapter(base, lora)
+        self._policy.requires_grad_(False)
+
+    def take(self, weights: Weights) -> None:
+        """Hold this adapter, proven by its checksum.
+
+        Raises:
+            WeightsVersionError: it does not fit, or did not arrive whole.
+        """
+        copy_into(self._policy, weights)
+
+    def changed(self, with_siblings: bool) -> Iterator[tuple[str, Tensor]]:
+        """The parameters that the adapter changes, merged, one by one, by their Hugging Face names.
+
+        Args:
+            with_siblings: and those that the adapter leaves alone in the same block, as an engine needs them that fuses
+                a block's layers, such as query, key and value.
+        """
+        model = self._policy.get_base_model()
+        layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, LoraLayer)}
+        blocks = {name.rpartition(".")[0] for name in layers}
+        for name, parameter in model.named_parameters():
+            layer, _, leaf = name.replace(".base_layer.", ".").rpartition(".")
+            if "lora_" in name:
+                continue
+            if layer in layers and leaf == "weight":
+                yield f"{layer}.{leaf}", self._merged(layers[layer])
+            elif with_siblings and layer.rpartition(".")[0] in blocks:
+                yield f"{layer}.{leaf}", parameter.data
+
+    @staticmethod
+    @torch.no_grad()
+    def _merged(layer: LoraLayer) -> Tensor:
+        base: Tensor = layer.get_base_layer().weight.data
+        delta: Tensor = layer.get_delta_weight(POLICY_ADAPTER)
+        # As PEFT merges: in the base's dtype.
+        return base + delta.to(base.dtype)

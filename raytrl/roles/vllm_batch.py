@@ -1,0 +1,113 @@
+"""vLLM's continuous batch: one thread owns the engine and steps it; requests come from any thread at any time."""
+
+import itertools
+import queue
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class _Request:
+    token_ids: Sequence[int]
+    params: Any  # vllm.SamplingParams
+    ends: Callable[[Sequence[int]], bool] | None
+    future: "Future[Any]" = field(default_factory=Future)
+
+
+@dataclass(frozen=True)
+class _Work:
+    function: Callable[[Any], Any]
+    future: "Future[Any]" = field(default_factory=Future)
+
+
+class ContinuousBatch:
+    """An `LLMEngine` and its thread.
+
+    vLLM's engine is not safe to call from two threads, and the number of its OpenMP threads belongs to the thread that
+    computes, so the engine is made in that thread as well.
+    """
+
+    def __init__(self, make_engine: Callable[[], Any]) -> None:
+        """Raises what `make_engine` raises."""
+        self._inbox: queue.SimpleQueue[_Request | _Work | None] = queue.SimpleQueue()
+        self._running: dict[str, _Request] = {}
+        self._numbers = itertools.count()
+        made: Future[None] = Future()
+        self._thread = threading.Thread(target=self._run, args=(make_engine, made), name="vllm", daemon=True)
+        self._thread.start()
+        made.result()
+
+    def submit(
+        self, token_ids: Sequence[int], params: Any, ends: Callable[[Sequence[int]], bool] | None = None
+    ) -> "Future[Any]":
+        """The finished `RequestOutput`, in time.
+
+        Args:
+            ends: called with the tokens sampled so far; where it is true, the response ends. Needs cumulative outputs.
+        """
+        request = _Request(token_ids, params, ends)
+        self._inbox.put(request)
+        return request.future
+
+    def call(self, function: Callable[[Any], T]) -> T:
+        """What the function returns for the engine, between two steps of it."""
+        work = _Work(function)
+        self._inbox.put(work)
+        result: T = work.future.result()
+        return result
+
+    def close(self) -> None:
+        """Ends the thread and lets go of the engine."""
+        self._inbox.put(None)
+        self._thread.join()
+
+    def _run(self, make_engine: Callable[[], Any], made: "Future[None]") -> None:
+        try:
+            engine = make_engine()
+        except BaseException as error:
+            made.set_exception(error)
+            return
+        made.set_result(None)
+        while self._take_in(engine):
+            if self._running:
+                self._step(engine)
+
+    def _take_in(self, engine: Any) -> bool:
+        """Start what has come; waits for something while there is nothing to step. False: closed."""
+        while not self._inbox.empty() or not self._running:
+            item = self._inbox.get()
+            if item is None:
+                return False
+            try:
+                if isinstance(item, _Work):
+                    item.future.set_result(item.function(engine))
+                else:
+                    name = str(next(self._numbers))
+                    engine.add_request(name, {"prompt_token_ids": list(item.token_ids)}, item.params)
+                    self._running[name] = item
+            except Exception as error:
+                item.future.set_exception(error)
+        return True
+
+    def _step(self, engine: Any) -> None:
+        try:
+            outputs = engine.step()
+        except Exception as error:  # every request was part of the step that failed
+            running, self._running = self._running, {}
+            for name, request in running.items():
+                engine.abort_request([name])
+                request.future.set_exception(error)
+            return
+        for output in outputs:
+            request = self._running[output.request_id]
+            stopped = request.ends is not None and not output.finished and request.ends(output.outputs[0].token_ids)
+            if stopped:
+                engine.abort_request([output.request_id])
+            if stopped or output.finished:
+                del self._running[output.request_id]
+                request.future.set_result(output)

@@ -1,0 +1,231 @@
+"""The rollout engine on vLLM: the same on CPUs and GPUs, with a continuous batch."""
+
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+
+from raytrl.config.engines import CPU_SEQUENCES, gpus_asked
+from raytrl.config.ppo import RolloutConfig, SamplingConfig
+from raytrl.errors import NonFiniteError, RunError, WeightsVersionError
+from raytrl.records import Prompt, Response
+from raytrl.roles.lora_merge import LoraMerge
+from raytrl.roles.rollout import RolloutEngine, Tokenizer, response_seed, response_text
+from raytrl.roles.vllm_batch import ContinuousBatch
+from raytrl.roles.weights import Weights, checksum
+
+# Read by vLLM when it is imported. In one process there are no children that could outlive the actor.
+_ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "ERROR",  # at every update a warning of each layer without weights
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # engines of one machine would all bind to its first cores
+}
+_CPU_BLOCK = 128  # tokens of a key-value block of vLLM on a CPU
+_MAX_CPU_CACHE_BYTES = 2**30
+
+
+class VllmEngine(RolloutEngine):
+    """Samples with vLLM; responses of several calls share its continuous batch."""
+
+    concurrent = True
+
+    def __init__(
+        self,
+        batch: ContinuousBatch,
+        tokenizer: Tokenizer,
+        sampling: SamplingConfig,
+        *,
+        seed: int,
+        stop_token_ids: Sequence[int] = (),
+        merge: LoraMerge | None = None,
+    ) -> None:
+        """`stop_token_ids` are added to the tokenizer's end token; `seed` is the run's; `merge`: adapters arrive."""
+        super().__init__()
+        self._batch, self._tokenizer, self._sampling, self._seed = batch, tokenizer, sampling, seed
+        own = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
+        self._stop_token_ids = sorted({*own, *stop_token_ids})
+        self._merge = merge
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model_path: str,
+        tokenizer_path: str,
+        rollout: RolloutConfig,
+        *,
+        seed: int,
+        lora: Mapping[str, Any] | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: str = "cpu",
+        trust_remote_code: bool = False,
+    ) -> "VllmEngine":
+        """An engine for the learner's model; as `TransformersEngine.from_pretrained`.
+
+        `rollout.engine_args` are fields of vLLM's `EngineArgs` and replace what is chosen here.
+        """
+        config = AutoConfig.from_pretrained(model_path, trust_remote_code=trust_remote_code)
+        arguments = {
+            "model": model_path,
+            "tokenizer": tokenizer_path,
+            "trust_remote_code": trust_remote_code,
+            "dtype": str(dtype).removeprefix("torch."),
+            **_chosen_arguments(rollout, config.get_text_config(), dtype, device),
+            **rollout.engine_args,
+        }
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer_path, trust_remote_code=trust_remote_code)
+        return cls(
+            ContinuousBatch(_maker(arguments)),
+            tokenizer,
+            rollout.sampling,
+            seed=seed,
+            stop_token_ids=_end_tokens(model_path, config),
+            merge=None if lora is None else LoraMerge(model_path, lora, dtype, trust_remote_code),
+        )
+
+    def close(self) -> None:
+        self._batch.close()
+
+    def _load(self, weights: Weights) -> None:
+        if self._merge is not None:
+            self._merge.take(weights)  # proves the checksum
+        elif (found := checksum(weights.tensors)) != weights.checksum:
+            raise WeightsVersionError(
+                f"rollout engine: weights of version {weights.version} are not what the learner sent; found checksum "
+                f"{found}; expected {weights.checksum}"
+            )
+        self._batch.call(lambda engine: self._replace(engine, weights))
+
+    def _replace(self, engine: Any, weights: Weights) -> None:
+        if engine.has_unfinished_requests():
+            raise RunError("rollout engine: new weights while responses are sampled; this is a fault in raytrl")
+        named: Iterable[tuple[str, Tensor]] = weights.tensors.items()
+        if self._merge is not None:
+            named = self._merge.changed(with_siblings=all(engine.collective_rpc("raytrl_is_packed")))
+        if engine.vllm_config.parallel_config.world_size > 1:
+            named = list(named)  # to processes that a generator cannot reach
+        engine.collective_rpc("raytrl_load_weights", args=(named, self._merge is None))
+        if not engine.reset_prefix_cache():
+            raise RunError("rollout engine: vLLM's prefix cache could not be emptied for new weights")
+
+    def _generate(self, prompts: Sequence[Prompt], version: int, samples: int, greedy: bool) -> list[Response]:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        stop = self._has_stopped if self._sampling.stop else None
+        asked = []
+        for prompt in sorted(prompts, key=lambda prompt: prompt.row):
+            for sample in range(samples):
+                params = SamplingParams(
+                    max_tokens=self._sampling.max_new_tokens,
+                    temperature=0.0 if greedy else self._sampling.temperature,
+                    seed=None if greedy else response_seed(self._seed, prompt.step, prompt.row, sample),
+                    logprobs=0,  # of the sampled token alone
+                    stop_token_ids=self._stop_token_ids,
+                    detokenize=False,
+                    output_kind=RequestOutputKind.CUMULATIVE if stop else RequestOutputKind.FINAL_ONLY,
+                )
+                asked.append((prompt, sample, self._batch.submit(prompt.token_ids, params, stop)))
+        return [self._response(prompt, sample, future.result(), version) for prompt, sample, future in asked]
+
+    def _response(self, prompt: Prompt, sample: int, output: Any, version: int) -> Response:
+        (made,) = output.outputs
+        token_ids = tuple(int(token) for token in made.token_ids)
+        logprobs = tuple(float(place[token].logprob) for place, token in zip(made.logprobs, token_ids, strict=True))
+        if not all(math.isfinite(logprob) for logprob in logprobs):
+            raise NonFiniteError(
+                f"rollout engine: step {prompt.step}, row {prompt.row}: a log-probability is not finite; the weights are "
+                f"broken"
+            )
+        if made.finish_reason not in (None, "stop", "length"):  # None: ended here, by a stop string
+            raise RunError(f"rollout engine: row {prompt.row}: vLLM ended the response with {made.finish_reason!r}")
+        return Response(
+            step=prompt.step,
+            row=prompt.row,
+            sample=sample,
+            token_ids=token_ids,
+            text=response_text(self._tokenizer, token_ids, self._stop_token_ids, self._sampling.stop),
+            ended=made.finish_reason != "length" or self._has_stopped(token_ids),
+            sampling_logprobs=logprobs,
+            policy_version=version,
+        )
+
+    def _has_stopped(self, token_ids: Sequence[int]) -> bool:
+        """By a stop string; looked for here, since vLLM's own search can take in the prompt's last characters."""
+        if not self._sampling.stop:
+            return False
+        text = self._tokenizer.decode(list(token_ids), skip_special_tokens=True)
+        return any(word in text for word in self._sampling.stop)
+
+    def _logprobs(self, prompts: Sequence[Prompt], responses: Sequence[Response]) -> list[float]:
+        from vllm import SamplingParams
+
+        assert self._sampling.temperature == 1.0, "refused with the run file"
+        by_row = {prompt.row: prompt.token_ids for prompt in prompts}
+        params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
+        asked = [self._batch.submit([*by_row[r.row], *r.token_ids], params) for r in responses]
+        sums = []
+        for response, future in zip(responses, asked, strict=True):
+            places = future.result().prompt_logprobs[-len(response.token_ids) :]
+            sums.append(math.fsum(p[t].logprob for p, t in zip(places, response.token_ids, strict=True)))
+        return sums
+
+
+def _chosen_arguments(rollout: RolloutConfig, config: Any, dtype: torch.dtype, device: str) -> dict[str, Any]:
+    """What raytrl sets where `engine_args` does not, and what only it may set."""
+    length = rollout.max_prompt_length + rollout.sampling.max_new_tokens + 1  # 1: log-probs of a response cost a token
+    positions = getattr(config, "max_position_embeddings", None) or length
+    chosen: dict[str, Any] = {
+        "max_model_len": min(length, int(positions)),
+        "logprobs_mode": "processed_logprobs",
+        "skip_tokenizer_init": True,
+        "worker_extension_cls": "raytrl.roles.vllm_worker.WeightLoading",
+        "disable_log_stats": True,
+    }
+    if device != "cpu":
+        gpus = rollout.resources.get("GPU", 1)
+        if gpus < 1:
+            chosen["gpu_memory_utilization"] = 0.9 * gpus
+        if gpus > 1 and gpus_asked(rollout.engine_args) is None:
+            chosen["tensor_parallel_size"] = int(gpus)
+        return chosen
+    sequences = rollout.engine_args.get("max_num_seqs", CPU_SEQUENCES)
+    chosen |= {"max_num_seqs": sequences, "enforce_eager": True, "distributed_executor_backend": "uni"}
+    if "gpu_memory_utilization" not in rollout.engine_args:
+        length = rollout.engine_args.get("max_model_len", chosen["max_model_len"])
+        chosen["kv_cache_memory_bytes"] = _cache_bytes(config, dtype, length, sequences)
+    return chosen
+
+
+def _cache_bytes(config: Any, dtype: torch.dtype, length: int, sequences: int) -> int:
+    """Keys and values of a full batch, at most a GiB, at least one sequence; vLLM's own choice is the whole machine."""
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    token_bytes: int = 2 * config.num_hidden_layers * heads * head_size * dtype.itemsize
+    sequence_bytes = token_bytes * _CPU_BLOCK * math.ceil(length / _CPU_BLOCK)
+    spare = 2 * token_bytes * _CPU_BLOCK  # vLLM keeps a block to itself
+    return spare + max(sequence_bytes, min(sequences * sequence_bytes, _MAX_CPU_CACHE_BYTES))
+
+
+def _maker(arguments: Mapping[str, Any]) -> Callable[[], Any]:
+    def make() -> Any:
+        for name, value in _ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
+        from vllm import EngineArgs, LLMEngine
+
+        return LLMEngine.from_engine_args(EngineArgs(**arguments))
+
+    return make
+
+
+def _end_tokens(model_path: str, config: Any) -> list[int]:
+    """End tokens of the generation config, as the model itself would use."""
+    try:
+        ends = GenerationConfig.from_pretrained(model_path).eos_token_id
+    except OSError:  # a folder without one
+        ends = config.eos_token_id
+    return list(ends) if isinstance(ends, list) else [] if ends is None else [int(ends)]

@@ -1,0 +1,213 @@
+"""vLLM's real engine on this machine's CPU, held against transformers: the same weights, the same log-probs."""
+
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from raytrl.algo.logprobs import token_logprobs
+from raytrl.config.ppo import RolloutConfig
+from raytrl.errors import NonFiniteError, WeightsVersionError
+from raytrl.records import Prompt, Response
+from raytrl.roles.networks import add_policy_adapter
+from raytrl.roles.vllm_engine import VllmEngine
+from raytrl.roles.weights import Weights, policy_parameters
+from tests.ppo_files import make_policy
+
+LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
+KINDS = ("llama", "gpt2", "llama-lora", "gpt2-lora")
+
+
+def rollout(**sampling: Any) -> RolloutConfig:
+    return RolloutConfig(engine="vllm", max_prompt_length=32, sampling={"max_new_tokens": 12} | sampling)
+
+
+def some_prompts(rows: int, step: int = 0) -> list[Prompt]:
+    draw = torch.Generator().manual_seed(step)
+    lengths = [3 + row % 7 for row in range(rows)]
+    ids = [tuple(torch.randint(4, 290, (length,), generator=draw).tolist()) for length in lengths]
+    return [Prompt(step=step, row=row, text="", token_ids=ids[row]) for row in range(rows)]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    found = {}
+    for family in ("llama", "gpt2"):
+        folder = tmp_path_factory.mktemp(family)
+        found[family] = make_policy(folder, family, head_size=32, spread=0.1)
+    return found
+
+
+class Case:
+    """An engine, and the learner's model whose weights it is given."""
+
+    def __init__(self, path: str, lora: bool, config: RolloutConfig) -> None:
+        self.sampling = config.sampling
+        base = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        self.model = (add_policy_adapter(base, LORA) if lora else base).eval()
+        self.engine = VllmEngine.from_pretrained(path, path, config, seed=7, lora=LORA if lora else None)
+        self.load(0)
+
+    def weights(self, version: int) -> Weights:
+        named = {name: value.clone() for name, value in policy_parameters(self.model).items()}
+        return Weights.of(version, named.items(), torch.float32)
+
+    def load(self, version: int) -> None:
+        assert self.engine.load_weights(self.weights(version)) == self.weights(version).checksum
+
+    def change(self, seed: int) -> None:
+        draw = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for parameter in policy_parameters(self.model).values():
+                parameter += 0.02 * torch.randn(parameter.shape, generator=draw)
+
+    @torch.no_grad()
+    def expected_logprobs(self, prompt: Prompt, response: Response) -> torch.Tensor:
+        """Of an unpadded forward pass of transformers, in float64."""
+        tokens = torch.tensor([[*prompt.token_ids, *response.token_ids]])
+        logits = self.model.double()(input_ids=tokens).logits[:, len(prompt.token_ids) - 1 : -1]
+        self.model.float()
+        return token_logprobs(logits, torch.tensor([response.token_ids]), self.sampling.temperature)[0].float()
+
+    def check(self, prompts: list[Prompt], responses: list[Response]) -> None:
+        by_row = {prompt.row: prompt for prompt in prompts}
+        for response in responses:
+            expected = self.expected_logprobs(by_row[response.row], response)
+            torch.testing.assert_close(torch.tensor(response.sampling_logprobs), expected, atol=1e-5, rtol=0)
+
+
+@pytest.fixture(scope="module")
+def case(folders: dict[str, str]) -> Iterator[Callable[..., Case]]:
+    made: dict[str, Case] = {}
+
+    def of(kind: str, **sampling: Any) -> Case:
+        key = f"{kind}{sampling}"
+        if key not in made:
+            made[key] = Case(folders[kind.removesuffix("-lora")], kind.endswith("lora"), rollout(**sampling))
+        return made[key]
+
+    yield of
+    for one in made.values():
+        one.engine.close()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_logprobs_are_those_of_transformers_before_and_after_updates(case: Callable[..., Case], kind: str) -> None:
+    one = case(kind, temperature=0.7)
+    prompts, seen = some_prompts(6), []
+    for version in range(3):
+        if version:
+            one.change(version)
+            one.load(version)
+        responses = one.engine.generate(prompts, version, samples=2)
+        assert {r.policy_version for r in responses} == {version}
+        one.check(prompts, responses)
+        seen.append([r.token_ids for r in responses])
+    assert seen[0] != seen[1] != seen[2]
+
+
+def test_logprobs_of_given_responses(case: Callable[..., Case]) -> None:
+    one = case("llama")
+    one.load(0)
+    prompts = some_prompts(8)
+    responses = one.engine.generate(prompts, 0, samples=2)
+    found = torch.tensor(one.engine.logprobs(prompts, responses, 0))
+    expected = torch.tensor([sum(r.sampling_logprobs) for r in responses])
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+
+
+def test_a_response_depends_on_its_seed_and_not_on_what_shares_the_batch(case: Callable[..., Case]) -> None:
+    one = case("llama")
+    one.load(0)
+    prompts = some_prompts(16)
+    whole = one.engine.generate(prompts, 0, samples=2)
+    assert [(r.row, r.sample) for r in whole] == [(row, sample) for row in range(16) for sample in range(2)]
+    assert one.engine.generate(prompts[::-1], 0, samples=2) == whole
+    with ThreadPoolExecutor(16) as threads:
+        single = [r for part in threads.map(lambda p: one.engine.generate([p], 0, samples=2), prompts) for r in part]
+    assert [r.token_ids for r in single] == [r.token_ids for r in whole]
+    assert [r.token_ids for r in one.engine.generate(some_prompts(3)[2:], 0)] == [whole[4].token_ids]
+    same = [replace(prompt, token_ids=prompts[0].token_ids) for prompt in prompts]
+    assert len({r.token_ids for r in one.engine.generate(same, 0, samples=2)}) == 32
+    later = [replace(prompt, step=1) for prompt in prompts]
+    assert not {r.token_ids for r in whole} & {r.token_ids for r in one.engine.generate(later, 0, samples=2)}
+
+
+def test_how_responses_end(case: Callable[..., Case], folders: dict[str, str]) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(folders["llama"])
+    one = case("llama", max_new_tokens=40, stop=["o", "the"])
+    responses = one.engine.generate(some_prompts(32), 0)
+    ends = {"end token": 0, "stop": 0, "cut": 0}
+    for r in responses:
+        assert "o" not in r.text and "the" not in r.text
+        assert len(r.token_ids) == len(r.sampling_logprobs)
+        if not r.ended:
+            assert len(r.token_ids) == 40
+            ends["cut"] += 1
+        elif r.token_ids[-1] == tokenizer.eos_token_id:
+            ends["end token"] += 1
+        else:
+            assert any(word in tokenizer.decode(r.token_ids) for word in ("o", "the"))
+            assert not any(word in tokenizer.decode(r.token_ids[:-1]) for word in ("o", "the"))
+            ends["stop"] += 1
+        assert tokenizer.eos_token_id not in r.token_ids[:-1]
+    assert ends["stop"] > 5, ends
+    one.check(some_prompts(32), responses)
+
+
+def test_greedy(case: Callable[..., Case]) -> None:
+    one = case("llama", temperature=0.7)
+    one.load(9)
+    (prompt,) = some_prompts(1)
+    (response,) = one.engine.generate([prompt], 9, greedy=True)
+    with torch.no_grad():
+        logits = one.model(input_ids=torch.tensor([prompt.token_ids])).logits[0, -1]
+    assert response.token_ids[0] == int(logits.argmax())
+
+
+@pytest.mark.parametrize("kind", ["llama", "llama-lora"])
+def test_weights_that_are_not_right_are_refused_and_nothing_is_served(case: Callable[..., Case], kind: str) -> None:
+    one = case(kind, temperature=0.7)
+    one.load(4)
+    with pytest.raises(WeightsVersionError, match="version 5; found version 4"):
+        one.engine.generate(some_prompts(1), 5)
+    changed = one.weights(5)
+    next(iter(changed.tensors.values())).view(-1)[0] += 1
+    with pytest.raises(WeightsVersionError, match="checksum"):
+        one.engine.load_weights(changed)
+    with pytest.raises(WeightsVersionError, match="found version None"):
+        one.engine.generate(some_prompts(1), 4)
+    part = Weights.of(6, list(policy_parameters(one.model).items())[:-1], torch.float32)
+    with pytest.raises(WeightsVersionError, match=r"sent no weights for|other parameters"):
+        one.engine.load_weights(part)
+    one.load(7)
+    assert one.engine.generate(some_prompts(1), 7)
+
+
+def test_broken_weights_do_not_sample_nonsense(case: Callable[..., Case]) -> None:
+    one = case("gpt2", max_new_tokens=4)  # an engine of its own: NaN stay in its cache, as in a run, which then ends
+    good = one.weights(20)
+    broken = {name: torch.full_like(tensor, torch.nan) for name, tensor in good.tensors.items()}
+    one.engine.load_weights(Weights.of(19, broken.items(), torch.float32))
+    with pytest.raises(NonFiniteError):
+        one.engine.generate(some_prompts(1), 19)
+
+
+def test_the_engine_has_no_process_of_its_own(case: Callable[..., Case]) -> None:
+    case("llama")
+    assert psutil.Process(os.getpid()).children() == []
+
+
+def test_unknown_weights_are_named(case: Callable[..., Case], tmp_path: Path) -> None:
+    one = case("llama", temperature=0.7)
+    tensors = {**one.weights(30).tensors, "model.layers.0.self_attn.odd.weight": torch.zeros(2, 2)}
+    with pytest.raises(Exception, match="odd"):
+        one.engine.load_weights(Weights.of(30, tensors.items(), torch.float32))
+    one.load(31)

@@ -1,0 +1,74 @@
+"""Which rollout engine a run file takes, and what is refused of vLLM, read from its source without importing it."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from raytrl.config.engines import engine_words
+from raytrl.config.load import load_run
+from raytrl.config.ppo_run import PpoRun
+from raytrl.errors import ConfigError
+from tests.ppo_files import ppo_file
+
+
+def ppo_run(folder: Path, *overrides: str, head_size: int = 64) -> PpoRun:
+    (folder / "policy").mkdir(exist_ok=True)
+    shape = {"hidden_size": 2 * head_size, "num_attention_heads": 2}
+    (folder / "policy/config.json").write_text(json.dumps(shape))
+    file = ppo_file(folder, "run", rollout={"engine": "auto"})
+    run = load_run(file, list(overrides), "ppo").run
+    assert isinstance(run, PpoRun)
+    return run
+
+
+def test_auto_is_vllm_where_it_runs_the_model(tmp_path: Path) -> None:
+    run = ppo_run(tmp_path)
+    assert run.rollout.engine == "vllm"
+    assert engine_words(run.asked) == "vllm"
+    assert "vllm" not in sys.modules
+
+
+def test_auto_says_why_it_is_not_vllm(tmp_path: Path) -> None:
+    run = ppo_run(tmp_path, head_size=16)
+    assert run.rollout.engine == "transformers"
+    assert engine_words(run.asked).startswith("transformers (not vllm: its attention on CPUs has no heads of that size")
+    assert ppo_run(tmp_path, "rollout.resources={GPU: 1}", head_size=16).rollout.engine == "vllm"
+    assert ppo_run(tmp_path, "lora={use_dora: true}").rollout.engine == "transformers"
+
+
+def test_a_chosen_engine_stays(tmp_path: Path) -> None:
+    assert ppo_run(tmp_path, "rollout.engine=transformers").rollout.engine == "transformers"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["lora={use_dora: true}"], "rollout.engine: vllm cannot be taken: lora.use_dora"),
+        (
+            ["rollout.engine_args={max_model_length: 9}"],
+            "max_model_length: unknown key; nearest known key: max_model_len",
+        ),
+        (["rollout.engine_args={max_model_len: many}"], "valid integer.*expected: int"),
+        (["rollout.engine_args={dtype: half}"], "rollout.engine_args.dtype: is set by model.dtype"),
+        (["rollout.engine_args={tensor_parallel_size: 2}"], "an engine on CPUs is one process"),
+        (
+            ["rollout.engine_args={tensor_parallel_size: 4}", "rollout.resources={GPU: 2}"],
+            "as many GPUs as its actor has; found: 2 and .* of 4 in all",
+        ),
+        (["rollout.resources={GPU: 1.5}"], "a whole number, or a part of one GPU"),
+    ],
+)
+def test_what_vllm_cannot_do_is_refused(tmp_path: Path, overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        ppo_run(tmp_path, "rollout.engine=vllm", *overrides)
+
+
+def test_engine_arguments_that_fit(tmp_path: Path) -> None:
+    run = ppo_run(
+        tmp_path,
+        "rollout.resources={GPU: 4}",
+        "rollout.engine_args={tensor_parallel_size: 2, pipeline_parallel_size: 2}",
+    )
+    assert run.rollout.engine == "vllm"

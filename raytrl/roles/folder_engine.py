@@ -21,15 +21,18 @@ class FolderEngine(RolloutEngine):
         self._paths, self._make = paths, make
         self._engine: RolloutEngine | None = None
 
+    def close(self) -> None:
+        if self._engine is not None:
+            self._engine.close()
+            self._engine = None
+
     def _load(self, weights: Weights) -> None:
         if self._paths[weights.version] != weights.checksum:
             raise WeightsVersionError(
                 f"rollout engine: asked for {weights.checksum!r}; found: {self._paths[weights.version]!r} as model "
                 f"{weights.version}"
             )
-        if self._engine is not None:  # before the next is loaded: there may be no room for two
-            self._engine.close()
-            self._engine = None
+        self.close()  # before the next is loaded: there may be no room for two
         self._engine = self._make(weights.version)
         self.concurrent = self._engine.concurrent
 

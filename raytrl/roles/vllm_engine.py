@@ -188,6 +188,8 @@ def _chosen_arguments(rollout: RolloutConfig, config: Any, dtype: torch.dtype, d
     }
     if device != "cpu":
         gpus = rollout.resources.get("GPU", 1)
+        # In an actor vLLM would else find Ray's placement group and take it for its own.
+        chosen["distributed_executor_backend"] = "mp" if gpus > 1 else "uni"
         if gpus < 1:
             chosen["gpu_memory_utilization"] = 0.9 * gpus
         if gpus > 1 and gpus_asked(rollout.engine_args) is None:

@@ -16,6 +16,7 @@ from raytrl.algo.logprobs import token_logprobs
 from raytrl.config.ppo import RolloutConfig
 from raytrl.errors import NonFiniteError, WeightsVersionError
 from raytrl.records import Prompt, Response
+from raytrl.roles.folder_engine import FolderEngine
 from raytrl.roles.networks import add_policy_adapter
 from raytrl.roles.vllm_engine import VllmEngine
 from raytrl.roles.weights import Weights, policy_parameters
@@ -198,6 +199,24 @@ def test_broken_weights_do_not_sample_nonsense(case: Callable[..., Case]) -> Non
     one.engine.load_weights(Weights.of(19, broken.items(), torch.float32))
     with pytest.raises(NonFiniteError):
         one.engine.generate(some_prompts(1), 19)
+
+
+def test_an_evaluation_goes_from_model_to_model(folders: dict[str, str]) -> None:
+    paths = [folders["llama"], folders["gpt2"]]
+    engine = FolderEngine(paths, lambda v: VllmEngine.from_pretrained(paths[v], paths[v], rollout(), seed=7))
+    prompts = some_prompts(3)
+    for version, path in enumerate(paths):
+        engine.load_weights(Weights(version, {}, path))
+        assert engine.concurrent
+        responses = engine.generate(prompts, version)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64)
+        for prompt, response in zip(prompts, responses, strict=True):
+            tokens = torch.tensor([[*prompt.token_ids, *response.token_ids]])
+            with torch.no_grad():
+                logits = model(input_ids=tokens).logits[:, len(prompt.token_ids) - 1 : -1]
+            expected = token_logprobs(logits, torch.tensor([response.token_ids]), 1.0)[0].float()
+            torch.testing.assert_close(torch.tensor(response.sampling_logprobs), expected, atol=1e-5, rtol=0)
+    engine.close()
 
 
 def test_the_engine_has_no_process_of_its_own(case: Callable[..., Case]) -> None:

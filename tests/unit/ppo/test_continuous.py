@@ -1,0 +1,98 @@
+"""Continuous work: no actor idles while requests wait, and calls to an engine that can share its batch overlap."""
+
+import threading
+from collections.abc import Sequence
+from itertools import islice
+from typing import Any
+
+import torch
+from test_pools import engines
+from toy import gpt2, prompt_batch
+
+from raytrl.config.ppo import RolloutConfig
+from raytrl.launch.actors import RolloutActor
+from raytrl.launch.pool import Pool, Request
+from raytrl.launch.roles import RolloutPool, requests_in_flight
+from raytrl.launch.transport import pack
+from raytrl.records import Prompt, Response
+from raytrl.roles.rollout import RolloutEngine
+from raytrl.roles.weights import Weights, policy_parameters
+
+
+def weights(version: int) -> Weights:
+    return Weights.of(version, policy_parameters(gpt2(width=16)).items(), torch.float32)
+
+
+def test_what_waits_goes_to_whoever_is_done() -> None:
+    calls = engines(2)
+    pool = Pool(calls, "rollout actors", "worker 0", 5.0, window=1)
+    pool.prepare_all("begin", 1)
+    calls.silent = {1}  # a slow one
+    for place in range(6):
+        pool.send(Request(f"call {place}", place, "begin", (1,)))
+    answers = pool.answers()
+    first = [request.name for request, _ in islice(answers, 5)]
+    assert first == ["call 0", "call 2", "call 3", "call 4", "call 5"]
+    calls.silent = set()
+    assert [request.name for request, _ in answers] == ["call 1"]
+
+
+def test_vllm_gets_single_prompts_and_scoring_gets_whole_chunks() -> None:
+    calls = engines(3)
+    rollout = RolloutConfig(engine="vllm", chunk_prompts=4)
+    pool = RolloutPool(Pool(calls, "rollout actors", "w", 5.0, window=2), rollout, samples=2, attempt=1, share=pack)
+    pool.load_weights(weights(0))
+    made = list(pool.generate(prompt_batch(0, range(14)), 0, greedy=False))
+    assert sum(method == "generate" for _, method in calls.ran) == 14
+    rows = sorted([(r.row, r.sample) for r in chunk] for chunk in made)
+    assert rows == [[(row, s) for row in range(k, min(k + 4, 14)) for s in range(2)] for k in (0, 4, 8, 12)]
+
+
+def test_how_much_an_actor_has_at_a_time() -> None:
+    assert requests_in_flight(RolloutConfig(engine="transformers"), 4) == 2
+    assert requests_in_flight(RolloutConfig(engine="vllm"), 4) == 33
+    assert requests_in_flight(RolloutConfig(engine="vllm", engine_args={"max_num_seqs": 16}), 4) == 5
+
+
+class Meeting(RolloutEngine):
+    """Answers once three calls are in it at the same time."""
+
+    concurrent = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.barrier, self.inside = threading.Barrier(3), 0
+
+    def _load(self, weights: Weights) -> None:
+        assert self.inside == 0
+
+    def _generate(self, prompts: Sequence[Prompt], version: int, samples: int, greedy: bool) -> list[Response]:
+        self.inside += 1
+        self.barrier.wait(timeout=10)
+        self.inside -= 1
+        return []
+
+    def _logprobs(self, prompts: Sequence[Prompt], responses: Sequence[Response]) -> list[float]:
+        return []
+
+
+def test_calls_share_a_batch_and_weights_wait_for_them() -> None:
+    actor = RolloutActor(Meeting)
+    actor.load_weights(1, pack(weights(0)))
+
+    def generate(version: int) -> None:
+        actor.generate(1, prompt_batch(0, [0]), version, 1, False)
+
+    threads = [threading.Thread(target=generate, args=(0,)) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    while actor.doing() == "nothing":
+        pass
+    update: Any = threading.Thread(target=actor.load_weights, args=(1, pack(weights(1))))
+    assert "generating for rows 0 to 0 of step 0" in actor.doing()
+    generate(0)  # the third: now all three end
+    update.start()
+    for thread in [*threads, update]:
+        thread.join(timeout=10)
+        assert not thread.is_alive()
+    assert actor.doing() == "nothing"

@@ -31,12 +31,11 @@ class LoraMerge:
         """
         copy_into(self._policy, weights)
 
-    def changed(self, with_siblings: bool) -> Iterator[tuple[str, Tensor]]:
-        """The parameters that the adapter changes, merged, one by one, by their Hugging Face names.
+    def changed(self) -> Iterator[tuple[str, Tensor]]:
+        """The parameters of every block that the adapter changes, merged, one by one, by their Hugging Face names.
 
-        Args:
-            with_siblings: and those that the adapter leaves alone in the same block, as an engine needs them that fuses
-                a block's layers, such as query, key and value.
+        Those of a block that the adapter leaves alone are among them: an engine may fuse layers, such as query, key and
+        value, and can replace them only together.
         """
         model = self._policy.get_base_model()
         layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, LoraLayer)}
@@ -47,7 +46,7 @@ class LoraMerge:
                 continue
             if layer in layers and leaf == "weight":
                 yield f"{layer}.{leaf}", self._merged(layers[layer])
-            elif with_siblings and layer.rpartition(".")[0] in blocks:
+            elif layer.rpartition(".")[0] in blocks:
                 yield f"{layer}.{leaf}", parameter.data
 
     @staticmethod

@@ -18,9 +18,8 @@ from raytrl.roles.rollout import RolloutEngine, Tokenizer, response_seed, respon
 from raytrl.roles.vllm_batch import ContinuousBatch
 from raytrl.roles.weights import Weights, checksum
 
-# Read by vLLM when it is imported. In one process there are no children that could outlive the actor.
+# Read by vLLM when it is imported; a user's own setting wins.
 _ENVIRONMENT = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "ERROR",  # at every update a warning of each layer without weights
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # engines of one machine would all bind to its first cores
@@ -30,7 +29,10 @@ _MAX_CPU_CACHE_BYTES = 2**30
 
 
 class VllmEngine(RolloutEngine):
-    """Samples with vLLM; responses of several calls share its continuous batch."""
+    """Samples with vLLM; responses of several calls share its continuous batch.
+
+    The log-probs of greedy responses are those of temperature 1.
+    """
 
     concurrent = True
 
@@ -105,7 +107,7 @@ class VllmEngine(RolloutEngine):
             raise RunError("rollout engine: new weights while responses are sampled; this is a fault in raytrl")
         named: Iterable[tuple[str, Tensor]] = weights.tensors.items()
         if self._merge is not None:
-            named = self._merge.changed(with_siblings=all(engine.collective_rpc("raytrl_is_packed")))
+            named = self._merge.changed()
         if engine.vllm_config.parallel_config.world_size > 1:
             named = list(named)  # to processes that a generator cannot reach
         engine.collective_rpc("raytrl_load_weights", args=(named, self._merge is None))
@@ -217,6 +219,8 @@ def _maker(arguments: Mapping[str, Any]) -> Callable[[], Any]:
     def make() -> Any:
         for name, value in _ENVIRONMENT.items():
             os.environ.setdefault(name, value)
+        # In one process there are no children that could outlive the actor, and weights need not be sent to any.
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         from vllm import EngineArgs, LLMEngine
 
         return LLMEngine.from_engine_args(EngineArgs(**arguments))

@@ -22,13 +22,11 @@ class WeightLoading:
     model_config: Any
 
     def raytrl_load_weights(self, named: Iterable[tuple[str, Tensor]], complete: bool) -> None:
-        """Load the tensors in place.
-
-        On a GPU they are copied into the parameters. On a CPU the weights of linear layers lie packed in the kernels'
-        own format, so vLLM loads a layer into new memory, packs that, and lets go of it, layer by layer.
+        """As vLLM's own `reload_weights`: a layer goes to new memory, is brought into its kernels' format, and replaces
+        the old one in place; then the next. On a CPU the weights of linear layers are packed, and exist in no other form.
 
         Args:
-            named: consumed one by one. On a CPU: all or none of the weights of a layer, fused layers included.
+            named: consumed one by one. All or none of the weights of a layer, of layers that vLLM fuses too.
             complete: these are all weights of the model; else the others stay as they are.
 
         Raises:
@@ -41,7 +39,7 @@ class WeightLoading:
         loading = _Loading() if follows else None
         with torch.no_grad(), loading or nullcontext():
             watched = named if loading is None else loading.watched(named)
-            loaded = self._layer_by_layer(model, watched) if _is_packed(model) else model.load_weights(watched)
+            loaded = self._layer_by_layer(model, watched)
         _check_packed(model)
         if loading is not None:
             loading.check_whole()
@@ -50,10 +48,6 @@ class WeightLoading:
             raise WeightsVersionError(
                 f"rollout engine: the learner sent no weights for {len(left)} of vLLM's parameters, first {left[0]!r}"
             )
-
-    def raytrl_is_packed(self) -> bool:
-        """Whether weights of this model are packed, so that they can only be replaced layer by layer."""
-        return _is_packed(self.model_runner.get_model())
 
     def _layer_by_layer(self, model: Any, named: Iterable[tuple[str, Tensor]]) -> Any:
         from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
@@ -64,10 +58,6 @@ class WeightLoading:
         finally:  # also after an error: the model must be whole for the next weights
             finalize_layerwise_reload(model, self.model_config)
             _pack_tied(model)
-
-
-def _is_packed(model: nn.Module) -> bool:
-    return any(parameter.numel() == 0 for parameter in model.parameters())
 
 
 def _pack_tied(model: nn.Module) -> None:
@@ -105,9 +95,9 @@ class _Loading(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if func is Tensor.copy_ and not args[0].is_meta and not args[1].is_meta:
+        if func is Tensor.copy_:
             there, source = args[:2]
-            name = self._sent.get(source.untyped_storage().data_ptr())
+            name = None if there.is_meta or source.is_meta else self._sent.get(source.untyped_storage().data_ptr())
             if name is not None:
                 self._compare(name, there, source)
         return result

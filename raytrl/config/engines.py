@@ -27,6 +27,7 @@ _OWNED = {
     "distributed_executor_backend": "rollout.resources (one process, or one a GPU)",
     "worker_extension_cls": "raytrl",
 }
+_CPU_BLOCK = 128  # tokens of a block of vLLM's key-value cache on a CPU
 CPU_SEQUENCES = 128  # in vLLM's batch on CPUs at a time, unless engine_args.max_num_seqs says otherwise
 _INSTALL = "pip install 'raytrl[vllm]' on GPUs; on CPUs see README.md"
 
@@ -120,6 +121,23 @@ def _placement_problems(rollout: RolloutConfig) -> list[str]:
             f"engine_args, tensor_parallel_size is the number of GPUs)"
         ]
     return []
+
+
+def cpu_cache_bytes(rollout: RolloutConfig, token_bytes: int, length: int) -> int:
+    """vLLM's key-value cache on a CPU, where its own choice would be most of the machine.
+
+    `engine_args.kv_cache_memory_bytes`, or what a full batch needs: at most a GiB, at least one sequence.
+
+    Args:
+        token_bytes: keys and values of one token in all layers.
+        length: tokens of a sequence at most.
+    """
+    if given := rollout.engine_args.get("kv_cache_memory_bytes"):
+        return int(given)
+    sequence_bytes = token_bytes * _CPU_BLOCK * -(-length // _CPU_BLOCK)
+    sequences = rollout.engine_args.get("max_num_seqs") or CPU_SEQUENCES
+    spare = 2 * token_bytes * _CPU_BLOCK  # vLLM keeps a block to itself
+    return spare + max(sequence_bytes, min(sequences * sequence_bytes, 2**30))
 
 
 def gpus_asked(engine_args: Mapping[str, Any]) -> int | None:

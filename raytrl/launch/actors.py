@@ -5,6 +5,7 @@ first asked. Calls that only look or prepare run in threads of their own (`CONTR
 The driver imports this module to start the actors, so nothing heavy is imported before it is needed.
 """
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -82,7 +83,7 @@ class _Actor:
             began = time.perf_counter()
             try:
                 yield
-                LOG.info("%s: %.3f s", text, time.perf_counter() - began)
+                LOG.log(logging.DEBUG if concurrent else logging.INFO, "%s: %.3f s", text, time.perf_counter() - began)
             except Exception as error:
                 LOG.error("%s: failed after %.3f s: %s", text, time.perf_counter() - began, error)
                 raise

@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Sequence
 
 from raytrl.config.deepspeed import zero_stage
+from raytrl.config.engines import engine_words
 from raytrl.config.eval_run import EvalRun
 from raytrl.config.load import LoadedRun
 from raytrl.config.ppo_run import PpoRun
@@ -159,6 +160,8 @@ def _words(run: Run, shapes: dict[str, ModelShape], rows: dict[str, int], steps:
         stage, tuned = zero_stage(run.learner.deepspeed), "full fine-tuning" if run.lora is None else "LoRA"
         how = f"DeepSpeed ZeRO-{stage}" if stage else "data parallel" if run.learner.max_workers > 1 else "one process"
         words.append(("training", f"{tuned}, {how}"))
+    if isinstance(run, PpoRun | EvalRun):
+        words.append(("rollout", engine_words(run.asked)))
     if isinstance(run, SupervisedRun):
         words += _supervised_words(run, rows, steps)
     elif isinstance(run, PpoRun):

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from raytrl.config.deepspeed import zero_stage
+from raytrl.config.engines import cpu_cache_bytes
 from raytrl.config.eval_run import EvalRun
 from raytrl.config.native import native_fields
 from raytrl.config.ppo_run import PpoRun
@@ -17,7 +18,15 @@ from raytrl.config.runs import Run, SupervisedRun
 from raytrl.roles.shapes import ModelShape, lora_parameters
 
 # Resident memory of a process that has loaded its libraries and no model yet, measured on Linux (GiB).
-LIBRARIES_GIB = {"supervised": 0.65, "peft": 0.75, "learner": 0.65, "rollout": 0.5, "reward": 0.5, "function": 0.25}
+LIBRARIES_GIB = {
+    "supervised": 0.65,
+    "peft": 0.75,
+    "learner": 0.65,
+    "rollout": 0.5,
+    "vllm": 0.65,
+    "reward": 0.5,
+    "function": 0.25,
+}
 # On a GPU: the CUDA context, NCCL and what the allocator cannot use. Not measured here: the usual size.
 CUDA_GIB = 1.0
 MIB = 2**20
@@ -25,6 +34,7 @@ GIB = 2**30
 # TRL scores tokens and vocabulary in tiles of this size (trl/kernels/chunked_logprob.py), with these float32 copies.
 _TILE = (4096, 32768)
 _TILE_COPIES = 4
+_VLLM_BATCH = 2048  # tokens of a forward pass, vLLM's default on a CPU
 # What the backward pass needs of a layer, as a multiple of its linear layers' inputs and outputs: norms, residuals,
 # rotary embeddings and the attention output come on top. Fitted to float32 runs on a CPU; counted by hand for a Qwen3
 # layer in bfloat16, whose norms work in float32, it is the same.
@@ -226,7 +236,9 @@ def ppo_worker(
 
 
 def rollout_actor(run: PpoRun | EvalRun, shape: ModelShape) -> Estimate:
-    """One rollout actor with the transformers engine: weights, and the key-value cache of the chunk in hand."""
+    """One rollout actor: weights, and with transformers the key-value cache of the chunk in hand."""
+    if run.rollout.engine == "vllm":
+        return _vllm_actor(run, shape)
     on_gpu = run.rollout.resources.get("GPU", 0) > 0
     size = _size(run.model.dtype, run.learner.uses_gpu if isinstance(run, PpoRun) else on_gpu)
     samples = run.ppo.responses_per_prompt if isinstance(run, PpoRun) else 1
@@ -241,6 +253,22 @@ def rollout_actor(run: PpoRun | EvalRun, shape: ModelShape) -> Estimate:
     if not on_gpu:
         parts["sampling and new weights"] = sampling + travelling
     return _finish(parts, sampling if on_gpu else 0.0, on_gpu, "rollout", travelling)
+
+
+def _vllm_actor(run: PpoRun | EvalRun, shape: ModelShape) -> Estimate:
+    """One rollout actor with vLLM; on a GPU its cache takes what `gpu_memory_utilization` leaves, which is not counted."""
+    on_gpu = run.rollout.resources.get("GPU", 0) > 0
+    size = _size(run.model.dtype, run.learner.uses_gpu if isinstance(run, PpoRun) else on_gpu)
+    tokens = run.rollout.engine_args.get("max_num_batched_tokens") or _VLLM_BATCH
+    weights = shape.parameters * float(size)
+    parts = {"weights": weights, "activations": tokens * (2.0 * shape.hidden + 3 * shape.widest) * size}
+    # With LoRA the base lies in mapped files, from which the merged layers are made one by one.
+    travelling = 0.0 if isinstance(run, PpoRun) and run.lora is not None else weights
+    if not on_gpu:
+        parts["weights"] += 2.0 * shape.vocab * shape.hidden * size  # embedding and head are kept packed as well
+        parts["cache"] = float(cpu_cache_bytes(run.rollout, shape.layers * shape.kv_width * size, _row(run) + 1))
+        parts["new weights"] = travelling
+    return _finish(parts, 0.0, on_gpu, "vllm", travelling)
 
 
 def reward_actor(run: PpoRun | EvalRun, shapes: Mapping[str, ModelShape]) -> Estimate:

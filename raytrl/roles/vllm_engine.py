@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
-from raytrl.config.engines import CPU_SEQUENCES, gpus_asked
+from raytrl.config.engines import CPU_SEQUENCES, cpu_cache_bytes, gpus_asked
 from raytrl.config.ppo import RolloutConfig, SamplingConfig
 from raytrl.errors import NonFiniteError, RunError, WeightsVersionError
 from raytrl.records import Prompt, Response
@@ -24,8 +24,6 @@ _ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "ERROR",  # at every update a warning of each layer without weights
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # engines of one machine would all bind to its first cores
 }
-_CPU_BLOCK = 128  # tokens of a key-value block of vLLM on a CPU
-_MAX_CPU_CACHE_BYTES = 2**30
 
 
 class VllmEngine(RolloutEngine):
@@ -201,18 +199,11 @@ def _chosen_arguments(rollout: RolloutConfig, config: Any, dtype: torch.dtype, d
     chosen |= {"max_num_seqs": sequences, "enforce_eager": True, "distributed_executor_backend": "uni"}
     if "gpu_memory_utilization" not in rollout.engine_args:
         length = rollout.engine_args.get("max_model_len", chosen["max_model_len"])
-        chosen["kv_cache_memory_bytes"] = _cache_bytes(config, dtype, length, sequences)
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        token_bytes = 2 * config.num_hidden_layers * heads * head_size * dtype.itemsize
+        chosen["kv_cache_memory_bytes"] = cpu_cache_bytes(rollout, token_bytes, length)
     return chosen
-
-
-def _cache_bytes(config: Any, dtype: torch.dtype, length: int, sequences: int) -> int:
-    """Keys and values of a full batch, at most a GiB, at least one sequence; vLLM's own choice is the whole machine."""
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    token_bytes: int = 2 * config.num_hidden_layers * heads * head_size * dtype.itemsize
-    sequence_bytes = token_bytes * _CPU_BLOCK * math.ceil(length / _CPU_BLOCK)
-    spare = 2 * token_bytes * _CPU_BLOCK  # vLLM keeps a block to itself
-    return spare + max(sequence_bytes, min(sequences * sequence_bytes, _MAX_CPU_CACHE_BYTES))
 
 
 def _maker(arguments: Mapping[str, Any]) -> Callable[[], Any]:

@@ -145,6 +145,7 @@ def pool_of(path: str, rollout: RolloutConfig, lora: Any) -> Iterator[tuple[Any,
     import ray
 
     from raytrl.launch.actors import RolloutActor
+    from raytrl.launch.gauges import RoleGauges
     from raytrl.launch.pool import Pool
     from raytrl.launch.ray_actors import RayCalls, _start
     from raytrl.launch.roles import RolloutPool, requests_in_flight
@@ -165,7 +166,13 @@ def pool_of(path: str, rollout: RolloutConfig, lora: Any) -> Iterator[tuple[Any,
     threads = 128 if rollout.engine == "vllm" else 1
     make = functools.partial(make_timed, path, rollout, lora)
     actors = [_start(group, i, Actor, {"CPU": 1}, make, threads) for i in range(rollout.actors)]
-    pool = Pool(RayCalls(actors), "rollout actors", "benchmark", 300.0, window=requests_in_flight(rollout, 1))
+    pool = Pool(
+        RayCalls(actors, RoleGauges("benchmark", "rollout")),
+        "rollout actors",
+        "benchmark",
+        300.0,
+        window=requests_in_flight(rollout, 1),
+    )
     try:
         yield RolloutPool(pool, rollout, samples=1, attempt=1, share=lambda w: ray.put(pack(w))), actors
     finally:

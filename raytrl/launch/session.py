@@ -222,6 +222,11 @@ def _join(address: str) -> None:
         ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
     except ConnectionError as error:
         raise ResourceError(f"cluster.address: no Ray answers at {address!r}: {str(error).splitlines()[0]}") from None
+    except ray.exceptions.AuthenticationError:
+        raise ResourceError(
+            f"cluster.address: the Ray at {address!r} asks for a token, and it is missing or wrong; expected: "
+            f"RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH"
+        ) from None
 
 
 def nodes_for(run: Run) -> tuple[list[Node], str]:

@@ -19,6 +19,7 @@ import yaml
 from tests.runs import TINY_LLAMA, last_step, metrics, raytrl, start, text_rows, wait_for, write_rows
 
 BIN = str(Path(sys.executable).parent)
+RAY = (sys.executable, "-c", "from ray.scripts.scripts import main; main()")  # the command `ray` of this environment
 TOKEN = "a-token-of-the-tests-and-of-nothing-else"
 SECRET = "what-no-log-may-hold"
 
@@ -32,7 +33,7 @@ def free_port() -> int:
 @pytest.fixture(scope="module")
 def head() -> Iterator[dict[str, str]]:
     """A head node with 2 CPUs; yields the variables by which a client finds it and may speak to it."""
-    ports = [free_port() for _ in range(3)]
+    ports = [free_port() for _ in range(4)]
     folder = tempfile.mkdtemp(prefix="rt", dir="/tmp")  # sockets below it: their paths may only be short
     environment = os.environ | {
         "PATH": f"{BIN}:{os.environ['PATH']}",  # a job's command is looked up there
@@ -44,9 +45,10 @@ def head() -> Iterator[dict[str, str]]:
     }
     process = subprocess.Popen(
         [
-            *(f"{BIN}/ray", "start", "--head", "--block", "--disable-usage-stats", "--num-cpus=2"),
+            *(*RAY, "start", "--head", "--block", "--disable-usage-stats", "--num-cpus=2"),
             *(f"--port={ports[0]}", f"--dashboard-port={ports[1]}", f"--ray-client-server-port={ports[2]}"),
-            *(f"--temp-dir={folder}", "--object-store-memory=200000000"),
+            *(f"--dashboard-agent-listen-port={ports[3]}", f"--temp-dir={folder}"),
+            "--object-store-memory=200000000",
         ],
         env=environment,
         stdout=subprocess.PIPE,
@@ -155,7 +157,7 @@ def test_a_job_ends_with_its_own_exit_status(client: dict[str, str], project: Pa
 
 def test_plain_ray_job_submit(client: dict[str, str], project: Path) -> None:
     run = sft_file(project, "plain")
-    submit = [f"{BIN}/ray", "job", "submit", "--working-dir", ".", "--"]
+    submit = [*RAY, "job", "submit", "--working-dir", ".", "--"]
 
     def plain(*words: str) -> subprocess.CompletedProcess[str]:
         command = [*submit, "raytrl", "sft", "plain.yaml", *words]

@@ -38,15 +38,16 @@ def timed(phase: str, function: Callable[..., Any]) -> Callable[..., Any]:
 
 class StepTimes(TrainerCallback):
     def __init__(self) -> None:
-        self._since = time.perf_counter()
+        self._since, self._cpu = time.perf_counter(), time.process_time()
 
     def on_train_begin(self, *_: object, **__: object) -> None:
-        self._since = time.perf_counter()
+        self._since, self._cpu = time.perf_counter(), time.process_time()
 
     def on_step_end(self, *_: object, **__: object) -> None:
         now = time.perf_counter()
-        STEPS.append({"step": now - self._since, **BUSY})
-        self._since = now
+        cpu = time.process_time()
+        STEPS.append({"step": now - self._since, "cpu": cpu - self._cpu, **BUSY})
+        self._since, self._cpu = now, cpu
         BUSY.clear()
 
 
@@ -106,9 +107,8 @@ def main() -> None:
     trainer.accelerator.backward = timed("backward", trainer.accelerator.backward)
     trainer.optimizer.step = timed("optimizer", trainer.optimizer.step)
     trainer.train()
-    if int(os.environ.get("RANK", "0")) == 0:
-        with open(out, "w") as file:
-            json.dump({"steps": STEPS, "metrics": logged, "lengths": LENGTHS}, file)
+    with open(f"{out}.{os.environ.get('RANK', '0')}", "w") as file:
+        json.dump({"steps": STEPS, "metrics": logged, "lengths": LENGTHS}, file)
 
 
 main()

@@ -102,7 +102,7 @@ class Measured:
         self.rows: list[dict[str, float]] = []
         self._cpu = time.process_time()
 
-    def report(self, step: int, metrics: Mapping[str, float], rollout: Any, save: Any) -> None:
+    def report(self, step: int, metrics: Mapping[str, float], rollout: Any, evaluation: Any, save: Any) -> None:
         now = time.process_time()
         self.rows.append({**metrics, "cpu_s": now - self._cpu})
         self._cpu = now

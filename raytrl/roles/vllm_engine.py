@@ -89,6 +89,9 @@ class VllmEngine(RolloutEngine):
 
     def close(self) -> None:
         self._batch.close()
+        from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+        cleanup_dist_env_and_memory()  # else its torch.distributed group outlives the engine
 
     def _load(self, weights: Weights) -> None:
         if self._merge is not None:

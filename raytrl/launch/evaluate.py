@@ -24,7 +24,7 @@ from raytrl.launch.session import (
     ray_session,
 )
 from raytrl.launch.train import write_start
-from raytrl.records import Progress, Prompt, Response, Score
+from raytrl.records import Attempt, Progress, Prompt, Response, Score
 from raytrl.roles.device import check_cpu
 from raytrl.roles.evaluation import compare, summarize
 from raytrl.rundir import RunDirectory, now
@@ -156,13 +156,13 @@ def _on_actors(run: EvalRun, show: Callable[[Progress], None]) -> dict[str, Answ
             Pool(RayCalls(actors[0]), "rollout actors", "the evaluation", run.rollout.timeout_s),
             run.rollout,
             samples=1,
-            attempt=1,
+            attempt=Attempt(run.name, 1),
             share=pack,
         )
         scorer = RewardPool(
             Pool(RayCalls(actors[1]), "reward actors", "the evaluation", scoring_limit_s(run.rollout, run.reward, 1)),
             run.reward,
-            attempt=1,
+            attempt=Attempt(run.name, 1),
             start_timeout_s=run.rollout.start_timeout_s,
             gather=lambda scores: scores,
         )

@@ -1,7 +1,7 @@
 """What is particular to launching PPO: checks, and the actors that the driver owns."""
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,8 +21,13 @@ if TYPE_CHECKING:
 class PpoKind:
     """`train.Kind` of PPO."""
 
-    def __init__(self, run: PpoRun) -> None:
-        self._run = run
+    def __init__(self, run: PpoRun, reward_actors: Sequence[Any] | None = None, group: Any = None) -> None:
+        """
+        Args:
+            reward_actors: handles of actors that somebody else owns; None: the run starts its own.
+            group: somebody else's placement group for the run's own actors; None: the run makes one.
+        """
+        self._run, self._reward_actors, self._group = run, reward_actors, group
 
     @property
     def need(self) -> Need:
@@ -30,8 +35,9 @@ class PpoKind:
         parts = [
             ("learner.workers", run.learner.max_workers, run.learner.resources),
             ("rollout.actors", run.rollout.actors, run.rollout.resources),
-            ("reward.actors", run.reward.actors, run.reward.resources),
         ]
+        if self._reward_actors is None:
+            parts.append(("reward.actors", run.reward.actors, run.reward.resources))
         # Two versions of the weights, in float32 at most, are there while actors change from one to the next.
         return needed(parts, Need.object_store_bytes + 4 * self._travelling_bytes())
 
@@ -49,10 +55,12 @@ class PpoKind:
         from raytrl.launch.ray_actors import started_actors
 
         run = self._run
-        engine, sources = functools.partial(make_engine, run), functools.partial(make_sources, run)
-        with started_actors(run, engine, sources) as (rollout, reward):
+        shared = self._reward_actors
+        engine = functools.partial(make_engine, run)
+        sources = functools.partial(make_sources, run) if shared is None else None
+        with started_actors(run, engine, sources, self._group) as (rollout, own):
             job = PpoJob(run, command, versions)
-            yield ppo_worker, {"job": job, "rollout": rollout, "reward": reward}
+            yield ppo_worker, {"job": job, "rollout": rollout, "reward": own if shared is None else list(shared)}
 
 
 # Ray sends these by name: the driver never imports torch and the models' libraries, the processes that need them do.

@@ -21,7 +21,7 @@ from raytrl.launch.transport import pack
 from raytrl.launch.worker import RayWorkerContext
 from raytrl.ppo import loop
 from raytrl.ppo.protocols import Rollout
-from raytrl.records import Progress, Score
+from raytrl.records import Attempt, Progress, Score
 from raytrl.roles.backends import Backend, build_backend
 from raytrl.roles.collectives import gather_over_workers, worker_rank
 from raytrl.roles.job import PpoJob
@@ -49,7 +49,7 @@ def train_ppo(
             learner.load(Path(folder))
         context.barrier()  # a downloaded checkpoint is deleted when the first rank leaves
     say("waiting for rollout and reward actors")
-    attempt: int = broadcast_from_rank_zero(time.time_ns())
+    attempt = Attempt(run.name, broadcast_from_rank_zero(time.time_ns()))
     who = f"learner worker {context.rank}"
     generator = RolloutPool(
         Pool(RayCalls(rollout_actors), "rollout actors", who, run.rollout.timeout_s),

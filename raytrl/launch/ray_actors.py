@@ -1,6 +1,7 @@
 """Ray's side of the pools: starting actors in one placement group, and calling them."""
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -72,39 +73,57 @@ def _nothing_for(seconds: float) -> list[Any]:
 
 @contextmanager
 def started_actors(
-    run: PpoRun | EvalRun, make_engine: Callable[[], Any], make_sources: Callable[[], Any]
+    run: PpoRun | EvalRun,
+    make_engine: Callable[[], Any] | None,
+    make_sources: Callable[[], Any] | None,
+    group: Any = None,
 ) -> Iterator[tuple[list[Any], list[Any]]]:
     """Rollout and reward actors, loading. They belong to this process and end with it.
+
+    Args:
+        make_engine: None: no rollout actors.
+        make_sources: None: no reward actors.
+        group: a placement group with `actor_bundles` in it, somebody else's, who waited for it; None: made here.
 
     Raises:
         ResourceError: they could not all be placed in time.
     """
-    bundles = [dict(run.rollout.resources)] * run.rollout.actors + [dict(run.reward.resources)] * run.reward.actors
-    group = placement_group([bundle or {"CPU": 0.001} for bundle in bundles], strategy="PACK")
+    num_rollout = run.rollout.actors if make_engine else 0
+    num_reward = run.reward.actors if make_sources else 0
+    is_own = group is None
+    if is_own:
+        group = placement_group(actor_bundles(run, num_rollout, num_reward), strategy="PACK")
+        _wait_placed(group, run, num_rollout, num_reward)
+    try:
+        # Its owner may have bundles of his own in it, before ours.
+        places = itertools.count(group.bundle_count - num_rollout - num_reward)
+        start = functools.partial(_start, group)
+        rollout = [start(next(places), RolloutActor, run.rollout.resources, make_engine) for _ in range(num_rollout)]
+        reward = [start(next(places), RewardActor, run.reward.resources, make_sources) for _ in range(num_reward)]
+        yield rollout, reward
+    finally:
+        if is_own and ray.is_initialized():
+            remove_placement_group(group)
+
+
+def actor_bundles(run: PpoRun | EvalRun, num_rollout: int, num_reward: int) -> list[dict[str, float]]:
+    """The bundles of a placement group for these actors; no bundle may be empty."""
+    bundles = [dict(run.rollout.resources)] * num_rollout + [dict(run.reward.resources)] * num_reward
+    return [bundle or {"CPU": 0.001} for bundle in bundles]
+
+
+def _wait_placed(group: Any, run: PpoRun | EvalRun, num_rollout: int, num_reward: int) -> None:
     if not group.wait(run.rollout.start_timeout_s):
         remove_placement_group(group)
         raise ResourceError(
             f"rollout.actors, reward.actors: could not be placed within {run.rollout.start_timeout_s:g} s "
             f"(rollout.start_timeout_s); found free: {_amounts(ray.available_resources())}; expected: "
-            f"{run.rollout.actors} x {_amounts(run.rollout.resources)} and {run.reward.actors} x "
+            f"{num_rollout} x {_amounts(run.rollout.resources)} and {num_reward} x "
             f"{_amounts(run.reward.resources)}"
         )
-    try:
-        places = iter(range(len(bundles)))
-        start = functools.partial(_start, group)
-        rollout = [
-            start(next(places), RolloutActor, run.rollout.resources, make_engine) for _ in range(run.rollout.actors)
-        ]
-        reward = [
-            start(next(places), RewardActor, run.reward.resources, make_sources) for _ in range(run.reward.actors)
-        ]
-        yield rollout, reward
-    finally:
-        if ray.is_initialized():
-            remove_placement_group(group)
 
 
-def _start(group: Any, place: int, kind: type, resources: Mapping[str, float], make: Callable[[], Any]) -> Any:
+def _start(group: Any, place: int, kind: type, resources: Mapping[str, float], make: Any) -> Any:
     others = {name: amount for name, amount in resources.items() if name not in ("CPU", "GPU")}
     actor = (
         ray.remote(concurrency_groups=CONCURRENCY_GROUPS)(kind)

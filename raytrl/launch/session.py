@@ -59,6 +59,7 @@ class Need:
     total: Mapping[str, float]
     who: str
     object_store_bytes: int = 512 * 1024**2  # of a local Ray
+    bundles: tuple[Mapping[str, float], ...] = ()  # one a process
 
 
 def check_fits(need: Need, there: Mapping[str, float], where: str) -> None:
@@ -103,7 +104,8 @@ def needed(parts: Sequence[tuple[str, int, Mapping[str, float]]], object_store_b
         for name, amount in resources.items():
             total[name] = total.get(name, 0.0) + count * amount
     who = " + ".join(f"{key}: {count} x {amounts(resources)}" for key, count, resources in parts)
-    return Need(total, who, object_store_bytes or Need.object_store_bytes)
+    bundles = tuple(resources for _, count, resources in parts for _ in range(count))
+    return Need(total, who, object_store_bytes or Need.object_store_bytes, bundles)
 
 
 def amounts(resources: Mapping[str, float]) -> str:

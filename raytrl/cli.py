@@ -107,7 +107,8 @@ def _tune(file: str, overrides: list[str] | None, fresh: bool) -> None:
     else:
         write_sweep_page(run, found["trials"], found["best"], run_dir)
     out.print(trials_table(found["trials"], [*dict.fromkeys([*columns, "objective/kl"])], found["best"]))
-    out.print(sweep_summary(found, str(run_dir)))
+    curves = run_dir.exists(f"trials/{found['best']}/tensorboard")
+    out.print(sweep_summary(found, str(run_dir), curves))
 
 
 def _quickstart(output_dir: str, overrides: list[str], fresh: bool) -> None:

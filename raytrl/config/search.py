@@ -30,7 +30,7 @@ def load_base(sweep: LoadedRun) -> LoadedRun:
     """
     run = sweep.run
     assert isinstance(run, TuneRun)
-    base = load_run(run.base, [])
+    base = load_run(run.base, _overrides(run.fixed))
     where = _where(sweep, "base")
     if not isinstance(base.run, TrainingRun):
         raise ConfigError(
@@ -89,7 +89,11 @@ def trial_run(run: TuneRun, values: Mapping[str, Any], name: str, output_dir: st
         ConfigError: the values do not fit, alone or together.
     """
     own = {"name": name, "output_dir": output_dir}
-    return load_run(run.base, [f"{key}={json.dumps(value)}" for key, value in {**values, **own}.items()])
+    return load_run(run.base, _overrides({**run.fixed, **values, **own}))
+
+
+def _overrides(values: Mapping[str, Any]) -> list[str]:
+    return [f"{key}={json.dumps(value)}" for key, value in values.items()]
 
 
 def trial_name(number: int, values: Mapping[str, Any]) -> str:

@@ -159,6 +159,7 @@ class TuneRun(Run):
 
     kind: Literal["tune"] = "tune"
     base: str = Field(description="any run file that trains: sft, reward, dpo or ppo")
+    fixed: dict[str, Any] = Field(default={}, description="dotted keys of the base and other values for all trials")
     search: Annotated[dict[str, Distribution], Field(min_length=1)]
     trials: PositiveInt | None = Field(default=None, description="default, where all of search is grid: the whole grid")
     metric: str = Field(description="a key of the trials' metrics.jsonl; its last value counts")
@@ -178,6 +179,12 @@ class TuneRun(Run):
         """Sections in sections, as an override on the command line makes them, are dotted keys."""
         return dict(_dotted_keys("", search)) if isinstance(search, dict) else search
 
+    @field_validator("fixed", mode="after")
+    @classmethod
+    def _fixable(cls, fixed: dict[str, Any]) -> dict[str, Any]:
+        owned = [key for key in fixed if key in ("kind", "name", "output_dir") or key.startswith("cluster")]
+        return or_raise([f"{key}: is set by the sweep" for key in owned], fixed)
+
     @field_validator("search", mode="after")
     @classmethod
     def _searchable(cls, search: dict[str, Distribution]) -> dict[str, Distribution]:
@@ -193,7 +200,9 @@ class TuneRun(Run):
 
     @model_validator(mode="after")
     def _agreement(self) -> "TuneRun":
-        problems = []
+        problems = [
+            f"fixed.{key}: is in search too; leave out one of the two" for key in self.fixed if key in self.search
+        ]
         grid = self.grid_size
         has_grid = any(d.name == "grid" for d in self.search.values())
         if self.trials is None and not self.is_all_grid:

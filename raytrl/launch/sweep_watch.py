@@ -120,6 +120,10 @@ class _Keeper(Callback):  # type: ignore[misc]
         self.searcher: Any = None
         self._started: dict[str, float] = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Nothing: Ray Tune stores itself with its callbacks, but a sweep goes on from its book."""
+        return {}
+
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         name = _name(trial)
         self._started.setdefault(name, time.monotonic())

@@ -148,6 +148,10 @@ class TrialSearcher(Searcher):  # type: ignore[misc]
             if trial.is_ended:
                 self._tell(trial)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Nothing: Ray Tune stores itself with its searcher, but a sweep goes on from its book."""
+        return {}
+
     def set_search_properties(self, metric: Any, mode: Any, config: Any, **spec: Any) -> bool:
         return True
 

@@ -84,8 +84,8 @@ def _shown(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else escape(str(value))
 
 
-def sweep_summary(manifest: dict[str, Any], place: str) -> Table:
-    """Where the results of a finished sweep are."""
+def sweep_summary(manifest: dict[str, Any], place: str, curves: bool) -> Table:
+    """Where the results of a finished sweep are; `curves`: its trials write to TensorBoard."""
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     rows = {
         "best": manifest["best"],
@@ -93,8 +93,9 @@ def sweep_summary(manifest: dict[str, Any], place: str) -> Table:
         "run file": f"{place}/best.yaml",
         "all trials": f"{place}/results.csv",
         "pictures": f"{place}/report.html",
-        "curves": f"tensorboard --logdir {place}/trials",
     }
+    if curves:
+        rows["curves"] = f"tensorboard --logdir {place}/trials"
     for name, text in rows.items():
         table.add_row(name, escape(text))
     return table

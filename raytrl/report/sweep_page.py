@@ -101,7 +101,9 @@ def _curves(run: TuneRun, trials: Sequence[Trial], best: str, curves: Mapping[st
         is_best = trial.name == best
         colour = "#2d8a4e" if is_best else _COLOURS.get(trial.state, "#9a9a9a")
         marker = "o" if len(steps) < 12 else None
-        label = trial.name if is_best or len(drawn) <= 8 else None
+        label = f"{trial.name} (best)" if is_best else None
+        end = (steps[-1], values[-1])
+        axes.annotate(trial.name.partition("-")[0], end, xytext=(4, -3), textcoords="offset points", fontsize=8)
         axes.plot(
             steps,
             values,

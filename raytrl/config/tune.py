@@ -162,10 +162,11 @@ class TuneRun(Run):
     fixed: dict[str, Any] = Field(default={}, description="dotted keys of the base and other values for all trials")
     search: Annotated[dict[str, Distribution], Field(min_length=1)]
     trials: PositiveInt | None = Field(default=None, description="default, where all of search is grid: the whole grid")
-    metric: str = Field(description="a key of the trials' metrics.jsonl; its last value counts")
+    metric: str = Field(description="a key of the trials' metrics.jsonl")
+    average_last: PositiveInt = Field(default=1, description="a metric counts by the mean of this many last values")
     mode: Literal["max", "min"]
     limit: dict[str, Annotated[float, Field(allow_inf_nan=False)]] = Field(
-        default={}, description="metric: greatest value; over it at its last value a trial cannot win"
+        default={}, description="metric: greatest value; a trial that ends over it cannot win"
     )
     limit_patience: PositiveInt = Field(default=3, description="values over the limit in a row that stop a trial")
     scheduler: SchedulerSection = SchedulerSection()

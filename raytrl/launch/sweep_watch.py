@@ -11,7 +11,7 @@ from ray.tune import Callback, Stopper
 
 from raytrl.config.tune import TuneRun
 from raytrl.errors import RunError
-from raytrl.launch.trials import TrialBook
+from raytrl.launch.trials import TrialBook, folder_below
 from raytrl.launch.tune_search import TrialSearcher
 from raytrl.launch.tune_trial import run_trial, trial_resources
 from raytrl.records import Progress, Trial
@@ -61,7 +61,7 @@ class SweepWatch:
             ),
             run_config=tune.RunConfig(
                 name=str(time.time_ns()),
-                storage_path=f"{self._run_dir.uri}/.tune",
+                storage_path=self._storage(),
                 verbose=0,
                 callbacks=[keeper],
                 stop=keeper.stopper,
@@ -71,6 +71,10 @@ class SweepWatch:
         self._fit(tuner)
         if keeper.stopper.reason:
             raise RunError(keeper.stopper.reason)
+
+    def _storage(self) -> str:
+        """Where Ray Tune keeps what it needs while it runs."""
+        return self._run_dir.at(".tune") if self._run_dir.is_local else folder_below(self._run, ".tune")
 
     def _fit(self, tuner: Any) -> None:
         outcome: list[BaseException] = []

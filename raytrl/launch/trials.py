@@ -1,6 +1,7 @@
 """A sweep's record of its trials: trials.json, what their run directories say, and which one is the best."""
 
 import json
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
@@ -17,6 +18,7 @@ class TrialBook:
 
     def __init__(self, run: TuneRun, run_dir: RunDirectory) -> None:
         self._run, self._run_dir = run, run_dir
+        self._lock = threading.RLock()  # Ray Tune's thread writes, the driver's looks
         rows = json.loads(run_dir.read("trials.json") or "[]")
         self._trials = {row["name"]: Trial(**row) for row in rows}
 
@@ -31,14 +33,16 @@ class TrialBook:
         return list(self._trials.values())
 
     def add(self, trials: Iterable[Trial]) -> None:
-        self._trials |= {trial.name: trial for trial in trials}
-        self._save()
+        with self._lock:
+            self._trials |= {trial.name: trial for trial in trials}
+            self._save()
 
     def change(self, name: str, **values: Any) -> Trial:
         """Replaces fields of a trial."""
-        self._trials[name] = replace(self._trials[name], **values)
-        self._save()
-        return self._trials[name]
+        with self._lock:
+            self._trials[name] = replace(self._trials[name], **values)
+            self._save()
+            return self._trials[name]
 
     def directory(self, name: str) -> RunDirectory:
         return RunDirectory(trials_folder(self._run), name)
@@ -50,11 +54,12 @@ class TrialBook:
     def look(self, name: str) -> Trial:
         """Step and metrics of a trial as its run directory has them now; not saved."""
         rows = self.rows(name)
-        trial = self._trials[name]
-        if rows:
-            trial = replace(trial, step=rows[-1]["step"], metrics=last_values(rows, self._shown))
-            self._trials[name] = trial
-        return trial
+        with self._lock:
+            trial = self._trials[name]
+            if rows:
+                metrics = last_values(rows, self._shown, self._run.average_last)
+                self._trials[name] = trial = replace(trial, step=rows[-1]["step"], metrics=metrics)
+            return trial
 
     def end(self, name: str, state: str, cause: str, seconds: float) -> Trial:
         """Writes down how a trial ended; one that is over the limit at its last value is not simply done."""
@@ -87,16 +92,19 @@ class TrialBook:
 
 def trials_folder(run: TuneRun) -> str:
     """The `output_dir` of a sweep's trials."""
+    return folder_below(run, "trials")
+
+
+def folder_below(run: TuneRun, name: str) -> str:
+    """Path or URI of a folder in a sweep's directory."""
     base, query, options = run.output_dir.partition("?")
-    return f"{base.rstrip('/')}/{run.name}/trials{query}{options}"
+    return f"{base.rstrip('/')}/{run.name}/{name}{query}{options}"
 
 
-def last_values(rows: Sequence[Mapping[str, Any]], keys: Iterable[str]) -> dict[str, float]:
-    """The last value of each metric that was ever logged."""
-    found: dict[str, float] = {}
-    for row in rows:
-        found |= {key: row[key] for key in keys if key in row}
-    return {key: found[key] for key in dict.fromkeys(keys) if key in found}
+def last_values(rows: Sequence[Mapping[str, Any]], keys: Iterable[str], count: int = 1) -> dict[str, float]:
+    """Of each metric that was ever logged the mean of its last `count` values, or of as many as there are."""
+    found = {key: [row[key] for row in rows if key in row][-count:] for key in dict.fromkeys(keys)}
+    return {key: sum(values) / len(values) for key, values in found.items() if values}
 
 
 def over_limit(metrics: Mapping[str, float], limit: Mapping[str, float]) -> str:

@@ -118,9 +118,9 @@ def tune(loaded: LoadedRun, command: str, fresh: bool, show: Show, show_trials: 
         run_dir.write("base.yaml", _as_yaml(base))
         book = TrialBook(run, run_dir)
         book.add(trials)
+        book.take_up_again()
         show(Progress("plan", text=_describe(sweep, book, words, most, run_dir)))
         write_start(loaded, run_dir, command)
-        book.take_up_again()
         try:
             _run_on_ray(sweep, edges, book, scheduler, optuna, run_dir, show, show_trials)
             best = _best(run, book)
@@ -170,10 +170,11 @@ def concurrent_trials(sweep: Sweep, edges: Sequence[Edge], nodes: Sequence[dict[
     )
     if fits == 0 or (run.max_concurrent != "auto" and fits < wanted):
         has = ", ".join(f"{sum(node.get(name, 0) for node in nodes):g} {name}" for name in need.total)
-        with_shared = f", beside {shared.who} for all" if shared.bundles else ""
-        asked = "one trial" if fits == 0 else f"max_concurrent: {wanted} trials"
+        beside = f" beside what all trials share ({shared.who})" if shared.bundles else ""
+        if fits == 0:
+            raise ResourceError(f"one trial ({need.who}) does not fit{beside}; found: {has} on {where}")
         raise ResourceError(
-            f"{asked} of {need.who}{with_shared} find no place; found: {has} on {where}; expected: less"
+            f"max_concurrent: {wanted} trials do not fit, {fits} do; each takes {need.who}{beside}; found: {has} on {where}"
         )
     return fits
 

@@ -16,7 +16,7 @@ from raytrl.config.load import LoadedRun
 from raytrl.config.search import trial_name, trial_run
 from raytrl.config.tune import Distribution, TuneRun
 from raytrl.errors import ConfigError
-from raytrl.launch.trials import TrialBook, trials_folder
+from raytrl.launch.trials import TrialBook, over_limit, trials_folder
 from raytrl.records import Trial
 
 _NO_END = 1_000_000_000  # asha: no rung is the last because of it
@@ -146,7 +146,7 @@ class TrialSearcher(Searcher):  # type: ignore[misc]
         self._suggested: set[str] = set()  # trial ids that Optuna knows
         for trial in book.all if optuna is not None else ():
             if trial.is_ended:
-                self._tell(trial)
+                self._tell(trial, self._value(trial) if trial.state in ("done", "stopped") else None)
 
     def __getstate__(self) -> dict[str, Any]:
         """Nothing: Ray Tune stores itself with its searcher, but a sweep goes on from its book."""
@@ -180,13 +180,14 @@ class TrialSearcher(Searcher):  # type: ignore[misc]
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         if self._optuna is None:
             return
-        trial = self._book[self.names[trial_id]]
-        value = trial.metrics.get(self._run.metric) if trial.state in ("done", "stopped") else None
+        trial = self._book.look(self.names[trial_id])  # Ray Tune calls this before the book knows how it ended
+        counts = not error and (result or {}).get("end", "done") == "done"
+        value = self._value(trial) if counts else None
         if trial_id in self._suggested:
             found = None if value is None else {self._run.metric: value}
             self._optuna.on_trial_complete(trial_id, found, error=value is None)
         else:
-            self._tell(trial)
+            self._tell(trial, value)
 
     def _new(self, trial_id: str) -> Trial:
         suggested = self._optuna.suggest(trial_id)
@@ -196,8 +197,11 @@ class TrialSearcher(Searcher):  # type: ignore[misc]
         self._book.add([trial])
         return trial
 
-    def _tell(self, trial: Trial) -> None:
-        value = trial.metrics.get(self._run.metric) if trial.state in ("done", "stopped") else None
+    def _value(self, trial: Trial) -> float | None:
+        """What Optuna hears of a trial; nothing of one over a limit, or it would look for more of the kind."""
+        return None if over_limit(trial.metrics, self._run.limit) else trial.metrics.get(self._run.metric)
+
+    def _tell(self, trial: Trial, value: float | None) -> None:
         self._optuna.add_evaluated_point(dict(trial.values), value, error=value is None)
 
     def save(self, checkpoint_path: str) -> None:

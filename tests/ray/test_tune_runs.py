@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import signal
 from pathlib import Path
 from typing import Any
@@ -180,10 +181,11 @@ def test_ctrl_c_leaves_no_process(folder: Path) -> None:
 
 REFUSED = {
     "scheduler.name=pbt": "pbt is refused: Ray Tune's population-based training copies checkpoints",
-    "search.ppo.kl.coef={choice: [0.1, -1]}": "search.ppo.kl.coef: value -1 is refused: ppo.kl.coef: input should be",
-    "search.model.path={choice: [nowhere/at/all]}": "search.model.path: value 'nowhere/at/all' is refused: model.path: no",
-    "max_concurrent=3": "max_concurrent: 3 trials of learner.workers: 1 x CPU 0.5 + rollout.actors: 1 x CPU 90",
-    "max_concurrent=auto": "one trial of learner.workers: 1 x CPU 0.5 + rollout.actors: 1 x CPU 90 find no place, beside",
+    "search.ppo.kl.coef={grid: [0.1, -1]}": "search.ppo.kl.coef: value -1 is refused: ppo.kl.coef: input should be",
+    "search.model.path={grid: [nowhere/at/all]}": "search.model.path: value 'nowhere/at/all' is refused: model.path: no",
+    "fixed={rollout.resources: {CPU: 90}}": "one trial (learner.workers: 1 x CPU 0.5 + rollout.actors: 1 x CPU 90) does "
+    "not fit beside what all trials share (reward.actors: 1 x CPU 0.25); found: ",
+    "max_concurrent=3": "max_concurrent: 3 trials do not fit, 2 do; each takes learner.workers: 1 x CPU 0.5 + rollout.",
     "base=nowhere.yaml": "nowhere.yaml: no such run file",
 }
 
@@ -194,13 +196,13 @@ def test_what_is_refused_before_ray_starts(folder: Path, override: str) -> None:
     from raytrl.errors import RaytrlError
     from raytrl.launch.tune import tune
 
-    cpus = 90 if override.startswith("max_concurrent") else 0.25
-    base = base_file(folder, rollout={"actors": 1, "resources": {"CPU": cpus}})
+    two_trials = (len(os.sched_getaffinity(0)) - 0.25) / 2.5
+    base = base_file(folder, rollout={"actors": 1, "resources": {"CPU": round(two_trials - 0.5, 3)}})
     file = sweep_file(
         folder, "refused", base, search={"ppo.learning_rate": {"grid": [1e-3, 1e-2, 1e-4]}}, metric=METRIC
     )
     with pytest.raises(RaytrlError) as caught:
-        tune(load_run(file, [override, "trials=3"], "tune"), "a test", False, lambda event: None, lambda trials: None)
+        tune(load_run(file, [override], "tune"), "a test", False, lambda event: None, lambda trials: None)
     assert caught.value.exit_status == 2
     assert REFUSED[override] in str(caught.value)
     assert not (folder / "runs/refused/manifest.json").exists()

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,8 +14,8 @@ from ray.tune.search import Searcher
 from raytrl.config.load import LoadedRun, load_run
 from raytrl.config.tune import TuneRun
 from raytrl.launch.capacity import trials_that_fit
-from raytrl.launch.sweep_end import best_yaml, results_csv
-from raytrl.launch.trials import LimitWatch, TrialBook, best_trial, over_limit
+from raytrl.launch.sweep_end import best_yaml, results_csv, write_end
+from raytrl.launch.trials import LimitWatch, TrialBook, best_trial, last_values, over_limit
 from raytrl.launch.tune_search import TrialSearcher, first_trials, make_optuna, make_scheduler, replay
 from raytrl.launch.tune_trial import TrialReports
 from raytrl.records import Progress, Trial
@@ -51,6 +52,12 @@ def test_a_trial_is_stopped_when_it_stays_over_the_limit() -> None:
     assert answers[-1] == "objective/kl 12 > 10, 3 values in a row"
     assert over_limit({"objective/kl": 10.0}, {"objective/kl": 10.0}) == ""
     assert over_limit({"objective/kl": 10.5}, {"objective/kl": 10.0}) == "objective/kl 10.5 > 10"
+
+
+def test_a_noisy_metric_counts_by_the_mean_of_its_last_values() -> None:
+    rows = [{"a": 1.0}, {"a": 2.0, "b": 5.0}, {"a": 4.0}]
+    assert last_values(rows, ["a", "b", "c"]) == {"a": 4.0, "b": 5.0}
+    assert last_values(rows, ["a", "b", "c"], 2) == {"a": 3.0, "b": 5.0}
 
 
 def test_steps_that_are_redone_count_once_towards_the_limit() -> None:
@@ -147,10 +154,8 @@ def test_optuna_knows_the_trials_of_before_the_cut(sweep: Load, book: TrialBook)
     assert names[:2] == [each.name for each in again.all[2:4]]
     assert searcher.suggest("4") == Searcher.FINISHED
     assert len(reopened(again)) == 6  # new ones are on disk before they start
-    again.end(names[0], "done", "", 1.0)
-    searcher.on_trial_complete("0", {})
-    again.end(names[2], "failed", "no memory", 1.0)
-    searcher.on_trial_complete("2", {})
+    searcher.on_trial_complete("0", {"end": "done"})
+    searcher.on_trial_complete("2", {"end": "failed"})
     assert [t.state.name for t in optuna._ot_study.trials] == ["COMPLETE", "COMPLETE", "FAIL", "RUNNING", "COMPLETE"]
 
 
@@ -188,3 +193,14 @@ def test_the_page_stands_alone(book: TrialBook) -> None:
     )
     assert "<script" not in page
     assert best in page
+
+
+def test_a_sweep_that_is_made_anew_leaves_no_link_to_an_old_model(book: TrialBook) -> None:
+    run_dir, best = book._run_dir, book.all[0]
+    book.directory(best.name).write("model/config.json", "{}")
+    run_dir.update_manifest(state="done")
+    assert write_end(book._run, book, best, run_dir) == write_end(book._run, book, best, run_dir)
+    assert run_dir.read("model/config.json") == "{}"
+    run_dir.clear()
+    assert not Path(run_dir.at("model")).is_symlink()
+    assert not run_dir.exists("trials")

@@ -141,9 +141,9 @@ class TrialSearcher(Searcher):  # type: ignore[misc]
     def __init__(self, run: TuneRun, book: TrialBook, optuna: Any, on_refused: Callable[[Trial], None]) -> None:
         super().__init__(metric=run.metric, mode=run.mode)
         self._run, self._book, self._optuna, self._on_refused = run, book, optuna, on_refused
-        self.names: dict[str, str] = {}  # Ray Tune's trial id → trial
+        self._names: dict[str, str] = {}  # Ray Tune's trial id → trial
         self._waiting = [trial.name for trial in book.all if not trial.is_ended]
-        self._suggested: set[str] = set()  # trial ids that Optuna knows
+        self._suggested: set[str] = set()  # trials that Optuna waits to hear of
         for trial in book.all if optuna is not None else ():
             if trial.is_ended:
                 self._tell(trial, self._value(trial) if trial.state in ("done", "stopped") else None)
@@ -160,15 +160,16 @@ class TrialSearcher(Searcher):  # type: ignore[misc]
             if self._waiting:
                 trial = self._book[self._waiting.pop(0)]
             elif self._optuna is not None and len(self._book) < self._run.num_trials:
-                trial = self._new(trial_id)
+                trial = self._new()
             else:
                 return Searcher.FINISHED
             try:
                 loaded = self.loaded(trial)
             except ConfigError as error:  # values that fit alone, but not together
+                self._tell(trial, None)
                 self._on_refused(self._book.end(trial.name, "failed", str(error), 0.0))
                 continue
-            self.names[trial_id] = trial.name
+            self._names[trial_id] = trial.name
             return {"loaded": loaded}
 
     def loaded(self, trial: Trial) -> LoadedRun:
@@ -180,20 +181,16 @@ class TrialSearcher(Searcher):  # type: ignore[misc]
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         if self._optuna is None:
             return
-        trial = self._book.look(self.names[trial_id])  # Ray Tune calls this before the book knows how it ended
+        trial = self._book.look(self._names[trial_id])  # Ray Tune calls this before the book knows how it ended
         counts = not error and (result or {}).get("end", "done") == "done"
-        value = self._value(trial) if counts else None
-        if trial_id in self._suggested:
-            found = None if value is None else {self._run.metric: value}
-            self._optuna.on_trial_complete(trial_id, found, error=value is None)
-        else:
-            self._tell(trial, value)
+        self._tell(trial, self._value(trial) if counts else None)
 
-    def _new(self, trial_id: str) -> Trial:
-        suggested = self._optuna.suggest(trial_id)
+    def _new(self) -> Trial:
+        number = len(self._book) + 1
+        suggested = self._optuna.suggest(f"{number:02}")
         values = {key: _plain(suggested[key]) for key in self._run.search}
-        self._suggested.add(trial_id)
-        trial = Trial(trial_name(len(self._book) + 1, values), values)
+        trial = Trial(trial_name(number, values), values)
+        self._suggested.add(trial.name)
         self._book.add([trial])
         return trial
 
@@ -202,6 +199,14 @@ class TrialSearcher(Searcher):  # type: ignore[misc]
         return None if over_limit(trial.metrics, self._run.limit) else trial.metrics.get(self._run.metric)
 
     def _tell(self, trial: Trial, value: float | None) -> None:
+        if trial.name in self._suggested:
+            found = None if value is None else {self._run.metric: value}
+            self._optuna.on_trial_complete(trial.name.partition("-")[0], found, error=value is None)
+        elif self._optuna is not None:
+            self._told_before(trial, value)
+
+    def _told_before(self, trial: Trial, value: float | None) -> None:
+        """A trial that an earlier start of the sweep suggested."""
         self._optuna.add_evaluated_point(dict(trial.values), value, error=value is None)
 
     def save(self, checkpoint_path: str) -> None:

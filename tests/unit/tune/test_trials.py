@@ -204,3 +204,17 @@ def test_a_sweep_that_is_made_anew_leaves_no_link_to_an_old_model(book: TrialBoo
     run_dir.clear()
     assert not Path(run_dir.at("model")).is_symlink()
     assert not run_dir.exists("trials")
+
+
+def test_optuna_goes_on_after_values_that_do_not_fit_together(sweep: Load) -> None:
+    search = {"ppo.batch_size": {"choice": [16, 20]}, "ppo.minibatches": {"choice": [2, 8]}}
+    sampler = {"name": "optuna", "sampler": "RandomSampler"}
+    run = sweep(search=search, trials=12, algorithm=sampler).run
+    assert isinstance(run, TuneRun)
+    book, refused = TrialBook(run, RunDirectory(run.output_dir, run.name)), []
+    searcher = TrialSearcher(run, book, make_optuna(run), refused.append)
+    while searcher.suggest(f"id-{len(book)}") != Searcher.FINISHED:
+        pass
+    assert 0 < len(refused) < 12
+    assert {tuple(trial.values.values()) for trial in refused} == {(20, 8)}
+    assert "batch_size must be a multiple of minibatches" in refused[0].cause

@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,16 +19,20 @@ if TYPE_CHECKING:
     from raytrl.roles.rollout import RolloutEngine
 
 
+@dataclass(frozen=True)
+class Lent:
+    """What a sweep, which has checked all its runs, lends to one of them."""
+
+    group: Any  # a placement group for the run's own actors
+    reward_actors: Sequence[Any] | None  # handles of those that all trials share; None: the run starts its own
+
+
 class PpoKind:
     """`train.Kind` of PPO."""
 
-    def __init__(self, run: PpoRun, reward_actors: Sequence[Any] | None = None, group: Any = None) -> None:
-        """
-        Args:
-            reward_actors: handles of actors that somebody else owns; None: the run starts its own.
-            group: somebody else's placement group for the run's own actors; None: the run makes one.
-        """
-        self._run, self._reward_actors, self._group = run, reward_actors, group
+    def __init__(self, run: PpoRun, lent: Lent | None = None) -> None:
+        self._run, self._lent = run, lent
+        self._rewards = lent.reward_actors if lent else None
 
     @property
     def need(self) -> Need:
@@ -36,7 +41,7 @@ class PpoKind:
             ("learner.workers", run.learner.max_workers, run.learner.resources),
             ("rollout.actors", run.rollout.actors, run.rollout.resources),
         ]
-        if self._reward_actors is None:
+        if self._rewards is None:
             parts.append(("reward.actors", run.reward.actors, run.reward.resources))
         # Two versions of the weights, in float32 at most, are there while actors change from one to the next.
         return needed(parts, Need.object_store_bytes + 4 * self._travelling_bytes())
@@ -48,17 +53,17 @@ class PpoKind:
         return sum(file.stat().st_size for file in Path(str(self._run.model.path)).glob("*.safetensors"))
 
     def check(self, run_dir: RunDirectory) -> str:
-        return describe_ppo(self._run, check_ppo(self._run))
+        return "checked by the sweep" if self._lent else describe_ppo(self._run, check_ppo(self._run))
 
     @contextmanager
     def running(self, command: str, versions: dict[str, str]) -> Iterator[tuple[Any, dict[str, Any]]]:
         from raytrl.launch.ray_actors import started_actors
 
         run = self._run
-        shared = self._reward_actors
+        shared = self._rewards
         engine = functools.partial(make_engine, run)
         sources = functools.partial(make_sources, run) if shared is None else None
-        with started_actors(run, engine, sources, self._group) as (rollout, own):
+        with started_actors(run, engine, sources, self._lent.group if self._lent else None) as (rollout, own):
             job = PpoJob(run, command, versions)
             yield ppo_worker, {"job": job, "rollout": rollout, "reward": own if shared is None else list(shared)}
 

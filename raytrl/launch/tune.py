@@ -36,6 +36,8 @@ from raytrl.rundir import RunDirectory, now
 # Read by Ray Tune. Trials keep their own records; and a row need not hold the metric of an evaluation that was not due.
 _ENVIRONMENT = {"TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1"}
 
+_BASE = "base.yaml"  # the base run, resolved
+
 Show = Callable[[Progress], None]
 ShowTrials = Callable[[Sequence[Trial]], None]
 
@@ -66,11 +68,13 @@ class Sweep:
         return needed([("reward.actors", reward.actors, reward.resources)])
 
     def trial_need(self, loaded: LoadedRun) -> Need:
-        from raytrl.launch.ppo import PpoKind
+        from raytrl.launch.ppo import Lent, PpoKind
 
         run = loaded.run
         assert isinstance(run, TrainingRun)
-        return PpoKind(run, ()).need if self.shares_reward and isinstance(run, PpoRun) else kind_of(run).need
+        return (
+            PpoKind(run, Lent(None, ())).need if self.shares_reward and isinstance(run, PpoRun) else kind_of(run).need
+        )
 
 
 def tune(loaded: LoadedRun, command: str, fresh: bool, show: Show, show_trials: ShowTrials) -> dict[str, Any]:
@@ -100,12 +104,11 @@ def tune(loaded: LoadedRun, command: str, fresh: bool, show: Show, show_trials: 
     edges = check_edges(loaded)
     run_dir = RunDirectory(run.output_dir, run.name)
     with run_dir.locked():
-        goes_on = not fresh and bool(run_dir.manifest())
-        if goes_on:
-            for notice in _check_unchanged(sweep, run_dir):
-                show(Progress("notice", text=notice))
-            if run_dir.manifest()["state"] == "done":
-                return run_dir.manifest() | {"already_done": True, "trials": TrialBook(run, run_dir).all}
+        goes_on = not fresh and run_dir.exists(_BASE)
+        for notice in [] if fresh else _check_unchanged(sweep, run_dir):
+            show(Progress("notice", text=notice))
+        if goes_on and run_dir.manifest()["state"] == "done":
+            return run_dir.manifest() | {"already_done": True, "trials": TrialBook(run, run_dir).all}
         check_address(run)
         from raytrl.launch.tune_search import first_trials, make_optuna, make_scheduler
 
@@ -115,12 +118,12 @@ def tune(loaded: LoadedRun, command: str, fresh: bool, show: Show, show_trials: 
         words = _check_runs(sweep, edges)
         if not goes_on:
             run_dir.clear()
-        run_dir.write("base.yaml", _as_yaml(base))
+        write_start(loaded, run_dir, command)
         book = TrialBook(run, run_dir)
         book.add(trials)
+        run_dir.write(_BASE, _as_yaml(base))  # last: from now on there is a sweep to go on with
         book.take_up_again()
         show(Progress("plan", text=_describe(sweep, book, words, most, run_dir)))
-        write_start(loaded, run_dir, command)
         try:
             _run_on_ray(sweep, edges, book, scheduler, optuna, run_dir, show, show_trials)
             best = _best(run, book)
@@ -151,7 +154,8 @@ def _check_unchanged(sweep: Sweep, run_dir: RunDirectory) -> list[str]:
     Raises:
         ConfigError: it is another sweep now.
     """
-    return [*refuse_changes(run_dir, "config.yaml", sweep.run), *refuse_changes(run_dir, "base.yaml", sweep.base.run)]
+    found = [("config.yaml", sweep.run), (_BASE, sweep.base.run)]
+    return [notice for name, run in found if run_dir.exists(name) for notice in refuse_changes(run_dir, name, run)]
 
 
 def concurrent_trials(sweep: Sweep, edges: Sequence[Edge], nodes: Sequence[dict[str, float]], where: str) -> int:

@@ -63,9 +63,9 @@ def _kind(run: Run, reward_actors: Sequence[Any] | None) -> "Kind | None":
         return None
     from ray.util import get_current_placement_group
 
-    from raytrl.launch.ppo import PpoKind
+    from raytrl.launch.ppo import Lent, PpoKind
 
-    return PpoKind(run, reward_actors, get_current_placement_group())
+    return PpoKind(run, Lent(get_current_placement_group(), reward_actors))
 
 
 def trial_resources(config: dict[str, Any], shares_reward: bool) -> Any:

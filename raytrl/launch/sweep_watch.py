@@ -45,7 +45,6 @@ class SweepWatch:
         """
         keeper = _Keeper(self._run, self._book, self._show)
         searcher = TrialSearcher(self._run, self._book, optuna, keeper.refused)
-        keeper.searcher = searcher
         tuner = tune.Tuner(
             tune.with_resources(
                 tune.with_parameters(run_trial, sweep=self._run, command=command, reward_actors=reward_actors),
@@ -121,7 +120,6 @@ class _Keeper(Callback):  # type: ignore[misc]
     def __init__(self, run: TuneRun, book: TrialBook, show: Callable[[Progress], None]) -> None:
         self._run, self._book, self._show = run, book, show
         self.stopper = _EnoughFailures()
-        self.searcher: Any = None
         self._started: dict[str, float] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -135,11 +133,12 @@ class _Keeper(Callback):  # type: ignore[misc]
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         result = trial.last_result or {}
-        # Without a word of its own the trial was ended by the scheduler.
-        cause = (
-            f"by {self._run.scheduler.name} at step {result.get('step', 0)}" if "end" not in result else result["cause"]
-        )
-        self._end(_name(trial), result.get("end", "stopped"), cause)
+        if "end" in result:
+            self._end(_name(trial), result["end"], result["cause"])
+        elif self.stopper.reason:  # it was going well; the sweep as a whole is given up
+            self._book.change(_name(trial), state="waiting")
+        else:
+            self._end(_name(trial), "stopped", f"by {self._run.scheduler.name} at step {result.get('step', 0)}")
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         error = trial.get_pickled_error()

@@ -180,6 +180,12 @@ class TuneRun(Run):
         """Sections in sections, as an override on the command line makes them, are dotted keys."""
         return dict(_dotted_keys("", search)) if isinstance(search, dict) else search
 
+    @field_validator("fixed", mode="before")
+    @classmethod
+    def _leaves(cls, fixed: Any) -> Any:
+        """Sections are dotted keys: what they do not name stays as the base has it."""
+        return dict(_leaf_keys("", fixed)) if isinstance(fixed, dict) else fixed
+
     @field_validator("fixed", mode="after")
     @classmethod
     def _fixable(cls, fixed: dict[str, Any]) -> dict[str, Any]:
@@ -239,6 +245,12 @@ class TuneRun(Run):
     @property
     def num_trials(self) -> int:
         return self.trials or self.grid_size
+
+
+def _leaf_keys(prefix: str, values: dict[Any, Any]) -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        is_section = isinstance(value, dict) and bool(value)
+        yield from _leaf_keys(f"{prefix}{key}.", value) if is_section else [(f"{prefix}{key}", value)]
 
 
 def _dotted_keys(prefix: str, search: dict[Any, Any]) -> Iterator[tuple[str, Any]]:

@@ -34,7 +34,11 @@ from raytrl.records import Progress, Trial
 from raytrl.rundir import RunDirectory, now
 
 # Read by Ray Tune. Trials keep their own records; and a row need not hold the metric of an evaluation that was not due.
-_ENVIRONMENT = {"TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1"}
+_ENVIRONMENT = {
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
+    "RAY_AIR_NEW_OUTPUT": "0",
+}
 
 _BASE = "base.yaml"  # the base run, resolved
 

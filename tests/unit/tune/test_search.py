@@ -138,3 +138,17 @@ def test_optuna_takes_a_sampler_by_name(sweep: Load) -> None:
         make_optuna(run_of(sweep(algorithm={"name": "optuna", "sampler": "Sampler"})))
     with pytest.raises(ConfigError, match="Optuna refuses: "):
         make_optuna(run_of(sweep(algorithm={"name": "optuna", "sampler_arguments": {"startup": 1}})))
+
+
+def test_fixed_values_hold_for_all_trials(sweep: Load) -> None:
+    written = {"rollout": {"resources": {"CPU": 1}}}
+    loaded = sweep(written, fixed={"ppo": {"epochs": 1}, "rollout.resources": {"GPU": 1}, "report_to": ["tensorboard"]})
+    base: Any = load_base(loaded).run
+    trial: Any = trial_run(run_of(loaded), {"ppo.kl.coef": 0.5}, "a", "runs").run
+    for run in (base, trial):
+        assert (run.ppo.epochs, run.ppo.steps, run.report_to) == (1, 8, ["tensorboard"])
+        assert run.rollout.resources == {"CPU": 1, "GPU": 1}
+    with pytest.raises(ConfigError, match=r"ppo.kl.coef: is in search too"):
+        sweep(fixed={"ppo.kl.coef": 1})
+    with pytest.raises(ConfigError, match="name: is set by the sweep"):
+        sweep(fixed={"name": "x"})

@@ -140,6 +140,32 @@ def _stop_or_leave(client: Any, job: str) -> None:
     raise typer.Exit(130)
 
 
+def _tune(file: str, overrides: list[str] | None, fresh: bool) -> None:
+    from raytrl.config.load import load_run
+
+    loaded = load_run(file, overrides or [], "tune")
+    from raytrl.config.tune import TuneRun
+    from raytrl.launch.tune import tune
+    from raytrl.report.sweep import SweepDisplay, sweep_summary, trials_table
+    from raytrl.report.sweep_page import write_sweep_page
+    from raytrl.rundir import RunDirectory
+
+    run = loaded.run
+    assert isinstance(run, TuneRun)
+    _stop_on_sigterm()
+    columns = [run.metric, *run.limit]
+    with SweepDisplay(out, f"tune {run.name}", run.metric, list(run.limit)) as display:
+        found = tune(loaded, shlex.join(["raytrl", *sys.argv[1:]]), fresh, display.show, display.show_trials)
+    run_dir = RunDirectory(run.output_dir, run.name)
+    if found.get("already_done"):
+        out.print("this sweep is finished already; --fresh makes it anew")
+    else:
+        write_sweep_page(run, found["trials"], found["best"], run_dir)
+    out.print(trials_table(found["trials"], [*dict.fromkeys([*columns, "objective/kl"])], found["best"]))
+    curves = run_dir.exists(f"trials/{found['best']}/tensorboard")
+    out.print(sweep_summary(found, str(run_dir), curves))
+
+
 def _quickstart(output_dir: str, overrides: list[str], fresh: bool) -> None:
     from contextlib import contextmanager
 
@@ -224,6 +250,12 @@ def evaluate(config: File, overrides: Overrides = None, fresh: Fresh = False, de
 
 
 @app.command()
+def tune(config: File, overrides: Overrides = None, fresh: Fresh = False, debug: Debug = False) -> None:
+    """A sweep over any settings of a run file with Ray Tune, to a table, pictures and the best model."""
+    _guarded(lambda: _tune(config, overrides, fresh), debug)
+
+
+@app.command()
 def report(
     run_dir: Annotated[str, typer.Argument(metavar="RUN_DIR", help="such as runs/my-run", show_default=False)],
     debug: Debug = False,
@@ -299,7 +331,9 @@ def config_show(config: File, overrides: Overrides = None, debug: Debug = False)
 
 @config_app.command("schema")
 def config_schema(
-    kind: Annotated[str, typer.Argument(metavar="KIND", help="sft, reward, dpo, ppo or eval", show_default=False)],
+    kind: Annotated[
+        str, typer.Argument(metavar="KIND", help="sft, reward, dpo, ppo, eval or tune", show_default=False)
+    ],
 ) -> None:
     """The JSON schema of a kind of run file, for editors."""
 

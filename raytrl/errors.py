@@ -30,6 +30,10 @@ class RunError(RaytrlError):
     """A run was started and failed."""
 
 
+class TrialStoppedError(RaytrlError):
+    """A sweep's trial need not go on; the message says why."""
+
+
 class WorkerError(RunError):
     """A worker process failed; the message names its rank and node and the one cause."""
 

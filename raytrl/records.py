@@ -7,10 +7,17 @@ responses of one prompt. Nothing else identifies it, so it may be made by any ro
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import Any
+from typing import Any, NamedTuple
 
 Message = Mapping[str, Any]
 PromptText = str | list[Message]
+
+
+class Attempt(NamedTuple):
+    """One life of a run's learner group; actors that several runs share serve the newest attempt of each."""
+
+    run: str
+    number: int  # upwards
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +85,24 @@ def sample_row(prompt: Prompt, response: Response, score: Score, **more: Any) ->
         "score": score.value,
         "scores": dict(score.by_source),
     }
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One trial of a sweep, as trials.json and the tables show it."""
+
+    name: str  # its run directory is <sweep>/trials/<name>
+    values: Mapping[str, Any]  # of the searched keys
+    state: str = "waiting"  # waiting | running | done | over limit | stopped | failed
+    cause: str = ""  # over limit, stopped, failed: why
+    step: int = 0
+    metrics: Mapping[str, float] = field(default_factory=dict)  # last values of the metrics that a sweep looks at
+    seconds: float = 0.0  # from its first start to its end, waiting for Ray included
+
+    @property
+    def is_ended(self) -> bool:
+        """Whether its part in the sweep is over; a failed trial is tried again when the sweep is started again."""
+        return self.state not in ("waiting", "running")
 
 
 def chunks(prompts: Sequence[Prompt], chunk_prompts: int) -> list[list[Prompt]]:

@@ -170,6 +170,10 @@ class StepLog:
         """The last step that is on record; 0 before the first."""
         return _step_of(self._lines[-1]) if self._lines else 0
 
+    def rows(self) -> list[dict[str, Any]]:
+        """What is logged so far."""
+        return [json.loads(line) for line in self._lines]
+
     def rewind(self, step: int) -> None:
         """Forgets what was logged after a step: the run goes on from there."""
         self._lines = [line for line in self._lines if _step_of(line) <= step]

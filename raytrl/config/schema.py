@@ -8,6 +8,7 @@ from raytrl.config.kinds import RUNS
 from raytrl.config.native import LORA_CLASS, NativeClass, native_fields
 from raytrl.config.nearest import OWNED
 from raytrl.config.runs import SupervisedRun, TrainingRun
+from raytrl.config.tune import DISTRIBUTIONS
 
 
 def json_schema(kind: str) -> dict[str, Any]:
@@ -23,8 +24,13 @@ def json_schema(kind: str) -> dict[str, Any]:
         schema["properties"]["report_to"].pop("type")
         learner = schema["$defs"]["LearnerSection"]["properties"]
         learner["deepspeed"] = {"anyOf": [{"type": "string"}, *learner["deepspeed"]["anyOf"]]}
-    source = schema["$defs"]["DataSource"]
-    schema["$defs"]["DataSource"] = {"anyOf": [{"type": "string"}, source]}
+    sections = schema["$defs"]
+    if "DataSource" in sections:
+        sections["DataSource"] = {"anyOf": [{"type": "string"}, sections["DataSource"]]}
+    if "Distribution" in sections:
+        values: dict[str, Any] = {name: {} for name in (*DISTRIBUTIONS, "grid_search")}
+        one = {"minProperties": 1, "maxProperties": 1}
+        sections["Distribution"] = {"type": "object", "properties": values, "additionalProperties": False, **one}
     return schema
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from raytrl.errors import StaleAttemptError, WeightsVersionError
 from raytrl.launch.logs import LOG, set_version
-from raytrl.records import Prompt, Response, Score
+from raytrl.records import Attempt, Prompt, Response, Score
 
 if TYPE_CHECKING:
     from raytrl.launch.transport import PackedWeights
@@ -54,10 +54,10 @@ class _Gate:
 
 
 class _Actor:
-    """An attempt is one life of the learner group, numbered upwards; older ones are not served any more."""
+    """An attempt is one life of a run's learner group; older ones of the same run are not served any more."""
 
     def __init__(self) -> None:
-        self._newest_attempt = 0
+        self._newest: dict[str, int] = {}  # by run: a sweep's trials share reward actors
         self._gate = _Gate()  # before the engine or the sources
         self._doing: list[str] = []
 
@@ -66,13 +66,14 @@ class _Actor:
         doing = list(self._doing)
         return "nothing" if not doing else doing[0] + (f", and {len(doing) - 1} more" if len(doing) > 1 else "")
 
-    def begin(self, attempt: int) -> None:
+    def begin(self, attempt: Attempt) -> None:
         """Requests of earlier attempts that still wait here are refused from now on."""
-        self._newest_attempt = max(self._newest_attempt, attempt)
+        self._newest[attempt.run] = max(self._newest.get(attempt.run, attempt.number), attempt.number)
 
-    def _refuse_if_old(self, attempt: int) -> None:
-        if attempt < self._newest_attempt:
-            raise StaleAttemptError(f"request of attempt {attempt}; this actor serves {self._newest_attempt}")
+    def _refuse_if_old(self, attempt: Attempt) -> None:
+        newest = self._newest.get(attempt.run, attempt.number)
+        if attempt.number < newest:
+            raise StaleAttemptError(f"{attempt.run}: request of attempt {attempt.number}; this actor serves {newest}")
 
     @contextmanager
     def _busy(self, text: str, concurrent: bool = False) -> Iterator[None]:
@@ -98,14 +99,14 @@ class RolloutActor(_Actor):
         super().__init__()
         self._make_engine = make_engine
         self._engine: RolloutEngine | None = None
-        self._held: tuple[int, int, str] | None = None  # attempt, version, checksum
+        self._held: tuple[Attempt, int, str] | None = None  # attempt, version, checksum
 
     def start(self) -> None:
         """Load the model, without weights to serve."""
         with self._busy("loading the model"):
             self._loaded()
 
-    def load_weights(self, attempt: int, packed: "PackedWeights") -> tuple[int, str]:
+    def load_weights(self, attempt: Attempt, packed: "PackedWeights") -> tuple[int, str]:
         """Take these weights, unless it holds them already.
 
         Returns:
@@ -124,7 +125,7 @@ class RolloutActor(_Actor):
             return self._held[1], self._held[2]
 
     def generate(
-        self, attempt: int, prompts: Sequence[Prompt], version: int, samples: int, greedy: bool
+        self, attempt: Attempt, prompts: Sequence[Prompt], version: int, samples: int, greedy: bool
     ) -> list[Response]:
         """Responses by the weights of this attempt and version.
 
@@ -138,7 +139,7 @@ class RolloutActor(_Actor):
             return self._loaded().generate(prompts, version, samples=samples, greedy=greedy)
 
     def logprobs(
-        self, attempt: int, prompts: Sequence[Prompt], responses: Sequence[Response], version: int
+        self, attempt: Attempt, prompts: Sequence[Prompt], responses: Sequence[Response], version: int
     ) -> list[float]:
         """Log-probability of each response under the weights of this attempt and version; raises as `generate`."""
         rows = f"rows {prompts[0].row} to {prompts[-1].row}"
@@ -150,11 +151,11 @@ class RolloutActor(_Actor):
     def _concurrent(self) -> bool:
         return self._engine is not None and self._engine.concurrent
 
-    def _check(self, attempt: int, version: int) -> None:
+    def _check(self, attempt: Attempt, version: int) -> None:
         self._refuse_if_old(attempt)
         if self._held is None or self._held[:2] != (attempt, version):
             raise WeightsVersionError(
-                f"rollout actor: asked for attempt {attempt}, version {version}; found: {self._held}"
+                f"rollout actor: asked for attempt {attempt.number}, version {version}; found: {self._held}"
             )
 
     def _loaded(self) -> "RolloutEngine":
@@ -176,12 +177,12 @@ class RewardActor(_Actor):
         with self._busy("loading reward sources"):
             self._loaded()
 
-    def prepare(self, attempt: int) -> None:
+    def prepare(self, attempt: Attempt) -> None:
         """Serve this attempt; returns once the sources are loaded."""
         self.begin(attempt)
         self.start()
 
-    def score(self, attempt: int, pairs: "Sequence[Pair]") -> list[Score]:
+    def score(self, attempt: Attempt, pairs: "Sequence[Pair]") -> list[Score]:
         """One score a pair, in order.
 
         Raises:

@@ -18,7 +18,7 @@ from raytrl.launch.preflight import check_model_path
 from raytrl.launch.resume import inspect_run
 from raytrl.launch.session import check_output_dir, joins_cluster, nodes_for, prepare_environment, ray_session
 from raytrl.launch.train import failure_noted, write_start
-from raytrl.records import Progress, Prompt, Response, Score, sample_row
+from raytrl.records import Attempt, Progress, Prompt, Response, Score, sample_row
 from raytrl.roles.device import check_cpu
 from raytrl.roles.evaluation import compare, summarize
 from raytrl.rundir import RunDirectory, now
@@ -166,13 +166,13 @@ def _on_actors(run: EvalRun, show: Callable[[Progress], None]) -> dict[str, Answ
             ),
             run.rollout,
             samples=1,
-            attempt=1,
+            attempt=Attempt(run.name, 1),
             share=pack,
         )
         scorer = RewardPool(
             Pool(RayCalls(actors[1], RoleGauges(run.name, "reward")), "reward actors", who, limit_s),
             run.reward,
-            attempt=1,
+            attempt=Attempt(run.name, 1),
             start_timeout_s=run.rollout.start_timeout_s,
             gather=lambda scores: scores,
         )

@@ -156,6 +156,42 @@ def place(groups: Sequence[Group], nodes: Sequence[Node]) -> Placement | None:
     return None
 
 
+def trials_that_fit(shared: Need, trial: Need, nodes: Sequence[Node], most: int) -> int:
+    """How many equal trials have room at the same time, up to `most`.
+
+    They are placed one after the other: a sum over the cluster would promise trials that no node has room for, and they
+    would wait for one another.
+
+    Args:
+        shared: what runs once for all of them.
+        nodes: what there is, empty.
+
+    Returns:
+        0 where not even the shared processes and one trial have room.
+    """
+    left = _left(shared.groups, nodes)
+    count = 0
+    while count < most and left is not None:
+        left = _left(trial.groups, left)
+        count += left is not None
+    return count
+
+
+def _left(groups: Sequence[Group], nodes: Sequence[Node]) -> list[Node] | None:
+    """The nodes without what these processes take; None where they have no room."""
+    placement = place(groups, nodes)
+    if placement is None:
+        return None
+    left = []
+    for node in nodes:
+        free = dict(node.resources)
+        for group in groups:
+            for name, amount in group.resources.items():
+                free[name] = free.get(name, 0.0) - amount * placement.places.get(group.key, {}).get(node.name, 0)
+        left.append(replace(node, resources=free))
+    return left
+
+
 def _packed(groups: Sequence[Group], nodes: Sequence[Node]) -> Placement | None:
     free = {node.name: dict(node.resources) for node in nodes}
     placement = Placement()

@@ -1,8 +1,9 @@
 """What is particular to launching PPO: checks, and the actors that the driver owns."""
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,22 +19,32 @@ if TYPE_CHECKING:
     from raytrl.roles.rollout import RolloutEngine
 
 
+@dataclass(frozen=True)
+class Lent:
+    """What a sweep, which has checked all its runs, lends to one of them."""
+
+    group: Any  # a placement group for the run's own actors
+    reward_actors: Sequence[Any] | None  # handles of those that all trials share; None: the run starts its own
+
+
 class PpoKind:
     """`train.Kind` of PPO."""
 
-    def __init__(self, run: PpoRun) -> None:
-        self._run = run
+    def __init__(self, run: PpoRun, lent: Lent | None = None) -> None:
+        self._run, self._lent = run, lent
+        self._rewards = lent.reward_actors if lent else None
 
     @property
     def need(self) -> Need:
         run = self._run
-        groups = (
+        groups = [
             Group.of("rollout.actors", run.rollout.actors, run.rollout),
-            Group.of("reward.actors", run.reward.actors, run.reward),
             Group.of("learner.workers", run.learner.max_workers, run.learner),
-        )
+        ]
+        if self._rewards is None:
+            groups.insert(1, Group.of("reward.actors", run.reward.actors, run.reward))
         # Two versions of the weights, in float32 at most, are there while actors change from one to the next.
-        return Need(groups, Need.object_store_bytes + 4 * self._travelling_bytes())
+        return Need(tuple(groups), Need.object_store_bytes + 4 * self._travelling_bytes())
 
     def _travelling_bytes(self) -> int:
         """Size on disk of what goes to the rollout actors at every step; little with LoRA, unknown for a hub id."""
@@ -42,17 +53,19 @@ class PpoKind:
         return sum(file.stat().st_size for file in Path(str(self._run.model.path)).glob("*.safetensors"))
 
     def check(self, run_dir: RunDirectory) -> str:
-        return describe_ppo(self._run, check_ppo(self._run))
+        return "checked by the sweep" if self._lent else describe_ppo(self._run, check_ppo(self._run))
 
     @contextmanager
     def running(self, command: str, versions: dict[str, str]) -> Iterator[tuple[Any, dict[str, Any]]]:
         from raytrl.launch.ray_actors import started_actors
 
         run = self._run
-        engine, sources = functools.partial(make_engine, run), functools.partial(make_sources, run)
-        with started_actors(run, engine, sources) as (rollout, reward):
+        shared = self._rewards
+        engine = functools.partial(make_engine, run)
+        sources = functools.partial(make_sources, run) if shared is None else None
+        with started_actors(run, engine, sources, self._lent.group if self._lent else None) as (rollout, own):
             job = PpoJob(run, command, versions)
-            yield ppo_worker, {"job": job, "rollout": rollout, "reward": reward}
+            yield ppo_worker, {"job": job, "rollout": rollout, "reward": own if shared is None else list(shared)}
 
 
 # Ray sends these by name: the driver never imports torch and the models' libraries, the processes that need them do.

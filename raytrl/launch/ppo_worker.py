@@ -25,7 +25,7 @@ from raytrl.launch.worker import RayWorkerContext
 from raytrl.ppo import loop
 from raytrl.ppo.alarm import GapAlarm
 from raytrl.ppo.protocols import Rollout
-from raytrl.records import Progress, sample_row
+from raytrl.records import Attempt, Progress, sample_row
 from raytrl.roles.backends import Backend, build_backend
 from raytrl.roles.collectives import gather_over_workers, worker_rank
 from raytrl.roles.job import PpoJob
@@ -56,7 +56,7 @@ def train_ppo(
             LOG.info("goes on from the checkpoint of step %d", learner.step)
         context.barrier()  # a downloaded checkpoint is deleted when the first rank leaves
     say("waiting for rollout and reward actors")
-    attempt: int = broadcast_from_rank_zero(time.time_ns())
+    attempt = Attempt(run.name, broadcast_from_rank_zero(time.time_ns()))
     who = f"learner worker {context.rank}"
     generator = RolloutPool(
         Pool(

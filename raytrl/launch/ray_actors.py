@@ -1,6 +1,7 @@
 """Ray's side of the pools: starting actors in placement groups, and calling them."""
 
 import functools
+import itertools
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -94,47 +95,68 @@ def _nothing_for(seconds: float) -> list[Any]:
 
 @contextmanager
 def started_actors(
-    run: PpoRun | EvalRun, make_engine: Callable[[], Any], make_sources: Callable[[], Any]
+    run: PpoRun | EvalRun,
+    make_engine: Callable[[], Any] | None,
+    make_sources: Callable[[], Any] | None,
+    group: Any = None,
 ) -> Iterator[tuple[list[Any], list[Any]]]:
     """Rollout and reward actors, loading. They belong to this process and end with it.
+
+    Args:
+        make_engine: None: no rollout actors.
+        make_sources: None: no reward actors.
+        group: a placement group of somebody else, who waited for it, with the `bundles` of these roles at its end; None:
+            groups are made here.
 
     Raises:
         ResourceError: they could not all be placed in time.
     """
-    groups = [
-        _group(run.rollout, run.rollout.actors, "rollout"),
-        _group(run.reward, run.reward.actors, "reward"),
+    roles: list[tuple[str, type, RolloutConfig | RewardSection, Callable[[], Any] | None]] = [
+        ("rollout", RolloutActor, run.rollout, make_engine),
+        ("reward", RewardActor, run.reward, make_sources),
     ]
+    wanted = [(role, kind, section, make) for role, kind, section, make in roles if make is not None]
+    places = _lent_places(group, [section.actors for _, _, section, _ in wanted]) if group is not None else None
+    own = [] if places is not None else [_group(section, role) for role, _, section, _ in wanted]
     try:
         deadline = time.monotonic() + run.rollout.start_timeout_s
-        if not groups[0].wait(run.rollout.start_timeout_s):
-            raise _not_placed(run.rollout, "rollout", run.rollout.start_timeout_s)
-        if not groups[1].wait(max(0.1, deadline - time.monotonic())):
-            raise _not_placed(run.reward, "reward", run.rollout.start_timeout_s)
-        in_role = functools.partial(functools.partial, as_role, os.getcwd(), run.output_dir, run.name)
+        for placed, (role, _, section, _) in zip(own, wanted, strict=False):
+            if not placed.wait(max(0.1, deadline - time.monotonic())):
+                raise _not_placed(section, role, run.rollout.start_timeout_s)
         # transformers samples one chunk at a time; calls to vLLM wait side by side for its continuous batch.
         threads = MAX_IN_FLIGHT if run.rollout.engine == "vllm" else 1
-        rollout = [
-            _start(groups[0], i, RolloutActor, run.rollout.resources, in_role("rollout", i, make_engine), threads)
-            for i in range(run.rollout.actors)
-        ]
-        reward = [
-            _start(groups[1], i, RewardActor, run.reward.resources, in_role("reward", i, make_sources))
-            for i in range(run.reward.actors)
-        ]
-        yield rollout, reward
+        started: dict[str, list[Any]] = {"rollout": [], "reward": []}
+        for number, (role, kind, section, make) in enumerate(wanted):
+            for rank in range(section.actors):
+                in_role = functools.partial(as_role, os.getcwd(), run.output_dir, run.name, role, rank, make)
+                place = (own[number], rank) if places is None else next(places)
+                started[role].append(
+                    _start(*place, kind, section.resources, in_role, threads if role == "rollout" else 1)
+                )
+        yield started["rollout"], started["reward"]
     finally:
         if ray.is_initialized():
-            for group in groups:
-                remove_placement_group(group)
+            for placed in own:
+                remove_placement_group(placed)
 
 
-def _group(section: RolloutConfig | RewardSection, actors: int, role: str) -> Any:
-    """One bundle an actor; all are placed, or none."""
+def _lent_places(group: Any, actors: Sequence[int]) -> Iterator[tuple[Any, int]]:
+    """The places of `lent_bundles` in somebody else's group; its owner may have bundles of his own before ours."""
+    return ((group, index) for index in itertools.count(group.bundle_count - sum(actors)))
+
+
+def bundles(section: RolloutConfig | RewardSection) -> tuple[list[dict[str, float]], list[dict[str, str]]]:
+    """One bundle an actor, none empty, and the labels that each asks of its node."""
+    return [dict(section.resources) or {"CPU": 0.001}] * section.actors, [dict(section.labels)] * section.actors
+
+
+def _group(section: RolloutConfig | RewardSection, role: str) -> Any:
+    """A place for each actor; all are placed, or none."""
+    resources, labels = bundles(section)
     return placement_group(
-        [dict(section.resources) or {"CPU": 0.001}] * actors,
+        resources,
         strategy=section.placement.upper(),
-        bundle_label_selector=[section.labels] * actors if section.labels else None,
+        bundle_label_selector=labels if section.labels else None,
         name=f"raytrl-{role}",
     )
 
@@ -157,7 +179,7 @@ def as_role(cwd: str, output_dir: str, name: str, role: str, rank: int, make: Ca
 
 
 def _start(
-    group: Any, place: int, kind: type, resources: Mapping[str, float], make: Callable[[], Any], threads: int = 1
+    group: Any, place: int, kind: type, resources: Mapping[str, float], make: Callable[[], Any], threads: int
 ) -> Any:
     others = {name: amount for name, amount in resources.items() if name not in ("CPU", "GPU")}
     actor = (

@@ -35,6 +35,8 @@ _OPERATIONAL = (
     "reward.resources",
     "reward.placement",
     "reward.labels",
+    "max_concurrent",
+    "max_failed",
 )
 _SNAPSHOT = "checkpoints/checkpoint_manager_snapshot.json"
 
@@ -66,25 +68,34 @@ def inspect_run(run: Run, run_dir: RunDirectory) -> Standing:
     manifest = run_dir.manifest()
     if not manifest:
         return Standing("fresh")
-    before = yaml.safe_load(run_dir.read("config.yaml") or "{}")
-    changed = _changes(before, run.model_dump(mode="json"))
     done = manifest["state"] == "done"
     checkpoint = None if done else last_committed(run_dir)
     if checkpoint is None and not done:
         return Standing("fresh", None, ("the earlier start left no complete checkpoint: starts from the beginning",))
+    notices = refuse_changes(run_dir, "config.yaml", run)
+    if checkpoint is None:
+        return Standing("done")
+    sweep(run_dir)
+    if isinstance(run, TrainingRun):
+        before = yaml.safe_load(run_dir.read("config.yaml") or "{}")
+        notices += _worker_change(run, checkpoint, run_dir, _most_workers(before))
+    return Standing("continue", checkpoint, tuple(notices))
+
+
+def refuse_changes(run_dir: RunDirectory, name: str, run: Run) -> list[str]:
+    """Compares a run with the resolved one that a run directory holds; returns notices of what changed.
+
+    Raises:
+        ConfigError: something that the results depend on is not what it was.
+    """
+    changed = _changes(yaml.safe_load(run_dir.read(name) or "{}"), run.model_dump(mode="json"))
     frozen = [line for key, line in changed.items() if not key.startswith(_OPERATIONAL)]
     if frozen:
         raise ConfigError(
             f"{run_dir}: this run was started with other settings: {'; '.join(frozen)}; choose another name, or --fresh "
             f"to throw the old run away"
         )
-    if checkpoint is None:
-        return Standing("done")
-    sweep(run_dir)
-    notices = list(changed.values())
-    if isinstance(run, TrainingRun):
-        notices += _worker_change(run, checkpoint, run_dir, _most_workers(before))
-    return Standing("continue", checkpoint, tuple(notices))
+    return list(changed.values())
 
 
 def last_committed(run_dir: RunDirectory) -> Committed | None:

@@ -10,7 +10,7 @@ from raytrl.config.reward import RewardSection
 from raytrl.errors import RunError, WeightsVersionError
 from raytrl.launch.actors import MAX_IN_FLIGHT
 from raytrl.launch.pool import Pool, Request
-from raytrl.records import Prompt, Response, Score, chunks
+from raytrl.records import Attempt, Prompt, Response, Score, chunks
 from raytrl.roles.reward import check_dropped
 from raytrl.roles.reward_call import Pair
 from raytrl.roles.weights import Weights
@@ -20,7 +20,7 @@ class RolloutPool:
     """`ppo.protocols.Generator` on rollout actors."""
 
     def __init__(
-        self, pool: Pool, rollout: RolloutConfig, *, samples: int, attempt: int, share: Callable[[Weights], Any]
+        self, pool: Pool, rollout: RolloutConfig, *, samples: int, attempt: Attempt, share: Callable[[Weights], Any]
     ) -> None:
         """
         Args:
@@ -115,7 +115,7 @@ class RewardPool:
         pool: Pool,
         section: RewardSection,
         *,
-        attempt: int,
+        attempt: Attempt,
         start_timeout_s: float,
         gather: Callable[[Sequence[Score]], Sequence[Score]],
     ) -> None:

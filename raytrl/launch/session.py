@@ -240,6 +240,8 @@ def nodes_for(run: Run) -> tuple[list[Node], str]:
     if not joins_cluster(run):
         check_one_node(run)
         return [machine_node()], THIS_MACHINE
+    if ray.is_initialized():  # one of the trials of a sweep: its process has joined already
+        return cluster_nodes(), "the sweep's Ray"
     check_address(run)
     address = run.cluster.address or "auto"
     with _own_sigterm_handler():

@@ -63,7 +63,9 @@ def kind_of(run: TrainingRun) -> Kind:
     return SupervisedKind(run)
 
 
-def train(loaded: LoadedRun, command: str, fresh: bool, show: Callable[[Progress], None]) -> dict[str, Any]:
+def train(
+    loaded: LoadedRun, command: str, fresh: bool, show: Callable[[Progress], None], kind: Kind | None = None
+) -> dict[str, Any]:
     """Runs SFT, reward modelling, DPO or PPO to its end, from wherever the run stands.
 
     Args:
@@ -71,6 +73,7 @@ def train(loaded: LoadedRun, command: str, fresh: bool, show: Callable[[Progress
         command: what the user typed, for the manifest and the model card.
         fresh: throw away what the run directory holds.
         show: called in this thread with each piece of progress.
+        kind: the run's kind where it shares something with other runs; default: made for this run alone.
 
     Returns:
         The manifest's final values: model path, steps, metrics, seconds by phase of the start.
@@ -85,7 +88,7 @@ def train(loaded: LoadedRun, command: str, fresh: bool, show: Callable[[Progress
     check_output_dir(run)
     started = time.time()
     run_dir = RunDirectory(run.output_dir, run.name)
-    kind = kind_of(run)
+    kind = kind or kind_of(run)
     with run_dir.locked():
         standing = Standing("fresh") if fresh else inspect_run(run, run_dir)
         if standing.state == "done":

@@ -14,9 +14,11 @@ from raytrl.launch.actors import RolloutActor
 from raytrl.launch.pool import Pool, Request
 from raytrl.launch.roles import RolloutPool, requests_in_flight
 from raytrl.launch.transport import pack
-from raytrl.records import Prompt, Response
+from raytrl.records import Attempt, Prompt, Response
 from raytrl.roles.rollout import RolloutEngine
 from raytrl.roles.weights import Weights, policy_parameters
+
+ATTEMPT = Attempt("run", 1)
 
 
 def weights(version: int) -> Weights:
@@ -40,7 +42,9 @@ def test_what_waits_goes_to_whoever_is_done() -> None:
 def test_vllm_gets_single_prompts_and_scoring_gets_whole_chunks() -> None:
     calls = engines(3)
     rollout = RolloutConfig(engine="vllm", chunk_prompts=4)
-    pool = RolloutPool(Pool(calls, "rollout actors", "w", 5.0, window=2), rollout, samples=2, attempt=1, share=pack)
+    pool = RolloutPool(
+        Pool(calls, "rollout actors", "w", 5.0, window=2), rollout, samples=2, attempt=ATTEMPT, share=pack
+    )
     pool.load_weights(weights(0))
     made = list(pool.generate(prompt_batch(0, range(14)), 0, greedy=False))
     assert sum(method == "generate" for _, method in calls.ran) == 14
@@ -78,17 +82,17 @@ class Meeting(RolloutEngine):
 
 def test_calls_share_a_batch_and_weights_wait_for_them() -> None:
     actor = RolloutActor(Meeting)
-    actor.load_weights(1, pack(weights(0)))
+    actor.load_weights(ATTEMPT, pack(weights(0)))
 
     def generate(version: int) -> None:
-        actor.generate(1, prompt_batch(0, [0]), version, 1, False)
+        actor.generate(ATTEMPT, prompt_batch(0, [0]), version, 1, False)
 
     threads = [threading.Thread(target=generate, args=(0,)) for _ in range(2)]
     for thread in threads:
         thread.start()
     while actor.doing() == "nothing":
         pass
-    update: Any = threading.Thread(target=actor.load_weights, args=(1, pack(weights(1))))
+    update: Any = threading.Thread(target=actor.load_weights, args=(ATTEMPT, pack(weights(1))))
     assert "generating for rows 0 to 0 of step 0" in actor.doing()
     generate(0)  # the third: now all three end
     update.start()

@@ -15,7 +15,7 @@ from raytrl.launch.actors import RewardActor, RolloutActor
 from raytrl.launch.pool import ActorLostError, Pool, Request
 from raytrl.launch.roles import RewardPool, RolloutPool
 from raytrl.launch.transport import pack, unpack
-from raytrl.records import Prompt, Response, Score
+from raytrl.records import Attempt, Prompt, Response, Score
 from raytrl.roles.weights import Weights, policy_parameters
 
 ROLLOUT = RolloutConfig(chunk_prompts=4)
@@ -85,7 +85,7 @@ def engines(size: int) -> LocalCalls:
 
 def pool_on(calls: LocalCalls, timeout_s: float = 5.0, attempt: int = 1) -> RolloutPool:
     pool = Pool(calls, "rollout actors", "worker 0", timeout_s)
-    return RolloutPool(pool, ROLLOUT, samples=2, attempt=attempt, share=pack)
+    return RolloutPool(pool, ROLLOUT, samples=2, attempt=Attempt("run", attempt), share=pack)
 
 
 def responses(pool: RolloutPool, version: int, step: int = 0) -> dict[tuple[int, int], Response]:
@@ -185,10 +185,10 @@ def test_an_actor_must_prove_what_it_holds() -> None:
 
 def test_weights_of_an_earlier_attempt_do_not_serve_a_new_one() -> None:
     actor = RolloutActor(lambda: make_engine(gpt2(width=16)))
-    actor.load_weights(1, pack(weights(3)))
-    assert len(actor.generate(1, prompt_batch(3, [0]), 3, 1, True)) == 1
+    actor.load_weights(Attempt("run", 1), pack(weights(3)))
+    assert len(actor.generate(Attempt("run", 1), prompt_batch(3, [0]), 3, 1, True)) == 1
     with pytest.raises(WeightsVersionError, match="asked for attempt 2, version 3"):
-        actor.generate(2, prompt_batch(3, [0]), 3, 1, True)
+        actor.generate(Attempt("run", 2), prompt_batch(3, [0]), 3, 1, True)
 
 
 def test_a_silent_actor_is_named_with_what_it_does() -> None:
@@ -259,7 +259,7 @@ def reward_pool(calls: LocalCalls, **section: Any) -> RewardPool:
     return RewardPool(
         Pool(calls, "reward actors", "worker 0", 5.0),
         RewardSection(sources=sources, **section),
-        attempt=1,
+        attempt=Attempt("run", 1),
         start_timeout_s=5.0,
         gather=list,
     )
@@ -304,8 +304,22 @@ def test_a_failing_source_fails_with_its_own_error() -> None:
 def test_requests_are_not_lost_while_none_is_up() -> None:
     calls = engines(1)
     pool = Pool(calls, "rollout actors", "worker 0", 5.0)
-    pool.prepare_all("begin", 1)
+    pool.prepare_all("begin", Attempt("run", 1))
     calls.kill(0)
     for place in range(3):
         pool.send(Request(f"call {place}", place, "doing", ()))
     assert sorted(request.name for request, _ in pool.answers()) == ["call 0", "call 1", "call 2"]
+
+
+def test_runs_that_share_reward_actors_do_not_refuse_each_other() -> None:
+    calls = LocalCalls(lambda: RewardActor(lambda: FirstTokens()), 1)  # type: ignore[arg-type, return-value]
+    actor = calls.actors[0]
+    prompt, response = prompt_batch(0, [0])[0], answered([0])[0]
+    for run, number in (("one", 5), ("two", 3)):
+        actor.prepare(Attempt(run, number))
+    for run, number in (("one", 5), ("two", 3)):
+        assert len(actor.score(Attempt(run, number), [(prompt, response)])) == 1
+    actor.begin(Attempt("two", 4))
+    with pytest.raises(StaleAttemptError, match="two: request of attempt 3; this actor serves 4"):
+        actor.score(Attempt("two", 3), [(prompt, response)])
+    assert len(actor.score(Attempt("one", 5), [(prompt, response)])) == 1

@@ -1,0 +1,129 @@
+"""A sweep's trials as run files: the base file with other values, by the same loader and its checks."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from raytrl.config.load import LoadedRun, load_run
+from raytrl.config.ppo_run import PpoRun
+from raytrl.config.runs import TrainingRun
+from raytrl.config.tune import TuneRun
+from raytrl.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Edge:
+    """The base run with one searched key at one of its extreme values."""
+
+    key: str
+    value: Any
+    loaded: LoadedRun
+
+
+def load_base(sweep: LoadedRun) -> LoadedRun:
+    """The base run as it is.
+
+    Raises:
+        ConfigError: naming the sweep's `base` and what is wrong with it.
+    """
+    run = sweep.run
+    assert isinstance(run, TuneRun)
+    base = load_run(run.base, _overrides(run.fixed))
+    where = _where(sweep, "base")
+    if not isinstance(base.run, TrainingRun):
+        raise ConfigError(
+            f"{where}: base: found: a run file of kind {base.run.kind!r}; expected: sft, reward, dpo or ppo"
+        )
+    learner = base.run.learner
+    if learner.min_workers != learner.max_workers:
+        raise ConfigError(
+            f"{where}: base: learner.workers is elastic, and trials side by side would take each other's places; found: "
+            f"{list(learner.workers) if not isinstance(learner.workers, int) else learner.workers}; expected: one number"
+        )
+    _check_metrics(sweep, run, base.run)
+    return base
+
+
+def _check_metrics(sweep: LoadedRun, run: TuneRun, base: TrainingRun) -> None:
+    """A metric that only an evaluation has needs one. Other unknown names show at a trial's first step."""
+    for key in ("metric", "limit"):
+        for name in [run.metric] if key == "metric" else run.limit:
+            if not name.startswith("eval"):
+                continue
+            where = f"{_where(sweep, key)}: {key}: {name!r} comes from evaluation"
+            if base.data.eval is None:
+                raise ConfigError(f"{where}; found: no data.eval in {run.base}; expected: data.eval, or another metric")
+            if isinstance(base, PpoRun) and base.eval is not None and base.eval.every > base.ppo.steps:
+                raise ConfigError(
+                    f"{where}; found: eval.every {base.eval.every} in {run.base}, more than ppo.steps {base.ppo.steps}, so "
+                    f"never; expected: at most {base.ppo.steps}"
+                )
+
+
+def check_edges(sweep: LoadedRun) -> list[Edge]:
+    """Builds the base run with every extreme value, one key at a time.
+
+    Raises:
+        ConfigError: with one line for each value that is refused, naming key and value.
+    """
+    run = sweep.run
+    assert isinstance(run, TuneRun)
+    edges, problems = [], []
+    for key, distribution in run.search.items():
+        for value in distribution.edge_values():
+            try:
+                edges.append(Edge(key, value, trial_run(run, {key: value}, "edge", run.output_dir)))
+            except ConfigError as error:
+                problems.append(f"{_where(sweep, f'search.{key}')}: search.{key}: {_value_error(value, error)}")
+    if problems:
+        raise ConfigError("\n".join(dict.fromkeys(problems)))
+    return edges
+
+
+def trial_run(run: TuneRun, values: Mapping[str, Any], name: str, output_dir: str) -> LoadedRun:
+    """The run of one trial: the base file, the searched values on the command line, so to say.
+
+    Raises:
+        ConfigError: the values do not fit, alone or together.
+    """
+    own = {"name": name, "output_dir": output_dir}
+    return load_run(run.base, _overrides({**run.fixed, **values, **own}))
+
+
+def _overrides(values: Mapping[str, Any]) -> list[str]:
+    return [f"{key}={json.dumps(value)}" for key, value in values.items()]
+
+
+def trial_name(number: int, values: Mapping[str, Any]) -> str:
+    """A folder name that tells what is in it: `03-learning_rate-1.2e-05-coef-0.05`."""
+    words = [f"{number:02}"]
+    for key, value in values.items():
+        shown = f"{value:.3g}" if isinstance(value, float) else str(value)
+        words += [short_name(key, list(values)), shown]
+    return re.sub(r"[^\w.\-]+", "_", "-".join(words))[:100].rstrip(".-_")
+
+
+def short_name(key: str, keys: Sequence[str]) -> str:
+    """The last part of a dotted key, or as many of its last parts as tell it from the other keys."""
+    parts = key.split(".")
+    for count in range(1, len(parts)):
+        tail = ".".join(parts[-count:])
+        if sum(other == tail or other.endswith(f".{tail}") for other in keys) == 1:
+            return tail
+    return key
+
+
+def _value_error(value: Any, error: ConfigError) -> str:
+    """The loader's message without the origin it gives to overrides, which is not where the user wrote the value."""
+    lines = [line.removeprefix("command line: ") for line in str(error).splitlines()]
+    return f"value {value!r} is refused: {'; '.join(lines)}"
+
+
+def _where(sweep: LoadedRun, key: str) -> str:
+    while key:
+        if key in sweep.origins:
+            return sweep.origins[key]
+        key = key.rpartition(".")[0]
+    return sweep.file

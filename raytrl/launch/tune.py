@@ -1,0 +1,288 @@
+"""`raytrl tune`: many runs of one base file with other values, side by side on one Ray, and the best of them."""
+
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from raytrl.config.load import LoadedRun
+from raytrl.config.ppo_run import PpoRun
+from raytrl.config.runs import TrainingRun
+from raytrl.config.search import Edge, check_edges, load_base
+from raytrl.config.tune import TuneRun
+from raytrl.errors import ConfigError, ResourceError, RunError
+from raytrl.launch.placement import Group, Need, Node, amounts, trials_that_fit
+from raytrl.launch.resume import refuse_changes
+from raytrl.launch.session import (
+    THIS_MACHINE,
+    check_address,
+    check_one_node,
+    cluster_nodes,
+    joins_cluster,
+    machine_node,
+    prepare_environment,
+    ray_session,
+)
+from raytrl.launch.sweep_end import write_end
+from raytrl.launch.train import kind_of, write_start
+from raytrl.launch.trials import TrialBook, best_trial, trials_folder
+from raytrl.records import Progress, Trial
+from raytrl.rundir import RunDirectory, now
+
+# Read by Ray Tune. Trials keep their own records; and a row need not hold the metric of an evaluation that was not due.
+_ENVIRONMENT = {
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
+    "RAY_AIR_NEW_OUTPUT": "0",
+}
+
+_BASE = "base.yaml"  # the base run, resolved
+
+Show = Callable[[Progress], None]
+ShowTrials = Callable[[Sequence[Trial]], None]
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A sweep that has been checked."""
+
+    loaded: LoadedRun
+    base: LoadedRun
+    command: str
+
+    @property
+    def run(self) -> TuneRun:
+        assert isinstance(self.loaded.run, TuneRun)
+        return self.loaded.run
+
+    @property
+    def shares_reward(self) -> bool:
+        """Whether one set of reward actors serves all trials: nothing of the reward is searched."""
+        return isinstance(self.base.run, PpoRun) and not any(key.startswith("reward.") for key in self.run.search)
+
+    def shared_need(self) -> Need:
+        if not self.shares_reward:
+            return Need(())
+        assert isinstance(self.base.run, PpoRun)
+        reward = self.base.run.reward
+        return Need((Group.of("reward.actors", reward.actors, reward),))
+
+    def trial_need(self, loaded: LoadedRun) -> Need:
+        from raytrl.launch.ppo import Lent, PpoKind
+
+        run = loaded.run
+        assert isinstance(run, TrainingRun)
+        return (
+            PpoKind(run, Lent(None, ())).need if self.shares_reward and isinstance(run, PpoRun) else kind_of(run).need
+        )
+
+
+def tune(loaded: LoadedRun, command: str, fresh: bool, show: Show, show_trials: ShowTrials) -> dict[str, Any]:
+    """Runs a sweep to its end, from wherever it stands.
+
+    Args:
+        loaded: the sweep's run file.
+        command: what the user typed.
+        fresh: throw away what the sweep's directory holds.
+        show: called with the plan and with notices.
+        show_trials: called with all trials, about once a second.
+
+    Returns:
+        The manifest with `trials`, a list of Trial.
+
+    Raises:
+        ConfigError: the request cannot be run; nothing was started.
+        RunError: too many trials failed, or none came to its end.
+    """
+    prepare_environment()
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    base = load_base(loaded)
+    loaded = _at_address_of(base, loaded)
+    sweep = Sweep(loaded, base, command)
+    run = sweep.run
+    edges = check_edges(loaded)
+    run_dir = RunDirectory(run.output_dir, run.name)
+    with run_dir.locked():
+        goes_on = not fresh and run_dir.exists(_BASE)
+        for notice in [] if fresh else _check_unchanged(sweep, run_dir):
+            show(Progress("notice", text=notice))
+        if goes_on and run_dir.manifest()["state"] == "done":
+            return run_dir.manifest() | {"already_done": True, "trials": TrialBook(run, run_dir).all}
+        check_address(run)
+        if not joins_cluster(run):
+            assert isinstance(base.run, TrainingRun)
+            check_one_node(base.run)
+        from raytrl.launch.tune_search import first_trials, make_optuna, make_scheduler
+
+        scheduler, optuna = make_scheduler(run), make_optuna(run)
+        most = 0 if joins_cluster(run) else concurrent_trials(sweep, edges, [machine_node()], THIS_MACHINE)
+        trials = [] if goes_on else first_trials(run)
+        words = _check_runs(sweep, edges)
+        if not goes_on:
+            run_dir.clear()
+        write_start(loaded, run_dir, command)
+        book = TrialBook(run, run_dir)
+        book.add(trials)
+        run_dir.write(_BASE, _as_yaml(base))  # last: from now on there is a sweep to go on with
+        book.take_up_again()
+        show(Progress("plan", text=_describe(sweep, book, words, most, run_dir)))
+        try:
+            _run_on_ray(sweep, edges, book, scheduler, optuna, run_dir, show, show_trials)
+            best = _best(run, book)
+        except RunError as error:
+            run_dir.update_manifest(state="failed", error=str(error))
+            raise
+        model = write_end(run, book, best, run_dir)
+        run_dir.delete(".tune")
+        run_dir.update_manifest(state="done", finished=now(), best=best.name, model=model)
+        return run_dir.manifest() | {"trials": book.all}
+
+
+def _at_address_of(base: LoadedRun, loaded: LoadedRun) -> LoadedRun:
+    """A sweep runs where its base file says, unless it says something itself."""
+    run = loaded.run
+    if run.cluster.address is not None or base.run.cluster.address is None:
+        return loaded
+    return LoadedRun(run.model_copy(update={"cluster": base.run.cluster}), loaded.origins, loaded.file)
+
+
+def _as_yaml(loaded: LoadedRun) -> str:
+    return yaml.safe_dump(loaded.run.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _check_unchanged(sweep: Sweep, run_dir: RunDirectory) -> list[str]:
+    """Notices about what changed since the sweep was started.
+
+    Raises:
+        ConfigError: it is another sweep now.
+    """
+    found = [("config.yaml", sweep.run), (_BASE, sweep.base.run)]
+    return [notice for name, run in found if run_dir.exists(name) for notice in refuse_changes(run_dir, name, run)]
+
+
+def concurrent_trials(sweep: Sweep, edges: Sequence[Edge], nodes: Sequence[Node], where: str) -> int:
+    """How many trials run side by side.
+
+    Raises:
+        ResourceError: not even one fits, or not as many as `max_concurrent` asks for.
+    """
+    run = sweep.run
+    shared = sweep.shared_need()
+    largest = [sweep.trial_need(loaded) for loaded in [sweep.base, *(edge.loaded for edge in edges)]]
+    wanted = run.num_trials if run.max_concurrent == "auto" else min(run.max_concurrent, run.num_trials)
+    fits, need = min(
+        ((trials_that_fit(shared, need, nodes, wanted), need) for need in largest),
+        key=lambda pair: pair[0],
+    )
+    if fits == 0 or (run.max_concurrent != "auto" and fits < wanted):
+        has = ", ".join(f"{sum(node.resources.get(name, 0) for node in nodes):g} {name}" for name in need.total)
+        beside = f" beside what all trials share ({shared})" if shared.groups else ""
+        if fits == 0:
+            raise ResourceError(f"one trial ({need}) does not fit{beside}; found: {has} on {where}")
+        raise ResourceError(
+            f"max_concurrent: {wanted} trials do not fit, {fits} do; each takes {need}{beside}; found: {has} on {where}"
+        )
+    return fits
+
+
+def _check_runs(sweep: Sweep, edges: Sequence[Edge]) -> str:
+    """Data, models and reward sources of the base run, and of every value that may name others; words for people."""
+    assert isinstance(sweep.base.run, TrainingRun)
+    with tempfile.TemporaryDirectory() as staging:
+        words = kind_of(sweep.base.run).check(RunDirectory(staging, "base"))
+        for number, edge in enumerate(edges):
+            if edge.key.startswith("ppo.") or isinstance(edge.value, float):
+                continue  # a matter of numbers, which the loader has checked
+            assert isinstance(edge.loaded.run, TrainingRun)
+            try:
+                kind_of(edge.loaded.run).check(RunDirectory(staging, str(number)))
+            except ConfigError as error:
+                raise ConfigError(f"search.{edge.key}: value {edge.value!r} is refused: {error}") from None
+    return words
+
+
+def _describe(sweep: Sweep, book: TrialBook, words: str, most: int, run_dir: RunDirectory) -> str:
+    run = sweep.run
+    searched = [f"{key}: {d.name} {list(d.arguments)}" for key, d in run.search.items()]
+    stopping = "no trial is stopped early" if run.scheduler.name == "none" else f"{run.scheduler.name} stops early"
+    limits = "".join(f"; {key} at most {value:g}" for key, value in run.limit.items())
+    ended = sum(trial.is_ended for trial in book.all)
+    lines = [
+        f"base     {run.base}",
+        *(f"         {line}" for line in words.splitlines()),
+        *(f"{'search' if i == 0 else '':<9}{line}" for i, line in enumerate(searched)),
+        f"trials   {run.num_trials} by {run.algorithm.name}" + (f", {ended} of them ended" if ended else ""),
+        f"aim      {run.mode} {run.metric}{limits}; {stopping}",
+    ]
+    if most:
+        lines.append(f"at once  {_places(sweep, most)}")
+    return "\n".join([*lines, f"output   {run_dir}"])
+
+
+def _places(sweep: Sweep, most: int) -> str:
+    total = sweep.trial_need(sweep.base).total
+    shared = sweep.shared_need().total
+    beside = f" beside {amounts(shared)} of reward actors that all share" if shared else ""
+    return f"{most} trials of {amounts(total)} each{beside}"
+
+
+def _run_on_ray(
+    sweep: Sweep,
+    edges: Sequence[Edge],
+    book: TrialBook,
+    scheduler: Any,
+    optuna: Any,
+    run_dir: RunDirectory,
+    show: Show,
+    show_trials: ShowTrials,
+) -> None:
+    if all(trial.is_ended for trial in book.all) and len(book) >= sweep.run.num_trials:
+        return
+    run, one = sweep.run, sweep.trial_need(sweep.base)
+    shared = sweep.shared_need()
+    store = one.object_store_bytes * (run.max_concurrent if run.max_concurrent != "auto" else 4)
+    with ray_session(run, Need((*shared.groups, *one.groups), store)):
+        most = concurrent_trials(sweep, edges, cluster_nodes(), "this Ray")
+        if joins_cluster(run):
+            show(Progress("notice", text=_places(sweep, most)))
+        from raytrl.launch.sweep_watch import SweepWatch
+        from raytrl.launch.tune_search import replay
+
+        replay(scheduler, run, book)
+        with _reward_actors(sweep) as rewards:
+            SweepWatch(run, book, run_dir, show, show_trials).until_done(
+                sweep.command, most, scheduler, optuna, rewards
+            )
+
+
+@contextmanager
+def _reward_actors(sweep: Sweep) -> Iterator[list[Any] | None]:
+    """The reward actors of all trials, where they are the same; they belong to this process."""
+    if not sweep.shares_reward:
+        yield None
+        return
+    import functools
+
+    from raytrl.launch.ppo import make_sources
+    from raytrl.launch.ray_actors import started_actors
+
+    assert isinstance(sweep.base.run, PpoRun)
+    base, run = sweep.base.run, sweep.run
+    owner = base.model_copy(update={"output_dir": run.output_dir, "name": run.name})  # their logs are the sweep's
+    with started_actors(owner, None, functools.partial(make_sources, base)) as (_, rewards):
+        yield rewards
+
+
+def _best(run: TuneRun, book: TrialBook) -> Trial:
+    best = best_trial(book.all, run.metric, run.mode)
+    if best is None:
+        ends = "; ".join(
+            f"{trial.name}: {trial.state}{': ' + trial.cause if trial.cause else ''}" for trial in book.all
+        )
+        raise RunError(f"no trial came to its end within the limits: {ends}; trials: {trials_folder(run)}")
+    return best

@@ -1,0 +1,139 @@
+"""What runs in a trial's process: an ordinary run on the sweep's Ray, whose steps also go to Ray Tune."""
+
+import os
+import traceback
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from typing import TYPE_CHECKING, Any
+
+from raytrl.config.load import LoadedRun
+from raytrl.config.ppo_run import PpoRun
+from raytrl.config.runs import Run
+from raytrl.config.tune import TuneRun
+from raytrl.errors import RaytrlError, RunError, TrialStoppedError
+from raytrl.launch.session import prepare_environment
+from raytrl.launch.trials import LimitWatch
+from raytrl.records import Progress
+from raytrl.rundir import MetricsLog, RunDirectory, now
+
+if TYPE_CHECKING:
+    from raytrl.launch.train import Kind
+
+
+def run_trial(config: dict[str, Any], sweep: TuneRun, command: str, reward_actors: Sequence[Any] | None) -> None:
+    """The function that Ray Tune calls for each trial, in a process that ends with the trial.
+
+    The actors and workers that a trial starts belong to this process, so they go when Tune stops it.
+
+    Args:
+        config: `loaded`: the trial's run.
+        sweep: the sweep's run file.
+        command: what started the sweep.
+        reward_actors: handles of those that all trials share, where they share them.
+    """
+    prepare_environment()
+    import ray
+    from ray import tune
+
+    os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address  # a run on a Ray that exists, as in a job
+    from raytrl.launch.train import train
+
+    loaded: LoadedRun = config["loaded"]
+    run = loaded.run
+    run_dir = RunDirectory(run.output_dir, run.name)
+    reports = TrialReports(sweep, run_dir)
+    try:
+        train(loaded, command, False, reports.show, _kind(run, reward_actors))
+        end = {"end": "done", "cause": ""}
+    except TrialStoppedError as error:
+        run_dir.update_manifest(state="stopped", error=str(error), finished=now())
+        end = {"end": "over limit", "cause": str(error)}
+    except RaytrlError as error:
+        end = {"end": "failed", "cause": str(error)}
+    except Exception as error:  # a fault of this program: the sweep shows it and goes on with the other trials
+        text = (run_dir.read("failures.log") or "") + f"{now()} {traceback.format_exc()}\n"
+        run_dir.write("failures.log", text)
+        end = {"end": "failed", "cause": f"{type(error).__name__}: {error}; traceback: {run_dir}/failures.log"}
+    tune.report({**reports.last, **end})
+
+
+def _kind(run: Run, reward_actors: Sequence[Any] | None) -> "Kind | None":
+    """PPO with what the sweep holds for it; other kinds have nothing to share."""
+    if not isinstance(run, PpoRun):
+        return None
+    from ray.util import get_current_placement_group
+
+    from raytrl.launch.ppo import Lent, PpoKind
+
+    return PpoKind(run, Lent(get_current_placement_group(), reward_actors))
+
+
+def trial_resources(config: dict[str, Any], shares_reward: bool) -> Any:
+    """What Ray Tune waits for before it starts a trial, and gives back after it: places for the trial's actors.
+
+    A placement group that the trial made itself would outlive it: Ray ends one with its job, not with the actor that
+    made it. The trial's process takes next to nothing, and Ray Train places the learners.
+    """
+    from ray.tune import PlacementGroupFactory
+
+    from raytrl.launch.ray_actors import bundles
+
+    run = config["loaded"].run
+    resources: list[dict[str, float]] = [{"memory": 1}]
+    labels: list[dict[str, str]] = [{}]
+    strategy = "PACK"
+    if isinstance(run, PpoRun):
+        strategy = run.rollout.placement.upper()
+        for asked, wanted in [bundles(run.rollout), *([] if shares_reward else [bundles(run.reward)])]:
+            resources += asked
+            labels += wanted
+    return PlacementGroupFactory(resources, strategy, bundle_label_selector=labels if any(labels) else None)
+
+
+class TrialReports:
+    """Passes a trial's steps to Ray Tune, and ends it when it stays over a limit."""
+
+    def __init__(self, sweep: TuneRun, run_dir: RunDirectory) -> None:
+        self._sweep, self._run_dir = sweep, run_dir
+        self._limits = LimitWatch(sweep.limit, sweep.limit_patience)
+        self._step = -1  # the last one that was passed on
+        self.last: dict[str, Any] = {}  # the last step, which a scheduler must not stop: all that is left is to save
+
+    def show(self, event: Progress) -> None:
+        """Takes each piece of a run's progress.
+
+        Raises:
+            TrialStoppedError: a limited metric stays over its limit.
+            RunError: the run does not log a metric that the sweep needs.
+        """
+        if event.kind == "start" and event.step > self._step + 1:
+            for row in MetricsLog(
+                self._run_dir
+            ).rows():  # of the start that was cut off: schedulers see a trial as a whole
+                if row["step"] <= event.step:
+                    self._take(row["step"], event.total_steps, row)
+        elif event.kind in ("step", "eval"):
+            if event.kind == "step":
+                self._check_known(event.metrics)
+            self._take(event.step, event.total_steps, event.metrics)
+
+    def _take(self, step: int, total_steps: int, metrics: Mapping[str, float]) -> None:
+        if cause := self._limits.take(step, metrics):
+            raise TrialStoppedError(cause)
+        if self._sweep.metric not in metrics or step <= self._step:
+            return
+        self._step = step
+        row = {"step": step, self._sweep.metric: metrics[self._sweep.metric]}
+        if step >= total_steps:
+            self.last = row
+            return
+        from ray import tune
+
+        tune.report(row)
+
+    def _check_known(self, metrics: Mapping[str, float]) -> None:
+        for key, names in (("metric", [self._sweep.metric]), ("limit", list(self._sweep.limit))):
+            for name in names:
+                if name not in metrics and not name.startswith("eval"):
+                    near = get_close_matches(name, metrics, n=3, cutoff=0.4) or sorted(metrics)
+                    raise RunError(f"{key}: the run does not log {name!r}; it logs, for example: {', '.join(near[:6])}")

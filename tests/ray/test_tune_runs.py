@@ -1,0 +1,208 @@
+"""Whole sweeps by the command a user types: real Ray Tune, two trials at a time on shared reward actors."""
+
+import csv
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.ppo_files import make_files, ppo_file
+from tests.runs import (
+    kill_everything,
+    last_step,
+    metrics,
+    raytrl,
+    run_file,
+    start,
+    text_rows,
+    wait_for,
+    weights_hash,
+    worker_pids,
+    write_rows,
+)
+
+METRIC = "objective/scores_raw"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("tune")
+    make_files(path)
+    return path
+
+
+def base_file(folder: Path, **sections: Any) -> str:
+    small: dict[str, Any] = {
+        "learner": {"workers": 1, "resources": {"CPU": 0.5}},
+        "rollout": {"actors": 1, "resources": {"CPU": 0.25}},
+        "reward": {"resources": {"CPU": 0.25}},
+        "report_to": ["tensorboard"],
+    }
+    return ppo_file(folder, "base", **(small | sections))
+
+
+def sweep_file(folder: Path, name: str, base: str, **values: Any) -> str:
+    sweep = {"kind": "tune", "name": name, "output_dir": str(folder / "runs"), "base": base, "mode": "max", **values}
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(sweep, sort_keys=False))
+    return str(path)
+
+
+def trials_of(sweep: Path) -> dict[str, dict[str, Any]]:
+    file = sweep / "trials.json"
+    return {trial["name"]: trial for trial in json.loads(file.read_text())} if file.exists() else {}
+
+
+def test_a_ppo_sweep_cut_off_half_way_goes_on_to_the_same_winner(folder: Path) -> None:
+    """Grid of learning rate and KL coefficient; one trial stays over the KL limit; killed when one trial is done."""
+    base = base_file(folder, ppo={"steps": 12, "batch_size": 16, "epochs": 2, "minibatches": 2})
+    file = sweep_file(
+        folder,
+        "grid",
+        base,
+        search={"ppo.learning_rate": {"grid": [1e-3, 1e-2, 1e-1]}, "ppo.kl.coef": {"grid": [0.05]}},
+        metric=METRIC,
+        limit={"objective/kl": 6.0},
+    )
+    sweep = folder / "runs/grid"
+    process = start("tune", file)
+
+    def half_way() -> bool:
+        found = trials_of(sweep).values()
+        running = [sweep / "trials" / trial["name"] for trial in found if trial["state"] == "running"]
+        return any(trial["state"] == "done" for trial in found) and any(last_step(run) >= 3 for run in running)
+
+    wait_for("one trial done, another at step 3", half_way, process, 200)
+    assert len(worker_pids(process, "RewardActor")) == 1
+    kill_everything(process)
+    before = {name: trial for name, trial in trials_of(sweep).items() if trial["state"] == "done"}
+    hashes = {name: weights_hash(sweep / "trials" / name / "model") for name in before}
+
+    output = raytrl("tune", file)
+    assert "2 trials of CPU 0.75 each beside CPU 0.25 of reward actors that all share" in output
+    trials = trials_of(sweep)
+    for name in before:
+        manifest = json.loads((sweep / "trials" / name / "manifest.json").read_text())
+        assert manifest["starts"] == 1
+        assert weights_hash(sweep / "trials" / name / "model") == hashes[name]
+    assert [trial["state"] for trial in trials.values()] == ["done", "done", "over limit"]
+    assert "3 values in a row" in list(trials.values())[2]["cause"]
+    for name, trial in trials.items():
+        steps = [row["step"] for row in metrics(sweep / "trials" / name)]
+        assert steps == list(range(1, len(steps) + 1))
+        if trial["state"] == "done":
+            assert len(steps) == 12
+            assert list((sweep / "trials" / name / "tensorboard").glob("events*"))
+
+    best = max((t for t in trials.values() if t["state"] == "done"), key=lambda trial: trial["metrics"][METRIC])
+    manifest = json.loads((sweep / "manifest.json").read_text())
+    assert (manifest["state"], manifest["best"]) == ("done", best["name"])
+    assert weights_hash(sweep / "model") == weights_hash(sweep / "trials" / best["name"] / "model")
+    rows = list(csv.DictReader((sweep / "results.csv").open()))
+    assert [row["state"] for row in rows] == ["done", "done", "over limit"]
+    page = (sweep / "report.html").read_text()
+    assert page.count("<svg") == 3
+    assert "this sweep is finished already" in raytrl("tune", file)
+    refused = raytrl("tune", file, "search.ppo.kl.coef={grid: [0.1]}", status=2)
+    assert "this run was started with other settings: search.ppo.kl.coef.grid" in refused
+
+    raytrl("ppo", str(sweep / "best.yaml"))
+    assert weights_hash(folder / "runs/grid-best/model") == weights_hash(sweep / "model")
+
+
+def test_optuna_and_asha_on_sft_with_a_trial_that_fails(folder: Path) -> None:
+    """ASHA stops the worse trials, whose processes go; a trial that cannot be run is shown and the sweep goes on."""
+    write_rows(folder / "train.jsonl", text_rows(200))
+    base = run_file(
+        folder,
+        "sft-base",
+        learner={"workers": 1, "resources": {"CPU": 0.5}},
+        training={"max_steps": 40, "logging_steps": 1},
+    )
+    file = sweep_file(
+        folder,
+        "optuna",
+        base,
+        search={
+            "training.learning_rate": {"loguniform": [1e-6, 1e-2]},
+            "training.max_length": {"choice": [32, 16]},
+        },
+        trials=5,
+        mode="min",
+        metric="loss",
+        scheduler={"name": "asha", "grace_period": 4, "reduction_factor": 2},
+        algorithm={"name": "optuna"},
+        max_concurrent=2,
+    )
+    output = raytrl("tune", file)
+    sweep = folder / "runs/optuna"
+    trials = trials_of(sweep)
+    states = [trial["state"] for trial in trials.values()]
+    assert len(states) == 5
+    assert "stopped" in states
+    assert states.count("done") + states.count("stopped") == 5
+    for trial in trials.values():
+        if trial["state"] == "stopped":
+            assert trial["step"] < 40
+            assert "by asha at step" in trial["cause"]
+    done = [trial for trial in trials.values() if trial["state"] == "done"]
+    assert min(done, key=lambda trial: trial["metrics"]["loss"])["name"] in output
+
+
+def test_too_many_failures_end_the_sweep_with_their_causes(folder: Path) -> None:
+    base = base_file(folder)
+    file = sweep_file(
+        folder, "failing", base, search={"ppo.gamma": {"grid": [0.9, 1.0]}}, metric="objective/score", max_failed=0
+    )
+    output = raytrl("tune", file, status=1)
+    assert (
+        "1 trials failed, more than max_failed 0: 01-gamma-0.9: metric: the run does not log 'objective/score'"
+        in output
+    )
+    assert "objective/scores" in output
+    assert "Traceback" not in output
+
+
+def test_ctrl_c_leaves_no_process(folder: Path) -> None:
+    base = base_file(folder, ppo={"steps": 500, "batch_size": 16, "epochs": 2, "minibatches": 2})
+    file = sweep_file(folder, "stopped", base, search={"ppo.gamma": {"grid": [0.9, 1.0]}}, metric=METRIC)
+    process = start("tune", file)
+    sweep = folder / "runs/stopped"
+    wait_for("step 2", lambda: any(last_step(sweep / "trials" / name) >= 2 for name in trials_of(sweep)), process, 200)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, output
+    assert "the same command continues" in output
+
+
+REFUSED = {
+    "scheduler.name=pbt": "pbt is refused: Ray Tune's population-based training copies checkpoints",
+    "search.ppo.kl.coef={grid: [0.1, -1]}": "search.ppo.kl.coef: value -1 is refused: ppo.kl.coef: input should be",
+    "search.model.path={grid: [nowhere/at/all]}": "search.model.path: value 'nowhere/at/all' is refused: model.path: no",
+    "fixed={rollout.resources: {CPU: 90}}": "one trial (learner.workers: 1 x CPU 0.5 + rollout.actors: 1 x CPU 90) does "
+    "not fit beside what all trials share (reward.actors: 1 x CPU 0.25); found: ",
+    "max_concurrent=3": "max_concurrent: 3 trials do not fit, 2 do; each takes learner.workers: 1 x CPU 0.5 + rollout.",
+    "base=nowhere.yaml": "nowhere.yaml: no such run file",
+}
+
+
+@pytest.mark.parametrize("override", REFUSED)
+def test_what_is_refused_before_ray_starts(folder: Path, override: str) -> None:
+    from raytrl.config.load import load_run
+    from raytrl.errors import RaytrlError
+    from raytrl.launch.tune import tune
+
+    two_trials = (len(os.sched_getaffinity(0)) - 0.25) / 2.5
+    base = base_file(folder, rollout={"actors": 1, "resources": {"CPU": round(two_trials - 0.5, 3)}})
+    file = sweep_file(
+        folder, "refused", base, search={"ppo.learning_rate": {"grid": [1e-3, 1e-2, 1e-4]}}, metric=METRIC
+    )
+    with pytest.raises(RaytrlError) as caught:
+        tune(load_run(file, [override], "tune"), "a test", False, lambda event: None, lambda trials: None)
+    assert caught.value.exit_status == 2
+    assert REFUSED[override] in str(caught.value)
+    assert not (folder / "runs/refused/manifest.json").exists()

@@ -28,10 +28,10 @@ def weights(version: int) -> Weights:
 def test_what_waits_goes_to_whoever_is_done() -> None:
     calls = engines(2)
     pool = Pool(calls, "rollout actors", "worker 0", 5.0, window=1)
-    pool.prepare_all("begin", 1)
+    pool.prepare_all("begin", ATTEMPT)
     calls.silent = {1}  # a slow one
     for place in range(6):
-        pool.send(Request(f"call {place}", place, "begin", (1,)))
+        pool.send(Request(f"call {place}", place, "begin", (ATTEMPT,)))
     answers = pool.answers()
     first = [request.name for request, _ in islice(answers, 5)]
     assert first == ["call 0", "call 2", "call 3", "call 4", "call 5"]

@@ -161,7 +161,8 @@ def _tune(file: str, overrides: list[str] | None, fresh: bool) -> None:
         out.print("this sweep is finished already; --fresh makes it anew")
     else:
         write_sweep_page(run, found["trials"], found["best"], run_dir)
-    out.print(trials_table(found["trials"], [*dict.fromkeys([*columns, "objective/kl"])], found["best"]))
+    table = trials_table(found["trials"], [*dict.fromkeys([*columns, "objective/kl"])], found["best"])
+    _wide_in_a_pipe().print(table)
     curves = run_dir.exists(f"trials/{found['best']}/tensorboard")
     out.print(sweep_summary(found, str(run_dir), curves))
 
@@ -323,8 +324,7 @@ def config_show(config: File, overrides: Overrides = None, debug: Debug = False)
         for key, value, origin in load_run(config, overrides or []).values():
             style = "dim" if origin == "default" else ""
             table.add_row(escape(key), escape(_as_yaml(value)), escape(origin), style=style)
-        # A pipe has no width: grep sees each value on one line.
-        (out if out.is_terminal else Console(highlight=False, width=10_000)).print(table)
+        _wide_in_a_pipe().print(table)
 
     _guarded(work, debug)
 
@@ -347,6 +347,11 @@ def config_schema(
         sys.stdout.write(json.dumps(json_schema(kind), indent=2) + "\n")
 
     _guarded(work, False)
+
+
+def _wide_in_a_pipe() -> Console:
+    """The console for a table; a pipe has no width, and grep sees each row on one line."""
+    return out if out.is_terminal else Console(highlight=False, width=10_000)
 
 
 def _as_yaml(value: Any) -> str:

@@ -163,16 +163,16 @@ def test_plain_ray_job_submit(client: dict[str, str], project: Path) -> None:
         command = [*submit, "raytrl", "sft", "plain.yaml", *words]
         return subprocess.run(command, cwd=project, text=True, capture_output=True, timeout=240, check=False)
 
-    lost = plain("output_dir=runs")
-    assert lost.returncode == 1
-    assert "output_dir: would be lost" in lost.stdout + lost.stderr
     done = plain()
     assert done.returncode == 0, done.stdout + done.stderr
     assert len(metrics(run)) == 4
+    lost = plain("output_dir=runs")
+    assert lost.returncode == 1  # all that `ray job submit` knows
+    assert "output_dir: would be lost" in lost.stdout + lost.stderr
 
 
 def test_a_stopped_job_is_continued_by_the_same_submission(client: dict[str, str], project: Path) -> None:
-    run = sft_file(project, "stopped", max_steps=60)
+    run = sft_file(project, "stopped", max_steps=40)
     terminal, keyboard = pty.openpty()
     process = subprocess.Popen(
         [sys.executable, "-m", "raytrl", "submit", "--", "sft", "stopped.yaml"],
@@ -192,19 +192,19 @@ def test_a_stopped_job_is_continued_by_the_same_submission(client: dict[str, str
     assert "was stopped; the same submission continues from the last checkpoint" in output
     assert json.loads((run / "manifest.json").read_text())["state"] == "running"
     cut = last_step(run)
-    assert cut < 60
+    assert cut < 40
 
     sent = raytrl("submit", "--no-wait", "--", "sft", "stopped.yaml", cwd=project)
     assert "follow it with the same command" in sent
     output = raytrl("submit", "--", "sft", "stopped.yaml", cwd=project)
     assert "is at this run already" in output
     assert "resume   from step " in output
-    assert [row["step"] for row in metrics(run)] == list(range(1, 61))
+    assert [row["step"] for row in metrics(run)] == list(range(1, 41))
     for fd in (terminal, keyboard):
         os.close(fd)
 
 
-@pytest.mark.parametrize("how", ["address", "auto"])
+@pytest.mark.parametrize("how", ["address", pytest.param("auto", marks=pytest.mark.slow)])
 def test_a_driver_outside_of_a_job_joins_the_cluster(client: dict[str, str], project: Path, how: str) -> None:
     run = sft_file(project, f"joined-{how}")
     if how == "address":

@@ -258,16 +258,17 @@ def kill(path: str, options: argparse.Namespace) -> None:
         pool.load_weights(Weights.of(0, policy_parameters(learner_model(path, False)).items(), torch.float32))
         prompts = some_prompts(options.rows)
         found = []
-        for disturbed in (False, True):
+        victim = ray.get(handles[0].pid.remote())
+        for disturbed in (False, False, True):
             began = time.perf_counter()
-            chunks = iter(pool.generate(prompts, 0, greedy=False))
-            responses = list(next(chunks))
+            chunks = pool.generate(prompts, 0, greedy=False)
+            time.sleep(0.5)  # all are being sampled by now, none is done
             if disturbed:
-                os.kill(ray.get(handles[0].pid.remote()), signal.SIGKILL)
-            responses += [response for chunk in chunks for response in chunk]
+                os.kill(victim, signal.SIGKILL)
+            responses = [response for chunk in chunks for response in chunk]
             say(what="killed" if disturbed else "undisturbed", seconds=time.perf_counter() - began, up=pool.num_up)
             found.append(sorted(responses, key=lambda response: response.row))
-        say(what="kill", same=found[0] == found[1], responses=len(found[1]))
+        say(what="kill", same=found[0] == found[1] == found[2], responses=len(found[2]))
 
 
 def main() -> None:

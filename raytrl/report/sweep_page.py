@@ -1,23 +1,17 @@
 """report.html of a sweep: pictures of all trials and their table, one self-contained page."""
 
 import html
-import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from raytrl.config.search import short_name
 from raytrl.config.tune import TuneRun
 from raytrl.records import Trial
+from raytrl.report.page import as_svg, page, panels, table
 from raytrl.rundir import MetricsLog, RunDirectory
 
 _KL = "objective/kl"
 _COLOURS = {"done": "#2a6f97", "over limit": "#e09f3e", "stopped": "#9a9a9a", "failed": "#b23a48"}
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em; color: #222; }
-table { border-collapse: collapse; font-size: 13px; } td, th { padding: 3px 10px; text-align: right; }
-td:first-child, th:first-child { text-align: left; } tr.best { background: #e3f1e5; font-weight: 600; }
-tr { border-bottom: 1px solid #eee; } figure { margin: 2em 0; } svg { max-width: 100%; height: auto; }
-"""
 
 
 def write_sweep_page(run: TuneRun, trials: Sequence[Trial], best: str, run_dir: RunDirectory) -> None:
@@ -44,58 +38,44 @@ def sweep_page(
         (f"{run.metric} against KL: up and left is better" if run.mode == "max" else "", _frontier(run, trials, best)),
         (f"{run.metric} by the searched values", _by_values(run, trials, best)),
     ]
-    figures = "".join(f"<figure><h2>{html.escape(name)}</h2>{svg}</figure>" for name, svg in pictures if svg)
-    return (
-        f"<!doctype html><html lang='en'><meta charset='utf-8'><title>{html.escape(run.name)}</title>"
-        f"<style>{_STYLE}</style><h1>Sweep {html.escape(run.name)}</h1>"
+    words = (
         f"<p>Best: <b>{html.escape(best)}</b> by {run.mode} {html.escape(run.metric)} of {len(trials)} trials of "
-        f"{html.escape(run.base)}.</p>{figures}<h2>Trials</h2>{_table(trials, best)}</html>\n"
+        f"{html.escape(run.base)}.</p>"
     )
+    figures = [f"<figure><h2>{html.escape(name)}</h2>{svg}</figure>" for name, svg in pictures if svg]
+    return page(f"Sweep {run.name}", [words, *figures, "<h2>Trials</h2>", _table(trials, best)])
 
 
 def _table(trials: Sequence[Trial], best: str) -> str:
     keys = list(trials[0].values)
     names = list(dict.fromkeys(name for trial in trials for name in trial.metrics))
     head = ["trial", *(short_name(key, keys) for key in keys), "state", "step", *names, "seconds", "why"]
-    rows = []
-    for trial in trials:
-        values = [trial.values[key] for key in keys]
-        metrics = [trial.metrics.get(name, "") for name in names]
-        cells = [trial.name, *values, trial.state, trial.step, *metrics, round(trial.seconds, 1), trial.cause]
-        shown = "".join(f"<td>{html.escape(_shown(cell))}</td>" for cell in cells)
-        rows.append(f"<tr{' class=best' if trial.name == best else ''}>{shown}</tr>")
-    return f"<table><tr>{''.join(f'<th>{html.escape(name)}</th>' for name in head)}</tr>{''.join(rows)}</table>"
+    rows = [
+        [
+            trial.name,
+            *(trial.values[key] for key in keys),
+            trial.state,
+            trial.step,
+            *(trial.metrics.get(name, "") for name in names),
+            round(trial.seconds, 1),
+            trial.cause,
+        ]
+        for trial in trials
+    ]
+    return table(head, rows, numbers=True, best=[trial.name for trial in trials].index(best))
 
 
-def _shown(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _figure(width: float, height: float) -> tuple[Any, Any]:
-    from matplotlib.figure import Figure  # without pyplot: no windows, no global state
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    axes = figure.add_subplot()
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.25)
+def _figure(height: float) -> tuple[Any, Any]:
+    figure, (axes,) = panels(1)
+    figure.set_size_inches(9, height)
     return figure, axes
-
-
-def _svg(figure: Any) -> str:
-    import matplotlib
-
-    text = io.StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": "raytrl", "svg.fonttype": "none"}):
-        figure.savefig(text, format="svg", metadata={"Date": None})
-    svg = text.getvalue()
-    return svg[svg.index("<svg") :]
 
 
 def _curves(run: TuneRun, trials: Sequence[Trial], best: str, curves: Mapping[str, Sequence[tuple[int, float]]]) -> str:
     drawn = [trial for trial in trials if curves.get(trial.name)]
     if not drawn:
         return ""
-    figure, axes = _figure(9, 4.5)
+    figure, axes = _figure(4.5)
     for trial in sorted(drawn, key=lambda trial: trial.name == best):
         steps, values = zip(*curves[trial.name], strict=True)
         is_best = trial.name == best
@@ -115,7 +95,7 @@ def _curves(run: TuneRun, trials: Sequence[Trial], best: str, curves: Mapping[st
         )
     axes.set(xlabel="step", ylabel=run.metric)
     axes.legend(fontsize=8, frameon=False)
-    return _svg(figure)
+    return as_svg(figure)
 
 
 def _frontier(run: TuneRun, trials: Sequence[Trial], best: str) -> str:
@@ -123,7 +103,7 @@ def _frontier(run: TuneRun, trials: Sequence[Trial], best: str) -> str:
     points = [trial for trial in trials if _KL in trial.metrics and run.metric in trial.metrics]
     if not points or run.metric == _KL:
         return ""
-    figure, axes = _figure(9, 5)
+    figure, axes = _figure(5)
     for state in dict.fromkeys(trial.state for trial in points):
         these = [trial for trial in points if trial.state == state]
         axes.scatter(
@@ -148,7 +128,7 @@ def _frontier(run: TuneRun, trials: Sequence[Trial], best: str) -> str:
         axes.set_xscale("log")
     axes.set(xlabel=f"{_KL}, nats a response", ylabel=run.metric)
     axes.legend(fontsize=8, frameon=False)
-    return _svg(figure)
+    return as_svg(figure)
 
 
 def frontier(points: Sequence[tuple[float, float]], mode: str) -> list[tuple[float, float]]:
@@ -168,17 +148,17 @@ def _by_values(run: TuneRun, trials: Sequence[Trial], best: str) -> str:
     points = [trial for trial in trials if run.metric in trial.metrics]
     if not keys or not points:
         return ""
-    figure, axes = _figure(9, 5)
+    figure, axes = _figure(5)
     names = [short_name(key, list(run.search)) for key in keys]
     if len(keys) == 1:
         axes.scatter([t.values[keys[0]] for t in points], [t.metrics[run.metric] for t in points], color="#2a6f97")
         axes.set(xlabel=names[0], ylabel=run.metric, xscale=_scale(run, keys[0]))
-        return _svg(figure)
+        return as_svg(figure)
     axes.set(xlabel=names[0], ylabel=names[1])
     columns, lines = (sorted({trial.values[key] for trial in points}) for key in keys)
     if len(columns) * len(lines) <= 2 * len(points):
         _heat_map(axes, run, points, best, keys, columns, lines)
-        return _svg(figure)
+        return as_svg(figure)
     drawn = axes.scatter(
         [t.values[keys[0]] for t in points],
         [t.values[keys[1]] for t in points],
@@ -192,7 +172,7 @@ def _by_values(run: TuneRun, trials: Sequence[Trial], best: str) -> str:
         axes.annotate(f"{trial.metrics[run.metric]:.3g}", where, xytext=(8, 5), textcoords="offset points", fontsize=8)
     axes.set(xscale=_scale(run, keys[0]), yscale=_scale(run, keys[1]))
     figure.colorbar(drawn, label=run.metric)
-    return _svg(figure)
+    return as_svg(figure)
 
 
 def _heat_map(

@@ -42,6 +42,12 @@ def load_base(sweep: LoadedRun) -> LoadedRun:
             f"{where}: base: learner.workers is elastic, and trials side by side would take each other's places; found: "
             f"{list(learner.workers) if not isinstance(learner.workers, int) else learner.workers}; expected: one number"
         )
+    for role in ("rollout", "reward"):
+        if getattr(getattr(base.run, role, None), "placement", "pack").startswith("strict"):
+            raise ConfigError(
+                f"{where}: base: {role}.placement: a trial's own process shares the placement of its actors, so strict "
+                f"placement is not there for sweeps; expected: pack or spread"
+            )
     _check_metrics(sweep, run, base.run)
     return base
 

@@ -21,6 +21,7 @@ from raytrl.launch.session import (
     THIS_MACHINE,
     check_address,
     check_one_node,
+    check_output_dir,
     cluster_nodes,
     joins_cluster,
     machine_node,
@@ -28,7 +29,7 @@ from raytrl.launch.session import (
     ray_session,
 )
 from raytrl.launch.sweep_end import write_end
-from raytrl.launch.train import kind_of, write_start
+from raytrl.launch.train import failure_noted, kind_of, write_start
 from raytrl.launch.trials import TrialBook, best_trial, trials_folder
 from raytrl.records import Progress, Trial
 from raytrl.rundir import RunDirectory, now
@@ -101,6 +102,7 @@ def tune(loaded: LoadedRun, command: str, fresh: bool, show: Show, show_trials: 
     prepare_environment()
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    check_output_dir(loaded.run)
     base = load_base(loaded)
     loaded = _at_address_of(base, loaded)
     sweep = Sweep(loaded, base, command)
@@ -131,12 +133,9 @@ def tune(loaded: LoadedRun, command: str, fresh: bool, show: Show, show_trials: 
         run_dir.write(_BASE, _as_yaml(base))  # last: from now on there is a sweep to go on with
         book.take_up_again()
         show(Progress("plan", text=_describe(sweep, book, words, most, run_dir)))
-        try:
+        with failure_noted(run_dir):
             _run_on_ray(sweep, edges, book, scheduler, optuna, run_dir, show, show_trials)
             best = _best(run, book)
-        except RunError as error:
-            run_dir.update_manifest(state="failed", error=str(error))
-            raise
         model = write_end(run, book, best, run_dir)
         run_dir.delete(".tune")
         run_dir.update_manifest(state="done", finished=now(), best=best.name, model=model)
@@ -250,9 +249,11 @@ def _run_on_ray(
         most = concurrent_trials(sweep, edges, cluster_nodes(), "this Ray")
         if joins_cluster(run):
             show(Progress("notice", text=_places(sweep, most)))
+        from raytrl.launch.storage import check_storage
         from raytrl.launch.sweep_watch import SweepWatch
         from raytrl.launch.tune_search import replay
 
+        check_storage(run_dir)
         replay(scheduler, run, book)
         with _reward_actors(sweep) as rewards:
             SweepWatch(run, book, run_dir, show, show_trials).until_done(

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from raytrl.launch.actors import CONCURRENCY_GROUPS, RewardActor, RolloutActor
-from raytrl.records import Prompt, Response, Score
+from raytrl.records import Attempt, Prompt, Response, Score
 
 CHUNK, CHUNKS_AN_ACTOR, TOKENS, PROMPT_TOKENS = 8, 2, 48, 64
 STEPS, WARM_UP = 6, 2  # the first ones start processes
@@ -162,13 +162,13 @@ def measure(actors: int, latency_s: float, calls: Callable[[type, int, str, Call
         Pool(rollouts, "rollout actors", "the simulation", 120.0),
         RolloutConfig(chunk_prompts=CHUNK),
         samples=1,
-        attempt=1,
+        attempt=Attempt("run", 1),
         share=lambda weights: weights,  # type: ignore[arg-type, return-value]
     )
     scorer = RewardPool(
         Pool(rewards, "reward actors", "the simulation", 120.0),
         section,
-        attempt=1,
+        attempt=Attempt("run", 1),
         start_timeout_s=120.0,
         gather=lambda scores: scores,
     )

@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from raytrl.config.ppo import RolloutConfig
 from raytrl.launch.session import prepare_environment
-from raytrl.records import Prompt
+from raytrl.records import Attempt, Prompt
 from raytrl.roles.networks import add_policy_adapter
 from raytrl.roles.weights import Weights, policy_parameters
 from tests.ppo_files import make_policy
@@ -174,7 +174,7 @@ def pool_of(path: str, rollout: RolloutConfig, lora: Any) -> Iterator[tuple[Any,
         window=requests_in_flight(rollout, 1),
     )
     try:
-        yield RolloutPool(pool, rollout, samples=1, attempt=1, share=lambda w: ray.put(pack(w))), actors
+        yield RolloutPool(pool, rollout, samples=1, attempt=Attempt("run", 1), share=lambda w: ray.put(pack(w))), actors
     finally:
         ray.shutdown()
 

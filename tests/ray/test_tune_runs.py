@@ -195,9 +195,9 @@ REFUSED = {
     "scheduler.name=pbt": "pbt is refused: Ray Tune's population-based training copies checkpoints",
     "search.ppo.kl.coef={grid: [0.1, -1]}": "search.ppo.kl.coef: value -1 is refused: ppo.kl.coef: input should be",
     "search.model.path={grid: [nowhere/at/all]}": "search.model.path: value 'nowhere/at/all' is refused: model.path: no",
-    "fixed={rollout.resources: {CPU: 90}}": "one trial (learner.workers: 1 x CPU 0.5 + rollout.actors: 1 x CPU 90) does "
+    "fixed={rollout.resources: {CPU: 90}}": "one trial (rollout.actors: 1 x CPU 90 + learner.workers: 1 x CPU 0.5) does "
     "not fit beside what all trials share (reward.actors: 1 x CPU 0.25); found: ",
-    "max_concurrent=3": "max_concurrent: 3 trials do not fit, 2 do; each takes learner.workers: 1 x CPU 0.5 + rollout.",
+    "max_concurrent=3": "max_concurrent: 3 trials do not fit, 2 do; each takes rollout.actors: 1 x CPU ",
     "base=nowhere.yaml": "nowhere.yaml: no such run file",
 }
 

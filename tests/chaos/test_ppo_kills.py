@@ -85,8 +85,9 @@ def test_same_weights(folder: Path, undisturbed: Any, kind: str, victims: tuple[
         same = [key for key in expected if not key.startswith("time/") and key != "rollout/actors"]
         assert [row[key] for key in same] == [expected[key] for key in same], row["step"]
     assert (run / "samples.jsonl").read_text() == (whole / "samples.jsonl").read_text()
-    if "RolloutActor" in victims:
-        assert {row["rollout/actors"] for row in rows} == {1.0, 2.0}
+    lives = 1 + sum(victim in ("driver", "everything") for victim in victims)
+    starts = [log.read_text().count(" starts on node ") for log in (run / "logs").glob("rollout-*.log")]
+    assert sum(starts) == 2 * lives + ("RolloutActor" in victims)
 
 
 PHASES = ("generate", "score", "update", "sync", "checkpoint")

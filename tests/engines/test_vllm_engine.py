@@ -221,7 +221,9 @@ def test_an_evaluation_goes_from_model_to_model(folders: dict[str, str]) -> None
 
 def test_the_engine_has_no_process_of_its_own(case: Callable[..., Case]) -> None:
     case("llama")
-    assert psutil.Process(os.getpid()).children() == []
+    found = [" ".join(child.cmdline()) for child in psutil.Process(os.getpid()).children()]
+    # Python's own, one for a process that has ever spawned another: other tests of this session do.
+    assert [line for line in found if "resource_tracker" not in line] == []
 
 
 def test_unknown_weights_are_named(case: Callable[..., Case], tmp_path: Path) -> None:

@@ -11,8 +11,8 @@ from raytrl.launch.placement import Need, Node, Placement, check_placement
 from raytrl.roles.memory import GIB, Estimate, estimates, recomputes
 from raytrl.roles.shapes import ModelShape, read_shapes
 
-# An estimate was within 25 % of every measured peak (tests/benchmarks/plan_memory.py): what does not fit even so, is
-# refused; what fits only so, is said.
+# Estimates were 0.83 to 1.09 of the peaks measured on CPUs, and none was measured on a GPU (see
+# tests/benchmarks/plan_memory.py): what would not fit with a quarter less is refused, what fits only so is said.
 CERTAINTY = 1.25
 # The driver, Ray's own processes and its dashboard, on the node that the run is started on; measured on Linux.
 DRIVER_GIB = 1.2

@@ -17,6 +17,8 @@ SMALL = [
     "ppo.ppo.epochs=1",
     "eval.rows=12",
     "eval.rollout.chunk_prompts=4",
+    "ppo.rollout.engine=transformers",  # as where vLLM is not installed; test_ppo_vllm.py has the other
+    "eval.rollout.engine=transformers",
 ]
 REPOSITORY = Path(__file__).parents[2]
 

@@ -156,7 +156,7 @@ def test_a_run_stored_on_s3(folder: Path, s3: str, monkeypatch: pytest.MonkeyPat
         return {info.base_name for info in bucket.get_file_info(selector)}
 
     process = start("sft", file)
-    wait_for("a checkpoint", lambda: "checkpoint_manager_snapshot.json" in names("checkpoints"), process)
+    wait_for("a checkpoint", lambda: "checkpoint_manager_snapshot.json" in names("checkpoints"), process, 240)
     kill_everything(process)
     output = raytrl("sft", file)
     assert "continues from step" in output

@@ -3,6 +3,9 @@
 import json
 import shutil
 import signal
+import socket
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -129,13 +132,20 @@ def _alive(pid: int) -> bool:
 @pytest.fixture
 def s3() -> Any:
     """A local S3 server with a bucket; yields the part of a URI behind the path."""
-    from moto.server import ThreadedMotoServer
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = int(probe.getsockname()[1])
 
-    server = ThreadedMotoServer(port=0)
-    server.start()
-    _, port = server.get_host_and_port()
+    def answers() -> bool:
+        with socket.socket() as caller:
+            return caller.connect_ex(("127.0.0.1", port)) == 0
+
+    # A process of its own: vLLM, in other tests of this one, touches every object of every loaded module.
+    server = subprocess.Popen([sys.executable, "-m", "moto.server", "-p", str(port)], text=True)
+    wait_for("the S3 server", answers, server)
     yield f"?endpoint_override=127.0.0.1:{port}&scheme=http&region=us-east-1&allow_bucket_creation=true"
-    server.stop()
+    server.kill()
+    server.wait()
 
 
 def test_a_run_stored_on_s3(folder: Path, s3: str, monkeypatch: pytest.MonkeyPatch) -> None:

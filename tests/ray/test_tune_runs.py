@@ -58,6 +58,7 @@ def trials_of(sweep: Path) -> dict[str, dict[str, Any]]:
     return {trial["name"]: trial for trial in json.loads(file.read_text())} if file.exists() else {}
 
 
+@pytest.mark.slow
 def test_a_ppo_sweep_cut_off_half_way_goes_on_to_the_same_winner(folder: Path) -> None:
     """Grid of learning rate and KL coefficient; one trial stays over the KL limit; killed when one trial is done."""
     base = base_file(folder, ppo={"steps": 12, "batch_size": 16, "epochs": 2, "minibatches": 2})
@@ -168,10 +169,8 @@ def test_too_many_failures_end_the_sweep_with_their_causes(folder: Path) -> None
         folder, "failing", base, search={"ppo.gamma": {"grid": [0.9, 1.0]}}, metric="objective/score", max_failed=0
     )
     output = raytrl("tune", file, status=1)
-    assert (
-        "1 trials failed, more than max_failed 0: 01-gamma-0.9: metric: the run does not log 'objective/score'"
-        in output
-    )
+    assert "trials failed, more than max_failed 0: 01-gamma-0.9: " in output
+    assert "metric: the run does not log 'objective/score'" in output
     assert "objective/scores" in output
     assert "Traceback" not in output
 

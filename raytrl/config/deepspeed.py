@@ -11,6 +11,7 @@ from raytrl.config.native import (
     ZERO_CLASS,
     NativeClass,
     check_values,
+    native_default,
     native_fields,
     package_folder,
 )
@@ -114,7 +115,7 @@ def check_deepspeed(deepspeed: dict[str, Any], training: dict[str, Any], native:
     """Problems of the dictionary itself and of its agreement with `training:` and `workers`, one line each."""
     problems = check_keys(deepspeed) + _conflicts(deepspeed, training, native)
     names = ("per_device_train_batch_size", "gradient_accumulation_steps")
-    rows, accumulated = (training.get(name, _literal(native_fields(native)[name].default)) for name in names)
+    rows, accumulated = (training.get(name, native_default(native, name)) for name in names)
     found, expected = deepspeed.get("train_batch_size", "auto"), rows * accumulated * workers
     if found not in ("auto", expected):
         problems.append(
@@ -187,7 +188,6 @@ def _wrong_values(where: str, native: NativeClass, section: dict[str, Any]) -> l
 
 
 def _conflicts(deepspeed: dict[str, Any], training: dict[str, Any], native: Any) -> list[str]:
-    defaults = native_fields(native)
     problems = []
     for theirs, ours in _SHARED:
         value: Any = deepspeed
@@ -196,7 +196,7 @@ def _conflicts(deepspeed: dict[str, Any], training: dict[str, Any], native: Any)
         if value is None or value == "auto":
             continue
         said = ours in training
-        expected = training[ours] if said else _literal(defaults[ours].default)
+        expected = training[ours] if said else native_default(native, ours)
         # bf16 left to its default follows the device; only a contradiction that was written down is one.
         if (value != expected and said) or (value != expected and ours not in ("bf16", "fp16")):
             origin = f"training.{ours} is {expected!r}" + ("" if said else f" (default of {native.name})")
@@ -204,10 +204,3 @@ def _conflicts(deepspeed: dict[str, Any], training: dict[str, Any], native: Any)
                 f'learner.deepspeed.{theirs}: is {value!r}, but {origin}; write "auto" there, or the same value in both'
             )
     return problems
-
-
-def _literal(source: str | None) -> Any:
-    try:
-        return ast.literal_eval(source or "None")
-    except ValueError:
-        return None

@@ -102,6 +102,14 @@ def native_fields(native: NativeClass) -> dict[str, NativeField]:
     return _fields_in(root, root / native.file, native.name)
 
 
+def native_default(native: NativeClass, name: str) -> Any:
+    """The default of a field where it is a literal, else None."""
+    try:
+        return ast.literal_eval(native_fields(native)[name].default or "None")
+    except ValueError:
+        return None
+
+
 def _fields_in(root: Path, path: Path, class_name: str) -> dict[str, NativeField]:
     module = _parse(path)
     definition = next((n for n in module.body if isinstance(n, ast.ClassDef) and n.name == class_name), None)

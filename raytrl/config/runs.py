@@ -14,6 +14,7 @@ from raytrl.config.native import (
     TRAINING_CLASSES,
     NativeClass,
     check_values,
+    native_default,
     native_fields,
 )
 from raytrl.config.nearest import OWNED, unknown_key
@@ -243,19 +244,38 @@ class SupervisedRun(TrainingRun):
         problems += [p.removeprefix(".") for p in check_values("", cls.native_class, training)]
         return or_raise(problems, training)
 
+    def native(self, name: str) -> Any:
+        """A field of `training`, or TRL's default for it."""
+        return self.training[name] if name in self.training else native_default(self.native_class, name)
+
+    @property
+    def rows_a_pass(self) -> int:
+        """Rows of one worker's forward pass."""
+        return int(self.native("per_device_train_batch_size"))
+
+    @property
+    def accumulated(self) -> int:
+        """Forward passes of one worker to an optimizer step, when there are `learner.max_workers`."""
+        return int(self.native("gradient_accumulation_steps"))
+
+    @property
+    def recompute(self) -> Any:
+        """`training`'s switch for recomputed activations, under its new name or its old one; TRL's default is on."""
+        names = ("activation_checkpointing", "gradient_checkpointing")
+        return next((self.training[name] for name in names if name in self.training), True)
+
     def accumulation(self, world_size: int) -> int:
         """Microbatches that a worker adds up to a step when there are so many workers.
 
         The rows of a step are those of `learner.max_workers` workers: an elastic run has the same batches, in the same
         order, however many workers it has at the moment.
         """
-        steps = int(self.training.get("gradient_accumulation_steps", 1))
-        return steps * self.learner.max_workers // world_size
+        return self.accumulated * self.learner.max_workers // world_size
 
     @model_validator(mode="after")
     def _agreement(self) -> "SupervisedRun":
         problems = []
-        steps = int(self.training.get("gradient_accumulation_steps", 1))
+        steps = self.accumulated
         counts = range(self.learner.min_workers, self.learner.max_workers + 1)
         if any(steps * self.learner.max_workers % count for count in counts):
             least = math.lcm(*counts) // math.gcd(math.lcm(*counts), self.learner.max_workers)

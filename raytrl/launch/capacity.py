@@ -8,7 +8,7 @@ from raytrl.config.ppo_run import PpoRun
 from raytrl.config.runs import Run, SupervisedRun, TrainingRun
 from raytrl.errors import ResourceError
 from raytrl.launch.placement import Need, Node, Placement, check_placement
-from raytrl.roles.memory import GIB, Estimate, estimates, recomputes
+from raytrl.roles.memory import GIB, Estimate, estimates
 from raytrl.roles.shapes import ModelShape, read_shapes
 
 # Estimates were 0.83 to 1.09 of the peaks measured on CPUs, and none was measured on a GPU (see
@@ -157,11 +157,10 @@ Change = tuple[str, Callable[[Any], Any]]
 def _changes(run: Run) -> Iterator[Change]:
     """Settings that save memory, the least intrusive first: what is computed stays the same but for the last."""
     if isinstance(run, SupervisedRun):
-        if not recomputes(run):
+        if not run.recompute:
             yield _training(gradient_checkpointing=True)
-        rows = int(run.training.get("per_device_train_batch_size", 8))
-        if rows > 1:
-            steps = rows * int(run.training.get("gradient_accumulation_steps", 1))
+        if run.rows_a_pass > 1:
+            steps = run.rows_a_pass * run.accumulated
             yield _training(per_device_train_batch_size=1, gradient_accumulation_steps=steps)
     if isinstance(run, PpoRun):
         least = run.rollout.max_prompt_length + run.rollout.sampling.max_new_tokens

@@ -19,7 +19,7 @@ from raytrl.launch.placement import Need, Node, amounts, described_nodes
 from raytrl.launch.session import THIS_MACHINE, nodes_for, prepare_environment
 from raytrl.launch.train import kind_of
 from raytrl.records import Plan, PlannedRole
-from raytrl.roles.memory import GIB, Estimate, estimates, microbatch_tokens, recomputes
+from raytrl.roles.memory import GIB, Estimate, estimates, microbatch_tokens
 from raytrl.roles.shapes import ModelShape, read_shapes
 from raytrl.rundir import RunDirectory
 
@@ -139,7 +139,7 @@ def total_steps(run: Run, rows: dict[str, int]) -> int | None:
 
 
 def _epochs(run: SupervisedRun) -> float:
-    return float(run.training.get("num_train_epochs", 3))
+    return float(run.native("num_train_epochs"))
 
 
 def _steps_per_epoch(run: SupervisedRun, rows: dict[str, int]) -> int | None:
@@ -147,9 +147,9 @@ def _steps_per_epoch(run: SupervisedRun, rows: dict[str, int]) -> int | None:
     count = rows.get("data.train")
     if count is None or run.training.get("packing"):
         return None
-    batch = int(run.training.get("per_device_train_batch_size", 8)) * run.learner.max_workers
+    batch = run.rows_a_pass * run.learner.max_workers
     batches = count // batch if run.training.get("dataloader_drop_last") else -(-count // batch)
-    return max(1, -(-batches // int(run.training.get("gradient_accumulation_steps", 1))))
+    return max(1, -(-batches // run.accumulated))
 
 
 def _words(run: Run, shapes: dict[str, ModelShape], rows: dict[str, int], steps: int | None) -> list[tuple[str, str]]:
@@ -180,16 +180,12 @@ def _millions(count: int) -> str:
 
 
 def _supervised_words(run: SupervisedRun, rows: dict[str, int], steps: int | None) -> list[tuple[str, str]]:
-    batch, accumulate = (
-        int(run.training.get(key, default))
-        for key, default in (("per_device_train_batch_size", 8), ("gradient_accumulation_steps", 1))
-    )
-    workers = run.learner.max_workers
+    batch, accumulate, workers = run.rows_a_pass, run.accumulated, run.learner.max_workers
     step = batch * accumulate * workers
     accumulated = f" x {accumulate} accumulated" if accumulate > 1 else ""
     words = [
         ("step", f"{step} rows = {batch} a forward pass{accumulated} x {workers} workers"),
-        ("backward", "activations are recomputed" if recomputes(run) else "activations are kept"),
+        ("backward", "activations are recomputed" if run.recompute else "activations are kept"),
     ]
     count, per_epoch = rows.get("data.train"), _steps_per_epoch(run, rows)
     if int(run.training.get("max_steps", -1)) > 0:

@@ -102,8 +102,7 @@ def describe(run: SupervisedRun, rows: dict[str, int]) -> str:
     stage = zero_stage(run.learner.deepspeed)
     workers = run.learner.workers
     how = "one process" if workers == 1 and stage is None else "DDP" if stage is None else f"DeepSpeed ZeRO-{stage}"
-    batch = int(run.training.get("per_device_train_batch_size", 8))
-    accumulate = int(run.training.get("gradient_accumulation_steps", 1))
+    batch, accumulate = run.rows_a_pass, run.accumulated
     where = run.cluster.address or ("the Ray job's cluster" if joins_cluster(run) else "a local Ray on this machine")
     least, most = run.learner.min_workers, run.learner.max_workers
     lines = [

@@ -155,7 +155,7 @@ def _worker_change(
             f"found: {learner.workers}; expected: {checkpoint.world_size}, or --fresh"
         )
     if isinstance(run, SupervisedRun) and most_before is not None and most_before != learner.max_workers:
-        rows = int(run.training.get("per_device_train_batch_size", 8)) * run.accumulation(1) // learner.max_workers
+        rows = run.rows_a_pass * run.accumulated
         return [
             f"{written}: with {learner.workers} a step takes {rows * learner.max_workers} rows instead of "
             f"{rows * most_before}, an epoch has accordingly more or fewer steps, and the result is not the one "

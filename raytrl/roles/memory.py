@@ -12,7 +12,6 @@ from typing import Any
 from raytrl.config.deepspeed import zero_stage
 from raytrl.config.engines import cpu_cache_bytes
 from raytrl.config.eval_run import EvalRun
-from raytrl.config.native import native_fields
 from raytrl.config.ppo_run import PpoRun
 from raytrl.config.runs import Run, SupervisedRun
 from raytrl.roles.shapes import ModelShape, lora_parameters
@@ -161,32 +160,17 @@ def supervised_worker(run: SupervisedRun, shape: ModelShape) -> Estimate:
         parts["optimizer"] *= _optimizer_share(str(run.training.get("optim", "adamw")))
     if half and size == 4:
         parts["weights"] += shape.parameters * 2.0  # autocast's copies
-    rows = int(run.training.get("per_device_train_batch_size", 8)) * (1 if run.kind == "sft" else 2)
-    length = native_default(run, "max_length")
-    tokens = rows * int(length or 1024)
+    rows = run.rows_a_pass * (1 if run.kind == "sft" else 2)
+    tokens = rows * int(run.native("max_length") or 1024)
     if run.kind == "dpo" and run.lora is None and not run.training.get("precompute_ref_log_probs"):
         parts["reference"] = shape.parameters * float(size) / (workers if sharding.stage == 3 else 1)
-    parts["activations"] = activations(shape, tokens, 2 if half else 4, recomputes(run))
+    parts["activations"] = activations(shape, tokens, 2 if half else 4, bool(run.recompute))
     if run.kind != "reward":
         head = shape.vocab * shape.hidden * 4.0 * (1 if run.lora is None else 0)
         parts["activations"] += head + _TILE_COPIES * 4.0 * min(tokens, _TILE[0]) * min(shape.vocab, _TILE[1])
     if run.lora is not None or sharding.stage == 3:  # the first worker merges or gathers the whole in RAM
         parts |= {} if on_gpu else {"saving": shape.parameters * float(size)}
     return _finish(parts, offloaded, on_gpu, "peft" if run.lora else "supervised", shape.parameters * float(size))
-
-
-def recomputes(run: SupervisedRun) -> bool:
-    """Whether activations are recomputed in the backward pass: TRL's default."""
-    names = ("activation_checkpointing", "gradient_checkpointing")
-    return bool(next((run.training[name] for name in names if name in run.training), True))
-
-
-def native_default(run: SupervisedRun, name: str) -> Any:
-    """A value of `training:`, or what TRL's class says by default."""
-    if name in run.training:
-        return run.training[name]
-    default = native_fields(run.native_class)[name].default
-    return None if default in (None, "None") else int(default)
 
 
 def activations(shape: ModelShape, tokens: int, size: int, recomputed: bool) -> float:

@@ -151,9 +151,8 @@ def training_arguments(run: SupervisedRun, context: WorkerContext, on_gpu: bool)
         values |= {"use_cpu": True, "dataloader_pin_memory": False}
     # Two names of one switch: TRL's default sets the old one, which newer transformers answer with a warning.
     names = [n for n in ("activation_checkpointing", "gradient_checkpointing") if n in native_fields(run.native_class)]
-    recompute = next((run.training[name] for name in names if name in run.training), True)
     values |= {key: value for key, value in run.training.items() if key != "model_init_kwargs"}
-    values |= dict.fromkeys(names, recompute)
+    values |= dict.fromkeys(names, run.recompute)
     values |= {
         "output_dir": context.scratch,
         "gradient_accumulation_steps": run.accumulation(context.world_size),

@@ -54,6 +54,15 @@ class RunDirectory:
         with self.filesystem.open_input_stream(self.at(name)) as stream:
             return bytes(stream.readall()).decode()
 
+    def rows(self, name: str) -> list[dict[str, Any]]:
+        """The objects of a file of JSON lines; a last line that is half written, or being written, is left out."""
+        whole, _, last = (self.read(name) or "").rpartition("\n")
+        found = [json.loads(line) for line in whole.splitlines()]
+        try:
+            return [*found, json.loads(last)] if last else found
+        except json.JSONDecodeError:
+            return found
+
     def write(self, name: str, text: str) -> None:
         """Writes a small file so that a reader sees the old text or the new, never half of it."""
         target = self.at(name)
@@ -169,10 +178,6 @@ class StepLog:
     def last_step(self) -> int:
         """The last step that is on record; 0 before the first."""
         return _step_of(self._lines[-1]) if self._lines else 0
-
-    def rows(self) -> list[dict[str, Any]]:
-        """What is logged so far."""
-        return [json.loads(line) for line in self._lines]
 
     def rewind(self, step: int) -> None:
         """Forgets what was logged after a step: the run goes on from there."""

@@ -24,6 +24,10 @@ class LoadedRun:
     origins: dict[str, str]
     file: str
 
+    def as_yaml(self) -> str:
+        """A run file with every value resolved."""
+        return yaml.safe_dump(self.run.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
     def values(self) -> list[tuple[str, Any, str]]:
         """(dotted key, value, origin) of every value in force, defaults included.
 

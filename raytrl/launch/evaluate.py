@@ -72,8 +72,11 @@ def evaluate(loaded: LoadedRun, command: str, fresh: bool, show: Callable[[Progr
             _write(run, run_dir, answers, time.time() - started)
             run_dir.update_manifest(state="done", finished=now())
         results = json.loads(run_dir.read("results.json") or "{}")
-        samples = [json.loads(line) for line in (run_dir.read("samples.jsonl") or "").splitlines()]
-        return run_dir.manifest() | {"already_done": already, "results": results, "samples": samples}
+        return run_dir.manifest() | {
+            "already_done": already,
+            "results": results,
+            "samples": run_dir.rows("samples.jsonl"),
+        }
 
 
 def eval_need(run: EvalRun) -> Need:

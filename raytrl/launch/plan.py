@@ -1,6 +1,5 @@
 """`raytrl plan`: what a run file would run where, whether it fits, and how large a step is. Starts nothing."""
 
-import json
 import os
 import statistics
 from collections.abc import Sequence
@@ -236,13 +235,8 @@ def _counted(workers: int) -> str:
 
 def _former(run: TrainingRun, steps: int | None) -> list[tuple[str, str]]:
     """Seconds a step, from what the run directory holds of an earlier start."""
-    text = RunDirectory(run.output_dir, run.name).read("metrics.jsonl") or ""
-    seconds = []
-    for line in text.splitlines():
-        try:
-            seconds.append(float(json.loads(line)["time/step_s"]))
-        except (ValueError, KeyError):  # half a line of a killed driver, or an evaluation alone
-            continue
+    rows = RunDirectory(run.output_dir, run.name).rows("metrics.jsonl")
+    seconds = [float(row["time/step_s"]) for row in rows if "time/step_s" in row]
     if not seconds:
         return []
     typical = statistics.median(seconds[-50:])

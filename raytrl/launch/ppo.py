@@ -37,14 +37,12 @@ class PpoKind:
     @property
     def need(self) -> Need:
         run = self._run
-        groups = [
-            Group.of("rollout.actors", run.rollout.actors, run.rollout),
-            Group.of("learner.workers", run.learner.max_workers, run.learner),
-        ]
-        if self._rewards is None:
-            groups.insert(1, Group.of("reward.actors", run.reward.actors, run.reward))
+        rollout = Group.of("rollout.actors", run.rollout.actors, run.rollout)
+        reward = Group.of("reward.actors", run.reward.actors, run.reward)
+        learner = Group.of("learner.workers", run.learner.max_workers, run.learner)
+        groups = (rollout, reward, learner) if self._rewards is None else (rollout, learner)
         # Two versions of the weights, in float32 at most, are there while actors change from one to the next.
-        return Need(tuple(groups), Need.object_store_bytes + 4 * self._travelling_bytes())
+        return Need(groups, Need.object_store_bytes + 4 * self._travelling_bytes())
 
     def _travelling_bytes(self) -> int:
         """Size on disk of what goes to the rollout actors at every step; little with LoRA, unknown for a hub id."""

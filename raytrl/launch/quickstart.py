@@ -122,7 +122,6 @@ def _run_stage(
     started = time.monotonic()
     with showing(f"{STAGES.index(kind) + 1}/{len(STAGES)}  {command}") as show:
         manifest = (evaluate if kind == "eval" else train)(loaded, command, fresh, show)
-    text = RunDirectory(loaded.run.output_dir, loaded.run.name).read("metrics.jsonl") or ""
-    rows = [json.loads(line) for line in text.splitlines()]
+    rows = RunDirectory(loaded.run.output_dir, loaded.run.name).rows("metrics.jsonl")
     seconds = None if manifest.get("already_done") else time.monotonic() - started
     return Stage(kind, command, manifest, rows, seconds)

@@ -141,7 +141,7 @@ def started_actors(
 
 
 def _lent_places(group: Any, actors: Sequence[int]) -> Iterator[tuple[Any, int]]:
-    """The places of `lent_bundles` in somebody else's group; its owner may have bundles of his own before ours."""
+    """The places of `bundles` in somebody else's group; its owner may have bundles of his own before ours."""
     return ((group, index) for index in itertools.count(group.bundle_count - sum(actors)))
 
 

@@ -5,8 +5,6 @@ import io
 import os
 from collections.abc import Sequence
 
-import yaml
-
 from raytrl.config.search import trial_run
 from raytrl.config.tune import TuneRun
 from raytrl.launch.trials import TrialBook
@@ -43,6 +41,5 @@ def results_csv(trials: Sequence[Trial], keys: Sequence[str]) -> str:
 def best_yaml(run: TuneRun, best: Trial) -> str:
     """A run file with every value of the best trial, which trains it once more under a name of its own."""
     loaded = trial_run(run, best.values, f"{run.name}-best", run.output_dir)
-    values = yaml.safe_dump(loaded.run.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
     found = f"{run.metric} {best.metrics[run.metric]:.6g}"
-    return f"# The best of the sweep {run.name}: trial {best.name}, {found} at step {best.step}.\n{values}"
+    return f"# The best of the sweep {run.name}: trial {best.name}, {found} at step {best.step}.\n{loaded.as_yaml()}"

@@ -10,8 +10,6 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
 
-import yaml
-
 from raytrl.config.load import LoadedRun
 from raytrl.config.ppo_run import PpoRun
 from raytrl.config.runs import SupervisedRun, TrainingRun
@@ -147,9 +145,7 @@ def versions() -> dict[str, str]:
 
 def write_start(loaded: LoadedRun, run_dir: RunDirectory, command: str) -> None:
     """Writes config.yaml and the manifest of a run that starts, or starts again."""
-    run_dir.write(
-        "config.yaml", yaml.safe_dump(loaded.run.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-    )
+    run_dir.write("config.yaml", loaded.as_yaml())
     earlier = run_dir.manifest()
     run_dir.update_manifest(
         state="running",

@@ -8,7 +8,7 @@ from typing import Any
 
 from raytrl.config.tune import TuneRun
 from raytrl.records import Trial
-from raytrl.rundir import MetricsLog, RunDirectory
+from raytrl.rundir import RunDirectory
 
 _ALSO = ("objective/kl", "objective/scores_raw", "eval/score", "loss", "eval_loss")  # worth a look beside the metric
 
@@ -49,7 +49,7 @@ class TrialBook:
 
     def rows(self, name: str) -> list[dict[str, Any]]:
         """What a trial has logged so far; a line that is being written is left out."""
-        return MetricsLog(self.directory(name)).rows()
+        return self.directory(name).rows("metrics.jsonl")
 
     def look(self, name: str) -> Trial:
         """Step and metrics of a trial as its run directory has them now; not saved."""

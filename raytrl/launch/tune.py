@@ -7,8 +7,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import yaml
-
 from raytrl.config.load import LoadedRun
 from raytrl.config.ppo_run import PpoRun
 from raytrl.config.runs import TrainingRun
@@ -130,7 +128,7 @@ def tune(loaded: LoadedRun, command: str, fresh: bool, show: Show, show_trials: 
         write_start(loaded, run_dir, command)
         book = TrialBook(run, run_dir)
         book.add(trials)
-        run_dir.write(_BASE, _as_yaml(base))  # last: from now on there is a sweep to go on with
+        run_dir.write(_BASE, base.as_yaml())  # last: from now on there is a sweep to go on with
         book.take_up_again()
         show(Progress("plan", text=_describe(sweep, book, words, most, run_dir)))
         with failure_noted(run_dir):
@@ -148,10 +146,6 @@ def _at_address_of(base: LoadedRun, loaded: LoadedRun) -> LoadedRun:
     if run.cluster.address is not None or base.run.cluster.address is None:
         return loaded
     return LoadedRun(run.model_copy(update={"cluster": base.run.cluster}), loaded.origins, loaded.file)
-
-
-def _as_yaml(loaded: LoadedRun) -> str:
-    return yaml.safe_dump(loaded.run.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
 def _check_unchanged(sweep: Sweep, run_dir: RunDirectory) -> list[str]:

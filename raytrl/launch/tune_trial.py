@@ -14,7 +14,7 @@ from raytrl.errors import RaytrlError, RunError, TrialStoppedError
 from raytrl.launch.session import prepare_environment
 from raytrl.launch.trials import LimitWatch
 from raytrl.records import Progress
-from raytrl.rundir import MetricsLog, RunDirectory, now
+from raytrl.rundir import RunDirectory, now
 
 if TYPE_CHECKING:
     from raytrl.launch.train import Kind
@@ -107,9 +107,8 @@ class TrialReports:
             RunError: the run does not log a metric that the sweep needs.
         """
         if event.kind == "start" and event.step > self._step + 1:
-            for row in MetricsLog(
-                self._run_dir
-            ).rows():  # of the start that was cut off: schedulers see a trial as a whole
+            # Of the start that was cut off: schedulers see a trial as a whole.
+            for row in self._run_dir.rows("metrics.jsonl"):
                 if row["step"] <= event.step:
                     self._take(row["step"], event.total_steps, row)
         elif event.kind in ("step", "eval"):

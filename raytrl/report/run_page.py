@@ -1,7 +1,6 @@
 """report.html of a run: how it went, in pictures; what it said; how it was made."""
 
 import html
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -49,7 +48,7 @@ def write_run_page(run_dir: RunDirectory) -> str:
     manifest = run_dir.manifest()
     if not manifest:
         raise ConfigError(f"{run_dir}: no run; found: no manifest.json; expected: the directory of a run")
-    rows = (_rows(run_dir, name) for name in ("metrics.jsonl", "samples.jsonl"))
+    rows = (run_dir.rows(name) for name in ("metrics.jsonl", "samples.jsonl"))
     run_dir.write("report.html", run_page(str(run_dir), manifest, *rows))
     return f"{run_dir}/report.html"
 
@@ -79,10 +78,6 @@ def run_page(title: str, manifest: Mapping[str, Any], metrics: Rows, samples: Ro
 
 def _folded(title: str, content: str) -> str:
     return f"<details><summary>{html.escape(title)}</summary>{content}</details>"
-
-
-def _rows(run_dir: RunDirectory, name: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run_dir.read(name) or "").splitlines() if line.endswith("}")]
 
 
 def _summary(manifest: Mapping[str, Any], metrics: Rows) -> str:

@@ -8,7 +8,7 @@ from raytrl.config.search import short_name
 from raytrl.config.tune import TuneRun
 from raytrl.records import Trial
 from raytrl.report.page import as_svg, page, panels, table
-from raytrl.rundir import MetricsLog, RunDirectory
+from raytrl.rundir import RunDirectory
 
 _KL = "objective/kl"
 _COLOURS = {"done": "#2a6f97", "over limit": "#e09f3e", "stopped": "#9a9a9a", "failed": "#b23a48"}
@@ -19,7 +19,7 @@ def write_sweep_page(run: TuneRun, trials: Sequence[Trial], best: str, run_dir: 
     folder = f"{run.name}/trials"
     curves = {}
     for trial in trials:
-        rows = MetricsLog(RunDirectory(run.output_dir, f"{folder}/{trial.name}")).rows()
+        rows = RunDirectory(run.output_dir, f"{folder}/{trial.name}").rows("metrics.jsonl")
         curves[trial.name] = [(row["step"], row[run.metric]) for row in rows if run.metric in row]
     run_dir.write("report.html", sweep_page(run, trials, best, curves))
 

@@ -56,8 +56,8 @@ class RunDirectory:
 
     def rows(self, name: str) -> list[dict[str, Any]]:
         """The objects of a file of JSON lines; a last line that is half written, or being written, is left out."""
-        whole, _, last = (self.read(name) or "").rpartition("\n")
-        found = [json.loads(line) for line in whole.splitlines()]
+        *whole, last = (self.read(name) or "").split("\n")  # not splitlines: a string may hold other line separators
+        found = [json.loads(line) for line in whole if line]
         try:
             return [*found, json.loads(last)] if last else found
         except json.JSONDecodeError:
@@ -171,7 +171,7 @@ class StepLog:
 
     def __init__(self, run_dir: RunDirectory, name: str) -> None:
         self._run_dir, self._name = run_dir, name
-        lines = (run_dir.read(name) or "").splitlines()
+        lines = (run_dir.read(name) or "").split("\n")
         self._lines = [line for line in lines if _step_of(line) < _HALF_WRITTEN]
 
     @property

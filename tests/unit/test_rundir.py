@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from raytrl.errors import ConfigError
-from raytrl.rundir import MetricsLog, RunDirectory
+from raytrl.rundir import MetricsLog, RunDirectory, StepLog
 
 
 def test_a_local_path_and_a_file_uri_are_one_place(tmp_path: Path) -> None:
@@ -174,3 +174,16 @@ def test_a_folder_of_somebody_else_is_not_cleared(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"not a run directory; found: thesis\.txt"):
         RunDirectory(str(tmp_path), "mine").clear()
     assert (tmp_path / "mine/thesis.txt").read_text() == "do not lose"
+
+
+def test_text_with_line_separators_stays_one_row(tmp_path: Path) -> None:
+    """JSON leaves them as they are; a model may sample them."""
+    run_dir = RunDirectory(str(tmp_path), "a")
+    os.makedirs(run_dir.path)
+    row = {"step": 1, "response": "one\u2028two\x85three"}
+    StepLog(run_dir, "samples.jsonl").extend([row])
+    assert run_dir.rows("samples.jsonl") == [row]
+    log = StepLog(run_dir, "samples.jsonl")
+    assert log.last_step == 1
+    log.rewind(1)
+    assert run_dir.rows("samples.jsonl") == [row]

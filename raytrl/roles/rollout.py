@@ -121,6 +121,12 @@ def response_text(
     return text[: min(cuts)] if cuts else text
 
 
+def ending_token_ids(tokenizer: Tokenizer, more: Sequence[int]) -> list[int]:
+    """The tokenizer's end token, where it has one, and `more`."""
+    own = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
+    return sorted({*own, *more})
+
+
 class TransformersEngine(RolloutEngine):
     """Any Hugging Face causal language model, batch by batch, with a key-value cache."""
 
@@ -140,8 +146,7 @@ class TransformersEngine(RolloutEngine):
         self._tokenizer = tokenizer
         self._sampling = sampling
         self._seed = seed
-        own = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
-        self._stop_token_ids = torch.tensor(sorted({*own, *stop_token_ids}), dtype=torch.long)
+        self._stop_token_ids = torch.tensor(ending_token_ids(tokenizer, stop_token_ids), dtype=torch.long)
         self._chunk_prompts = chunk_prompts
 
     @classmethod

@@ -14,7 +14,7 @@ from raytrl.config.ppo import RolloutConfig, SamplingConfig
 from raytrl.errors import NonFiniteError, RunError, WeightsVersionError
 from raytrl.records import Prompt, Response
 from raytrl.roles.lora_merge import LoraMerge
-from raytrl.roles.rollout import RolloutEngine, Tokenizer, response_seed, response_text
+from raytrl.roles.rollout import RolloutEngine, Tokenizer, ending_token_ids, response_seed, response_text
 from raytrl.roles.vllm_batch import ContinuousBatch
 from raytrl.roles.weights import Weights, checksum
 
@@ -47,8 +47,7 @@ class VllmEngine(RolloutEngine):
         """`stop_token_ids` are added to the tokenizer's end token; `seed` is the run's; `merge`: adapters arrive."""
         super().__init__()
         self._batch, self._tokenizer, self._sampling, self._seed = batch, tokenizer, sampling, seed
-        own = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
-        self._stop_token_ids = sorted({*own, *stop_token_ids})
+        self._stop_token_ids = ending_token_ids(tokenizer, stop_token_ids)
         self._merge = merge
 
     @classmethod

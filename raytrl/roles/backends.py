@@ -142,6 +142,7 @@ def build_backend(
         "max_norm": config.max_grad_norm,
     }
     networks.to(device)
+    networks.pack()
     if deepspeed is None:
         return TorchBackend(networks, **rates)
     from raytrl.roles.deepspeed_backend import DeepSpeedBackend  # an optional extra, and seconds to import

@@ -12,7 +12,6 @@ from torch import Tensor
 from raytrl.algo.kl import KlController
 from raytrl.algo.logprobs import token_entropy, token_logprobs
 from raytrl.algo.losses import truncated_importance
-from raytrl.algo.masked import masked_sum
 from raytrl.algo.rewards import RunningMoments
 from raytrl.config.ppo import PpoConfig
 from raytrl.errors import NonFiniteError, RunError
@@ -28,11 +27,6 @@ from raytrl.roles.weights import Weights
 # Two forward passes of the same float32 weights differ by about 1e-6 a token; bfloat16 by about 1e-2.
 MAX_FIRST_LOG_RATIO = {torch.float32: 1e-3}
 MAX_FIRST_KL = {torch.float32: 1e-3}
-# What one more pass costs on a CPU, in parameters times tokens: about 30 tokens of a model of 1 million parameters, by
-# 8 ms of Python and small operations against 0.28 ms a token; 16 of a model of 6 million. On a GPU a pass is cheap to
-# widen and dear to add.
-PASS_COST = 30_000_000
-MIN_PASS_TOKENS = 16
 
 
 class Rollout(Protocol):
@@ -93,15 +87,15 @@ class PpoLearner:
             )
         old_BR, ref_BR, values_BR = (torch.zeros_like(samples.sampling_logprobs_BR) for _ in range(3))
         for rows_B, batch in self._microbatches(samples.sequences, range(len(samples.sequences))):
-            width = batch.response_width
             results: dict[Network, Tensor] = {
                 "policy": self._logprobs("policy", batch),
                 "reference": self._logprobs("reference", batch),
                 "value": self._backend.forward("value", batch),
             }
             if rows_B is not None:
-                for target_BR, source_BR in zip((old_BR, ref_BR, values_BR), results.values(), strict=True):
-                    target_BR[rows_B, :width] = source_BR
+                rows_N, columns_N = rows_B[batch.rows_N], batch.columns_N
+                for target_BR, source_N in zip((old_BR, ref_BR, values_BR), results.values(), strict=True):
+                    target_BR[rows_N, columns_N] = source_N
         named = {"log-probs of the policy": old_BR, "log-probs of the reference": ref_BR, "values": values_BR}
         with failing_together(self._backend.device):
             refuse_non_finite(named, samples, self._step)
@@ -209,16 +203,16 @@ class PpoLearner:
         microbatches = list(self._microbatches(experience.samples.sequences, rows))
         for i, (rows_B, batch) in enumerate(microbatches):
             last = i == len(microbatches) - 1
-            logits_BRV = self._backend.forward("policy", batch)
-            values_BR = self._backend.forward("value", batch)
+            logits_NV = self._backend.forward("policy", batch)
+            values_N = self._backend.forward("value", batch)
             if rows_B is None:
-                self._backend.backward(0.0 * (logits_BRV.sum() + values_BR.sum()), last=last)
+                self._backend.backward(0.0 * (logits_NV.sum() + values_N.sum()), last=last)
                 continue
-            part = Part(experience, rows_B, batch.response_width, num_tokens, self._config)
-            policy = part.policy_loss(token_logprobs(logits_BRV, batch.tokens_BR, self._temperature))
-            value = part.value_loss(values_BR)
+            part = Part(experience, rows_B[batch.rows_N], batch.columns_N, num_tokens, self._config)
+            policy = part.policy_loss(token_logprobs(logits_NV, batch.tokens_N, self._temperature))
+            value = part.value_loss(values_N)
             with torch.no_grad():
-                entropy_sum = masked_sum(token_entropy(logits_BRV, self._temperature), part.mask_BR)
+                entropy_sum = token_entropy(logits_NV, self._temperature).sum()
             for loss, name in ((policy.loss, "policy"), (value.loss, "value")):
                 if not bool(loss.isfinite()):
                     problems.append(_not_finite(loss, name, experience, rows_B))
@@ -231,7 +225,7 @@ class PpoLearner:
     def _microbatches(self, sequences: Sequences, rows: Sequence[int]) -> Iterator[tuple[Tensor | None, Sequences]]:
         """(rows, their sequences); in lockstep, None and a filler once this worker's rows are used up."""
         lengths = (sequences.prompt_lengths_B.tolist(), sequences.response_lengths_B.tolist())
-        packed = pack(rows, *lengths, self._max_tokens(), self._max_padding())
+        packed = pack(rows, *lengths, self._max_tokens(), padded=not self._backend.networks.packed)
         num_passes = len(packed)
         if self._backend.lockstep:
             num_passes = int(max_over_workers(torch.tensor(num_passes, device=self._backend.device)))
@@ -246,15 +240,8 @@ class PpoLearner:
         vocabulary = int(self._backend.networks.policy.config.get_text_config().vocab_size)  # type: ignore[union-attr, operator]
         return self._config.microbatch_tokens(vocabulary)
 
-    def _max_padding(self) -> int | None:
-        """Where padding costs more than another pass would, micro-batches are split further."""
-        if self._backend.lockstep or self._backend.device.type != "cpu":
-            return None
-        parameters = sum(p.numel() for p in self._backend.networks.policy.parameters())
-        return max(MIN_PASS_TOKENS, PASS_COST // parameters)
-
     def _logprobs(self, network: Network, batch: Sequences) -> Tensor:
-        return token_logprobs(self._backend.forward(network, batch), batch.tokens_BR, self._temperature)
+        return token_logprobs(self._backend.forward(network, batch), batch.tokens_N, self._temperature)
 
     def _local_rows(self, samples: Samples, global_rows: Tensor) -> Tensor:
         place = {row: i for i, row in enumerate(samples.global_rows)}

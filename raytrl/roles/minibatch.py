@@ -10,36 +10,37 @@ from raytrl.roles.experience import Experience
 
 
 class Part:
-    """One micro-batch's slice of the experience, and its losses."""
+    """One micro-batch's slice of the experience, and its losses. N response tokens."""
 
     def __init__(
-        self, experience: Experience, rows_B: Tensor, width: int, num_tokens: float, config: PpoConfig
+        self, experience: Experience, rows_N: Tensor, columns_N: Tensor, num_tokens: float, config: PpoConfig
     ) -> None:
-        self._experience, self._rows_B, self._width = experience, rows_B, width
+        """`rows_N`, `columns_N`: each token's place in the experience; `num_tokens`: see `algo.losses`."""
+        self._experience, self._rows_N, self._columns_N = experience, rows_N, columns_N
         self._num_tokens, self._config = num_tokens, config
-        self.mask_BR = self._cut(experience.samples.sequences.response_mask_BR)
+        self._mask_N = torch.ones_like(rows_N, dtype=torch.bool)
 
     def _cut(self, x_BR: Tensor) -> Tensor:
-        return x_BR[self._rows_B, : self._width]
+        return x_BR[self._rows_N, self._columns_N]
 
-    def policy_loss(self, logprobs_BR: Tensor) -> PolicyLoss:
+    def policy_loss(self, logprobs_N: Tensor) -> PolicyLoss:
         importance_BR = self._experience.importance_BR
         return policy_loss(
-            logprobs_BR,
+            logprobs_N,
             self._cut(self._experience.old_logprobs_BR),
             self._cut(self._experience.advantages_BR),
-            self.mask_BR,
+            self._mask_N,
             clip_range=self._config.clip_range,
             num_tokens=self._num_tokens,
             weights_BR=None if importance_BR is None else self._cut(importance_BR),
         )
 
-    def value_loss(self, values_BR: Tensor) -> ValueLoss:
+    def value_loss(self, values_N: Tensor) -> ValueLoss:
         return value_loss(
-            values_BR,
+            values_N,
             self._cut(self._experience.values_BR),
             self._cut(self._experience.returns_BR),
-            self.mask_BR,
+            self._mask_N,
             clip_range=self._config.value_clip_range,
             num_tokens=self._num_tokens,
         )

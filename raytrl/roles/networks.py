@@ -14,8 +14,10 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers.activations import GELUTanh, NewGELUActivation
 
 from raytrl.errors import ConfigError
+from raytrl.roles import packing
 from raytrl.roles.sequences import Sequences
 from raytrl.roles.weights import POLICY_ADAPTER
 
@@ -47,6 +49,7 @@ class Networks(nn.Module):
         super().__init__()
         self.policy, self.value, self.reference = policy, value, reference
         self.dtype = dtype
+        self.packed = False
         self.value_head: nn.Linear | None = None
         if value is None:
             self.value_head = nn.Linear(_hidden_size(policy), 1, bias=False)
@@ -59,6 +62,7 @@ class Networks(nn.Module):
                 # At a learning rate of 1e-5 a bfloat16 weight would round every update away.
                 parameter.data = parameter.data.float()
         disable_dropout(self)
+        fuse_gelu(self)
         if gradient_checkpointing:
             for model in (policy, value):
                 if model is not None:
@@ -66,8 +70,18 @@ class Networks(nn.Module):
                     model.gradient_checkpointing_enable(settings)  # type: ignore[operator]
                     model.train()  # transformers checkpoints only then; no dropout is left that it could turn on
 
+    def pack(self) -> None:
+        """Let every network that can work without padding do so, see `packing`; `packed` says whether all can.
+
+        To be called once, on the device that they stay on, before anything wraps them.
+        """
+        models = [model for model in (self.policy, self.value, self.reference) if model is not None]
+        packed = [packing.make_packed(_plain(model)) for model in models]
+        self.packed = all(packed)
+
     def forward(self, network: Network, batch: Sequences) -> Tensor:
-        """Policy and reference: logits (B, R, V) that predict each response token. Value: float32 (B, R), before it."""
+        """Of the N response tokens, row after row: policy and reference: the logits (N, V) that predict them; value:
+        float32 (N,), before each."""
         device = batch.input_ids_BT.device
         with torch.autocast(device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
             if network == "value":
@@ -111,29 +125,35 @@ class Networks(nn.Module):
         elif isinstance(model, PeftModel):
             if network == "reference":
                 with model.disable_adapter():
-                    logits_BRV = self._run(model, batch)
+                    logits_NV = self._run(model, batch)
                 self._mark_trainable()
-                return logits_BRV
+                return logits_NV
             self._activate(POLICY_ADAPTER)
         return self._run(model, batch)
 
     @staticmethod
     def _run(model: nn.Module, batch: Sequences) -> Tensor:
-        out = model(**_inputs(batch), logits_to_keep=batch.response_width + 1)
-        logits_BRV: Tensor = out.logits[:, :-1]  # the last one predicts a token that nobody sampled
-        return logits_BRV
+        if packing.is_packed(_plain(model)):
+            logits_1NV: Tensor = model(**packing.inputs(batch), logits_to_keep=packing.predicting(batch)).logits
+            return logits_1NV[0]
+        out = model(**packing.padded_inputs(batch), logits_to_keep=batch.response_width + 1)
+        return batch.at_tokens(out.logits[:, :-1])  # the last one predicts a token that nobody sampled
 
     def _values(self, batch: Sequences) -> Tensor:
         if self.value is not None:
-            backbone, head = _backbone(self.value), self.value.score
+            model, head = self.value, self.value.score
         else:
             self._activate(VALUE_ADAPTER)
             assert isinstance(self.policy, PeftModel) and self.value_head is not None
-            backbone, head = _backbone(self.policy.get_base_model()), self.value_head
-        hidden_BTD = backbone(**_inputs(batch)).last_hidden_state
-        hidden_BRD = hidden_BTD[:, batch.prompt_width - 1 : -1]
-        values_BR: Tensor = head(hidden_BRD).squeeze(-1).float()  # type: ignore[operator]
-        return values_BR
+            model, head = self.policy.get_base_model(), self.value_head
+        if packing.is_packed(model):
+            hidden_1TD = _backbone(model)(**packing.inputs(batch)).last_hidden_state
+            hidden_ND = hidden_1TD[0, packing.predicting(batch)]
+        else:
+            hidden_BTD = _backbone(model)(**packing.padded_inputs(batch)).last_hidden_state
+            hidden_ND = batch.at_tokens(hidden_BTD[:, batch.prompt_width - 1 : -1])
+        values_N: Tensor = head(hidden_ND).squeeze(-1).float()  # type: ignore[operator]
+        return values_N
 
     def _recomputing(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         """Around a checkpointed layer's forward pass, and around its repetition: by then the other adapter is active."""
@@ -250,17 +270,21 @@ def disable_dropout(model: nn.Module) -> None:
     model.eval()
 
 
+def fuse_gelu(model: nn.Module) -> None:
+    """GPT-2's GELU as one operation: transformers writes it as eight, each with a tensor kept for the backward pass."""
+    for module in model.modules():
+        for name, child in list(module.named_children()):
+            if isinstance(child, NewGELUActivation):
+                setattr(module, name, GELUTanh())
+
+
 def _is_dropout(module: nn.Module, name: str) -> bool:
     return "dropout" in name or (name == "p" and "Dropout" in type(module).__name__)
 
 
-def _inputs(batch: Sequences) -> dict[str, Any]:
-    return {
-        "input_ids": batch.input_ids_BT,
-        "attention_mask": batch.attention_mask_BT,
-        "position_ids": batch.position_ids_BT,
-        "use_cache": False,
-    }
+def _plain(model: nn.Module) -> nn.Module:
+    """The transformers model, whatever PEFT put around it."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def _backbone(model: nn.Module) -> nn.Module:

@@ -47,14 +47,28 @@ class Sequences:
         return self.input_ids_BT.shape[1] - self.prompt_width
 
     @property
-    def tokens_BR(self) -> Tensor:
-        return self.input_ids_BT[:, self.prompt_width :]
-
-    @property
     def response_mask_BR(self) -> Tensor:
         """True on sampled tokens, the end token included."""
         columns_R = torch.arange(self.response_width, device=self.input_ids_BT.device)
         return columns_R < self.response_lengths_B.unsqueeze(-1)
+
+    @property
+    def rows_N(self) -> Tensor:
+        """The row of each of the N response tokens, row after row: int64."""
+        return self.response_mask_BR.nonzero()[:, 0]
+
+    @property
+    def columns_N(self) -> Tensor:
+        """The column of each of the N response tokens."""
+        return self.response_mask_BR.nonzero()[:, 1]
+
+    @property
+    def tokens_N(self) -> Tensor:
+        return self.at_tokens(self.input_ids_BT[:, self.prompt_width :])
+
+    def at_tokens(self, x_BR: Tensor) -> Tensor:
+        """(B, R, …) → (N, …): what stands at the response tokens."""
+        return x_BR[self.response_mask_BR]
 
     @property
     def attention_mask_BT(self) -> Tensor:
@@ -82,28 +96,36 @@ def pack(
     prompt_lengths: Sequence[int],
     response_lengths: Sequence[int],
     max_tokens: int,
-    max_padding: int | None = None,
+    *,
+    padded: bool,
 ) -> list[list[int]]:
-    """Rows in micro-batches of at most `max_tokens` tokens, padding counted; longest first, so little is padding.
+    """Rows in micro-batches of at most `max_tokens` tokens, those of like length together.
 
     Args:
         rows: which rows to pack.
-        prompt_lengths, response_lengths: tokens of every row, indexed by row; each side is padded to its longest.
+        prompt_lengths, response_lengths: tokens of every row, indexed by row.
         max_tokens: a single row that is longer gets a micro-batch of its own.
-        max_padding: tokens of padding in one micro-batch; None: as many as come.
+        padded: each side is padded to its longest, and padding counts. Else only attention pads, to the longest row,
+            and may pad to twice `max_tokens`.
     """
     packed: list[list[int]] = []
-    widths, real = (0, 0), 0
+    prompt_width = response_width = longest = real = 0
     for row in sorted(rows, key=lambda row: (-prompt_lengths[row] - response_lengths[row], row)):
         length = prompt_lengths[row] + response_lengths[row]
-        wider = (max(widths[0], prompt_lengths[row]), max(widths[1], response_lengths[row]))
-        tokens = (len(packed[-1]) + 1) * sum(wider) if packed else 0
-        if packed and tokens <= max_tokens and (max_padding is None or tokens - real - length <= max_padding):
+        prompt_width = max(prompt_width, prompt_lengths[row])
+        response_width = max(response_width, response_lengths[row])
+        count = len(packed[-1]) + 1 if packed else 1
+        fits = (
+            count * (prompt_width + response_width) <= max_tokens
+            if padded
+            else real + length <= max_tokens and count * longest <= 2 * max_tokens
+        )
+        if packed and fits:
             packed[-1].append(row)
-            widths, real = wider, real + length
+            real += length
         else:
             packed.append([row])
-            widths, real = (prompt_lengths[row], response_lengths[row]), length
+            prompt_width, response_width, longest, real = prompt_lengths[row], response_lengths[row], length, length
     return packed
 
 

@@ -1,0 +1,161 @@
+"""Forward passes without padding: the rows of a micro-batch one after the other, as a single row of tokens.
+
+All that a transformer does token by token then sees real tokens alone, and weights are read once for all rows. Only
+attention must keep the rows apart. It gets them padded on the right, where a causal mask hides the padding without
+being told of it, so that torch's fused kernels can be used on every device. T here counts the real tokens of all rows.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+
+from raytrl.roles.sequences import Sequences
+
+_ATTENTION = "raytrl_packed"
+_TOLERANCE = {torch.float32: 1e-4}  # of the largest logit: rows that see each other are off by far more
+_HALF_TOLERANCE = 0.05
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the tokens of each row lie in the single row."""
+
+    places_BL: Tensor  # int64: the place of each row's tokens; any place on the padding
+    back_T: Tensor  # int64: the place of each token in a flattened (B, L)
+
+    @classmethod
+    def of(cls, lengths_B: Tensor) -> "Layout":
+        width = int(lengths_B.max())
+        columns_L = torch.arange(width, device=lengths_B.device)
+        starts_B = lengths_B.cumsum(0) - lengths_B
+        real_BL = columns_L < lengths_B.unsqueeze(-1)
+        places_BL = torch.where(real_BL, starts_B.unsqueeze(-1) + columns_L, 0)
+        return cls(places_BL, real_BL.flatten().nonzero().squeeze(-1))
+
+    def apart(self, x_1HTD: Tensor) -> Tensor:
+        """(1, H, T, D) → (B, H, L, D)."""
+        x_THD = x_1HTD[0].transpose(0, 1)
+        return (
+            x_THD.index_select(0, self.places_BL.flatten())
+            .view(*self.places_BL.shape, *x_THD.shape[1:])
+            .transpose(1, 2)
+        )
+
+    def together(self, x_BHLD: Tensor) -> Tensor:
+        """(B, H, L, D) → (1, T, H, D)."""
+        return x_BHLD.transpose(1, 2).flatten(0, 1).index_select(0, self.back_T).unsqueeze(0)
+
+
+def inputs(batch: Sequences) -> dict[str, Any]:
+    """What a model that `make_packed` changed is called with."""
+    mask_BT = batch.attention_mask_BT.bool()
+    return {
+        "input_ids": batch.input_ids_BT[mask_BT].unsqueeze(0),
+        "position_ids": batch.position_ids_BT[mask_BT].unsqueeze(0),
+        "use_cache": False,
+        "layout": Layout.of(batch.prompt_lengths_B + batch.response_lengths_B),
+    }
+
+
+def predicting(batch: Sequences) -> Tensor:
+    """The places, in the single row, of the tokens before each response token: int64, (N,)."""
+    places_BT = batch.attention_mask_BT.flatten().cumsum(0).view_as(batch.input_ids_BT) - 1
+    return places_BT[:, batch.prompt_width - 1 : -1][batch.response_mask_BR]
+
+
+def is_packed(model: nn.Module) -> bool:
+    """Whether the model takes `inputs`, and not `padded_inputs`."""
+    return bool(model.config._attn_implementation == _ATTENTION)  # type: ignore[union-attr]
+
+
+def make_packed(model: nn.Module) -> bool:
+    """Change the model's attention so that it takes packed rows; False, and no change, where it cannot.
+
+    It can where all its attention is full and causal and goes through transformers' interface: GPT-2, Llama, Qwen and
+    most of today's. Sliding windows, capped logits, state spaces and attention of a model's own stay padded. Not by the
+    configuration alone: two rows must come out the same packed and apart.
+    """
+    if not _looks_packable(model):
+        return False
+    before = str(model.config._attn_implementation)  # type: ignore[union-attr]
+    batch = _two_rows(model)
+    alone = [
+        _hidden(model, padded_inputs(batch.take(torch.tensor([i], device=batch.input_ids_BT.device)))) for i in (0, 1)
+    ]
+    model.set_attn_implementation(_ATTENTION)  # type: ignore[operator]
+    try:
+        packed = _hidden(model, inputs(batch))
+    except (TypeError, ValueError, NotImplementedError):  # it does not hand the layout on, or wants other attention
+        packed = None
+    expected = torch.cat([hidden[0] for hidden in alone])
+    if packed is not None:
+        limit = _TOLERANCE.get(expected.dtype, _HALF_TOLERANCE) * float(expected.abs().max())
+        if float((packed[0] - expected).abs().max()) <= limit:
+            return True
+    model.set_attn_implementation(before)  # type: ignore[operator]
+    return False
+
+
+def padded_inputs(batch: Sequences) -> dict[str, Any]:
+    """What any causal model is called with."""
+    return {
+        "input_ids": batch.input_ids_BT,
+        "attention_mask": batch.attention_mask_BT,
+        "position_ids": batch.position_ids_BT,
+        "use_cache": False,
+    }
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    layout: Layout,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention function for packed rows; query (1, H, T, D), key and value with H or fewer heads."""
+    unknown = [name for name in ("sliding_window", "softcap", "s_aux", "position_bias") if others.get(name) is not None]
+    if unknown or attention_mask is not None or dropout:
+        raise NotImplementedError(
+            f"packed attention: {type(module).__name__} asks for {unknown or 'a mask or dropout'}"
+        )
+    found = scaled_dot_product_attention(
+        layout.apart(query),
+        layout.apart(key),
+        layout.apart(value),
+        is_causal=True,
+        scale=scaling,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return layout.together(found), None
+
+
+AttentionInterface.register(_ATTENTION, _attention)
+
+
+def _looks_packable(model: nn.Module) -> bool:
+    if not getattr(model, "_supports_attention_backend", False) or not model._can_set_attn_implementation():  # type: ignore[operator]
+        return False
+    config: Any = model.config.get_text_config()  # type: ignore[union-attr, operator]
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    return kinds == {"full_attention"} and getattr(config, "attn_logit_softcapping", None) is None
+
+
+def _two_rows(model: nn.Module) -> Sequences:
+    device = next(model.parameters()).device
+    return Sequences.of([[1, 0], [0]], [[1, 0, 1], [1, 1]], device)
+
+
+@torch.no_grad()
+def _hidden(model: nn.Module, arguments: dict[str, Any]) -> Tensor:
+    hidden: Tensor = model(**arguments, output_hidden_states=True).hidden_states[-1]
+    return hidden

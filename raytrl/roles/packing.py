@@ -1,8 +1,9 @@
 """Forward passes without padding: the rows of a micro-batch one after the other, as a single row of tokens.
 
 All that a transformer does token by token then sees real tokens alone, and weights are read once for all rows. Only
-attention must keep the rows apart. It gets them padded on the right, where a causal mask hides the padding without
-being told of it, so that torch's fused kernels can be used on every device. T here counts the real tokens of all rows.
+attention must keep the rows apart. On a GPU it gets them padded on the right, where a causal mask hides the padding
+without being told of it, so that torch's fused kernels take all rows at once; on a CPU, where a call costs little, it
+gets them one by one. T here counts the real tokens of all rows.
 """
 
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ class Layout:
 
     places_BL: Tensor  # int64: the place of each row's tokens; any place on the padding
     back_T: Tensor  # int64: the place of each token in a flattened (B, L)
+    lengths: list[int]
 
     @classmethod
     def of(cls, lengths_B: Tensor) -> "Layout":
@@ -34,20 +36,29 @@ class Layout:
         starts_B = lengths_B.cumsum(0) - lengths_B
         real_BL = columns_L < lengths_B.unsqueeze(-1)
         places_BL = torch.where(real_BL, starts_B.unsqueeze(-1) + columns_L, 0)
-        return cls(places_BL, real_BL.flatten().nonzero().squeeze(-1))
+        return cls(places_BL, real_BL.flatten().nonzero().squeeze(-1), lengths_B.tolist())
 
-    def apart(self, x_1HTD: Tensor) -> Tensor:
-        """(1, H, T, D) → (B, H, L, D)."""
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, **arguments: Any) -> Tensor:
+        """Causal attention within each row: (1, H, T, D) → (1, T, H, D)."""
+        if query.device.type == "cpu":
+            rows = zip(*(torch.split(x, self.lengths, dim=2) for x in (query, key, value)), strict=True)
+            found = [scaled_dot_product_attention(q, k, v, is_causal=True, **arguments) for q, k, v in rows]
+            return torch.cat(found, dim=2).transpose(1, 2)
+        return self._attend_padded(query, key, value, **arguments)
+
+    def _attend_padded(self, query: Tensor, key: Tensor, value: Tensor, **arguments: Any) -> Tensor:
+        q, k, v = self._padded(query), self._padded(key), self._padded(value)
+        found_BHLD = scaled_dot_product_attention(q, k, v, is_causal=True, **arguments)
+        return found_BHLD.transpose(1, 2).flatten(0, 1).index_select(0, self.back_T).unsqueeze(0)
+
+    def _padded(self, x_1HTD: Tensor) -> Tensor:
+        """(B, H, L, D)."""
         x_THD = x_1HTD[0].transpose(0, 1)
         return (
             x_THD.index_select(0, self.places_BL.flatten())
             .view(*self.places_BL.shape, *x_THD.shape[1:])
             .transpose(1, 2)
         )
-
-    def together(self, x_BHLD: Tensor) -> Tensor:
-        """(B, H, L, D) → (1, T, H, D)."""
-        return x_BHLD.transpose(1, 2).flatten(0, 1).index_select(0, self.back_T).unsqueeze(0)
 
 
 def inputs(batch: Sequences) -> dict[str, Any]:
@@ -128,15 +139,8 @@ def _attention(
         raise NotImplementedError(
             f"packed attention: {type(module).__name__} asks for {unknown or 'a mask or dropout'}"
         )
-    found = scaled_dot_product_attention(
-        layout.apart(query),
-        layout.apart(key),
-        layout.apart(value),
-        is_causal=True,
-        scale=scaling,
-        enable_gqa=query.shape[1] != key.shape[1],
-    )
-    return layout.together(found), None
+    several = query.shape[1] != key.shape[1]
+    return layout.attend(query, key, value, scale=scaling, enable_gqa=several), None
 
 
 AttentionInterface.register(_ATTENTION, _attention)

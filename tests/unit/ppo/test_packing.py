@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from raytrl.roles.networks import assemble
-from raytrl.roles.packing import is_packed, make_packed
+from raytrl.roles.packing import Layout, is_packed, make_packed
 from raytrl.roles.sequences import Sequences
 from tests.unit.ppo.toy import LORA, VOCABULARY, gpt2, llama
 
@@ -80,6 +80,16 @@ def test_packed_rows_give_the_numbers_of_padded_ones(
         torch.testing.assert_close(
             packed[name], expected, atol=2e-5, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}"
         )
+
+
+def test_attention_as_on_a_gpu_gives_the_numbers_of_attention_as_on_a_cpu() -> None:
+    torch.manual_seed(0)
+    lengths = torch.tensor([3, 1, 5])
+    query, key, value = (torch.randn(1, heads, 9, 8) for heads in (4, 2, 2))
+    layout = Layout.of(lengths)
+    expected = layout.attend(query, key, value, enable_gqa=True)
+    found = layout._attend_padded(query, key, value, enable_gqa=True)
+    torch.testing.assert_close(found, expected)
 
 
 def test_windows_capped_logits_and_states_stay_padded() -> None:

@@ -15,7 +15,7 @@ from raytrl.launch.capacity import CERTAINTY, Load, Room, check_memory
 from raytrl.launch.evaluate import eval_need
 from raytrl.launch.idle import idle_settings
 from raytrl.launch.placement import Need, Node, amounts, described_nodes
-from raytrl.launch.session import THIS_MACHINE, nodes_for, prepare_environment
+from raytrl.launch.session import THIS_MACHINE, cluster_of, prepare_environment
 from raytrl.launch.train import kind_of
 from raytrl.records import Plan, PlannedRole
 from raytrl.roles.memory import GIB, Estimate, estimates, microbatch_tokens
@@ -37,7 +37,7 @@ def plan(loaded: LoadedRun, cluster: Sequence[str], models: str) -> Plan:
     run = loaded.run
     prepare_environment()
     need = need_of(run)
-    nodes, where = (described_nodes(cluster), "the described cluster") if cluster else nodes_for(run)
+    nodes, where = _nodes(run, cluster)
     room = Room.on(nodes, where, need)
     shapes, problems = read_shapes(run, models)
     rows, missing = _rows(run)
@@ -58,6 +58,13 @@ def plan(loaded: LoadedRun, cluster: Sequence[str], models: str) -> Plan:
         nodes=tuple(_ram(found, nodes)),
         notes=tuple(notes),
     )
+
+
+def _nodes(run: Run, cluster: Sequence[str]) -> tuple[list[Node], str]:
+    if cluster:
+        return described_nodes(cluster), "the described cluster"
+    with cluster_of(run) as found:  # asked once: what follows needs no cluster
+        return found
 
 
 def need_of(run: Run) -> Need:

@@ -16,7 +16,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.runs import TINY_LLAMA, last_step, metrics, raytrl, start, text_rows, wait_for, write_rows
+from tests.ppo_files import make_files, ppo_file
+from tests.runs import TINY_LLAMA, is_committed, last_step, metrics, raytrl, start, text_rows, wait_for, write_rows
 
 BIN = str(Path(sys.executable).parent)
 RAY = (sys.executable, "-c", "from ray.scripts.scripts import main; main()")  # the command `ray` of this environment
@@ -209,6 +210,31 @@ def test_a_stopped_job_is_continued_by_the_same_submission(client: dict[str, str
     assert [row["step"] for row in metrics(run)] == list(range(1, 41))
     for fd in (terminal, keyboard):
         os.close(fd)
+
+
+def test_a_stopped_ppo_job_is_continued_by_plain_ray_job_submit(client: dict[str, str], tmp_path: Path) -> None:
+    """All roles inside of a job: each finds model, prompts and reward function in the folder that was sent."""
+    folder, run = tmp_path / "project", tmp_path / "shared/aligned"
+    folder.mkdir()
+    make_files(folder)
+    sent = {"model": {"path": "policy"}, "data": {"train": "prompts.jsonl"}, "output_dir": str(run.parent)}
+    sent["reward"] = {"sources": [{"name": "spelling", "function": "rule.py:spelling"}]}
+    ppo_file(folder, "aligned", ppo={"steps": 24}, **sent)
+    process = start("submit", "--", "ppo", "aligned.yaml", cwd=folder)
+    wait_for("a checkpoint", lambda: is_committed(run) and last_step(run) >= 4, process)
+    job = next(word for word in job_info("ppo-aligned").split("'") if word.startswith("ppo-aligned"))
+    subprocess.run([*RAY, "job", "stop", job], text=True, capture_output=True, timeout=120, check=True)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 130, output
+    assert "was stopped; the same submission continues from the last checkpoint" in output
+    assert last_step(run) < 24
+
+    command = [*RAY, "job", "submit", "--working-dir", ".", "--", "raytrl", "ppo", "aligned.yaml"]
+    done = subprocess.run(command, cwd=folder, text=True, capture_output=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "resume   from step " in done.stdout
+    assert [row["step"] for row in metrics(run)] == list(range(1, 25))
+    assert (run / "model/model.safetensors").is_file()
 
 
 @pytest.mark.parametrize("how", ["address", pytest.param("auto", marks=pytest.mark.slow)])

@@ -59,8 +59,8 @@ def evaluate(loaded: LoadedRun, command: str, fresh: bool, show: Callable[[Progr
     with run_dir.locked():
         already = not fresh and inspect_run(run, run_dir).state == "done"
         if not already:
-            with cluster_of(run) as (nodes, where):
-                room = Room.on(nodes, where, need)
+            with cluster_of(run) as cluster:
+                room = Room.on(cluster, need)
                 prompts = check_eval(run)
                 memory, notes = room.memory(run)
                 for note in notes:

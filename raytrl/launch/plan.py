@@ -14,7 +14,7 @@ from raytrl.errors import ConfigError, DataError
 from raytrl.launch.capacity import CERTAINTY, Load, Room, check_memory
 from raytrl.launch.evaluate import eval_need
 from raytrl.launch.idle import idle_settings
-from raytrl.launch.placement import Need, Node, amounts, described_nodes
+from raytrl.launch.placement import ADDED, Cluster, Need, Node, amounts, described_nodes
 from raytrl.launch.session import THIS_MACHINE, cluster_of, prepare_environment
 from raytrl.launch.train import kind_of
 from raytrl.records import Plan, PlannedRole
@@ -37,12 +37,11 @@ def plan(loaded: LoadedRun, cluster: Sequence[str], models: str) -> Plan:
     run = loaded.run
     prepare_environment()
     need = need_of(run)
-    nodes, where = _nodes(run, cluster)
-    room = Room.on(nodes, where, need)
+    room = Room.on(_cluster(run, cluster), need)
     shapes, problems = read_shapes(run, models)
     rows, missing = _rows(run)
     problems += missing
-    if problems and where == THIS_MACHINE:
+    if problems and room.where == THIS_MACHINE:
         raise ConfigError("\n".join(problems))
     notes = [f"not known here, so not checked: {problem}" for problem in problems]
     found, tight = check_memory(run, room, shapes)
@@ -50,19 +49,19 @@ def plan(loaded: LoadedRun, cluster: Sequence[str], models: str) -> Plan:
     if isinstance(run, TrainingRun) and run.learner.min_workers < run.learner.max_workers:
         least, most = run.learner.min_workers, run.learner.max_workers
         notes.append(f"learner.workers: {least} is the least that is needed; up to {most} where there is room")
-    notes += [*tight, *(f"does nothing: {line}" for line in idle_settings(run, steps))]
+    notes += [*tight, *room.awaited(run), *(f"does nothing: {line}" for line in idle_settings(run, steps))]
     return Plan(
-        where=f"{where}: {_sum_of(nodes)}",
+        where=f"{room.where}: {_sum_of([node for node in room.nodes if not node.name.startswith(ADDED)])}",
         roles=tuple(_roles(room, estimates(run, shapes))),
         words=tuple(_words(run, shapes, rows, steps)),
-        nodes=tuple(_ram(found, nodes)),
+        nodes=tuple(_ram(found, room.nodes)),
         notes=tuple(notes),
     )
 
 
-def _nodes(run: Run, cluster: Sequence[str]) -> tuple[list[Node], str]:
-    if cluster:
-        return described_nodes(cluster), "the described cluster"
+def _cluster(run: Run, described: Sequence[str]) -> Cluster:
+    if described:
+        return Cluster(described_nodes(described), "the described cluster")
     with cluster_of(run) as found:  # asked once: what follows needs no cluster
         return found
 

@@ -18,16 +18,13 @@ from raytrl.config.ppo import RolloutConfig
 from raytrl.config.ppo_run import PpoRun
 from raytrl.config.reward import RewardSection
 from raytrl.errors import ResourceError
-from raytrl.launch.actors import CONCURRENCY_GROUPS, CONTROL, MAX_IN_FLIGHT, STATUS, WORK, RewardActor, RolloutActor
+from raytrl.launch.actors import CONCURRENCY_GROUPS, MAX_IN_FLIGHT, WORK, RewardActor, RolloutActor
 from raytrl.launch.gauges import RoleGauges
 from raytrl.launch.logs import start_log
 from raytrl.launch.pool import ActorLostError
 from raytrl.launch.session import work_in
 from raytrl.rundir import RunDirectory
 
-# Which calls do not queue behind the long ones.
-_GROUPS = {"begin": CONTROL, "prepare": CONTROL, "start": CONTROL, "load_weights": CONTROL, "doing": STATUS}
-_GROUPS |= {"generate": WORK, "logprobs": WORK}
 _FINAL_AFTER = 10  # answers "died" in a row, half a second apart: it is not coming back
 
 
@@ -45,10 +42,7 @@ class RayCalls:
         return len(self._handles)
 
     def call(self, actor: int, method: str, *arguments: Any) -> Any:
-        remote = getattr(self._handles[actor], method)
-        if method in _GROUPS:
-            remote = remote.options(concurrency_group=_GROUPS[method])
-        ticket = remote.remote(*arguments)
+        ticket = getattr(self._handles[actor], method).remote(*arguments)
         self._actor_of[ticket] = actor
         self._gauges.waiting(len(self._actor_of))
         return ticket
@@ -194,7 +188,7 @@ def _start(
         )
         .remote(make)
     )
-    actor.start.options(concurrency_group=CONTROL).remote()  # not waited for: learners load at the same time
+    actor.start.remote()  # not waited for: learners load at the same time
     return actor
 
 

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import signal
 import socket
 import threading
@@ -13,7 +14,7 @@ from typing import Any
 from raytrl.config.runs import Run
 from raytrl.errors import ResourceError
 from raytrl.launch.packing import refuse_lost_output
-from raytrl.launch.placement import Need, Node, could_be_added
+from raytrl.launch.placement import Cluster, Need, Node
 from raytrl.launch.secrets import load_secrets
 
 # Read by Ray when it is imported or started, so set before that. A user's own setting wins.
@@ -35,6 +36,7 @@ QUIET_LIBRARIES = {
 
 THIS_MACHINE = "this machine"
 _ASK_S = 120.0  # for a process to start on a busy cluster
+_NO_KIND = re.compile("node_[0-9a-f]{56}")  # what Ray calls a node that no autoscaler keeps
 
 
 def prepare_environment() -> None:
@@ -101,11 +103,10 @@ def _gpu_gib() -> float | None:
 
 
 def cluster_nodes() -> list[Node]:
-    """The nodes of the cluster that this process has joined, and those that its autoscaler may still add."""
+    """The nodes that the cluster has which this process has joined."""
     import ray
 
     nodes: list[Node] = []
-    present: dict[str, int] = {}
     for entry in ray.nodes():
         if not entry["Alive"]:
             continue
@@ -113,31 +114,31 @@ def cluster_nodes() -> list[Node]:
         ram = resources.pop("memory", 0.0) + resources.pop("object_store_memory", 0.0)
         labels = entry.get("Labels", {})
         nodes.append(Node(_node_name(entry, nodes), resources, ram / 2**30 or None, labels=labels))
-        group = labels.get("ray.io/node-group", "")
-        present[group] = present.get(group, 0) + 1
-    for name, resources, most in _node_groups():
-        nodes += could_be_added(name, resources, present.get(name, 0), most)
     return nodes
 
 
-def _node_groups() -> list[tuple[str, dict[str, float], int]]:
-    """Name, resources of one node and greatest number of each kind of node that an autoscaler may add."""
+def _is_autoscaled() -> bool:
+    """Whether an autoscaler is at work. What it may add, Ray does not tell (its own config stays with it)."""
     import ray
 
-    if uses_ray_client():  # it has no way to ask; a process of the cluster has
+    if uses_ray_client():  # has no way to ask; a process of the cluster has
         try:
-            asked = ray.remote(num_cpus=0, max_retries=0)(_node_groups).remote()
-            return list(ray.get(asked, timeout=_ASK_S))
+            return bool(ray.get(ray.remote(num_cpus=0, max_retries=0)(_is_autoscaled).remote(), timeout=_ASK_S))
         except ray.exceptions.RayError as error:  # above all: raytrl cannot be imported there
             raise ResourceError(
                 f"cluster.address: the cluster cannot run raytrl: {str(error).strip().splitlines()[-1]}; expected: the "
                 f"same raytrl there as here"
             ) from None
-    from ray._private.state import state  # the autoscaler's limits have no public counterpart
+    from ray._private.ray_constants import DEBUG_AUTOSCALING_STATUS  # as `ray status` reads it
+    from ray.autoscaler.v2.sdk import get_cluster_status
+    from ray.experimental.internal_kv import _internal_kv_get
 
-    config = state.get_cluster_config()
-    groups = config.node_group_configs if config is not None else ()
-    return [(group.name, dict(group.resources), group.max_count) for group in groups]
+    status = json.loads(_internal_kv_get(DEBUG_AUTOSCALING_STATUS) or b"{}")
+    kinds = (status.get("autoscaler_report") or {}).get("node_type_mapping") or {}
+    if any(not _NO_KIND.fullmatch(kind) for kind in kinds.values()):
+        return True
+    shown = get_cluster_status(ray.get_runtime_context().gcs_address)  # its second version writes no status
+    return any(node.instance_id for node in [*shown.active_nodes, *shown.idle_nodes])
 
 
 def uses_ray_client() -> bool:
@@ -256,8 +257,8 @@ def _join(address: str) -> None:
 
 
 @contextmanager
-def cluster_of(run: Run) -> Iterator[tuple[list[Node], str]]:
-    """The nodes that a run would have, and their name for messages.
+def cluster_of(run: Run) -> Iterator[Cluster]:
+    """The nodes that a run would have.
 
     Where the run joins a cluster, this process has joined it within the block, and `ray_session` in there uses that.
 
@@ -268,13 +269,13 @@ def cluster_of(run: Run) -> Iterator[tuple[list[Node], str]]:
 
     if not joins_cluster(run):
         check_one_node(run)
-        yield [machine_node()], THIS_MACHINE
+        yield Cluster([machine_node()], THIS_MACHINE)
         return
     if ray.is_initialized():  # one of the trials of a sweep: its process has joined already
-        yield cluster_nodes(), "the sweep's Ray"
+        yield Cluster(cluster_nodes(), "the sweep's Ray")
         return
     with _joined(run):
-        yield cluster_nodes(), f"the cluster at {run.cluster.address or 'auto'!r}"
+        yield Cluster(cluster_nodes(), f"the cluster at {run.cluster.address or 'auto'!r}", _is_autoscaled())
 
 
 @contextmanager

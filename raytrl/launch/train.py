@@ -93,8 +93,8 @@ def train(
             return run_dir.manifest() | {"already_done": True}
         for notice in standing.notices:
             show(Progress("notice", text=notice))
-        with cluster_of(run) as (nodes, where):
-            room = Room.on(nodes, where, kind.need)
+        with cluster_of(run) as cluster:
+            room = Room.on(cluster, kind.need)
             with (
                 tempfile.TemporaryDirectory() as staging
             ):  # nothing of an earlier run is touched before all checks passed
@@ -184,7 +184,7 @@ def _run_on_ray(
         from raytrl.launch.watch import Watch, start_board
 
         check_storage(run_dir)
-        board = start_board()
+        board = start_board(run)
         show(Progress("phase", text="starting workers"))
         with kind.running(command, versions()) as (worker, config):
             trainer = _trainer(run, run_dir, board, worker, config)

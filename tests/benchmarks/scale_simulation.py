@@ -10,10 +10,9 @@ without Ray's. One JSON object a size.
 
 import argparse
 import json
-import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from typing import Any
 import ray
 
 from raytrl.launch.actors import CONCURRENCY_GROUPS, CONTROL, WORK, RewardActor, RolloutActor
+from raytrl.launch.pool import Arrivals
 from raytrl.records import Attempt, Prompt, Response, Score
 
 CHUNK, CHUNKS_AN_ACTOR, TOKENS, PROMPT_TOKENS = 8, 2, 48, 64
@@ -117,16 +117,18 @@ class ThreadCalls:
     def __init__(self, actors: Sequence[Any]) -> None:
         self._actors = actors
         self._threads = [ThreadPoolExecutor(1) for _ in actors]
-        self._done = threading.Condition()
+        self._arrivals = Arrivals()
 
     def __len__(self) -> int:
         return len(self._actors)
 
     def call(self, actor: int, method: str, *arguments: Any) -> "Future[Any]":
-        return self._threads[actor].submit(getattr(self._actors[actor], method), *arguments)
+        ticket = self._threads[actor].submit(getattr(self._actors[actor], method), *arguments)
+        ticket.add_done_callback(self._arrivals.add)
+        return ticket
 
-    def wait(self, tickets: Sequence["Future[Any]"], timeout_s: float) -> list["Future[Any]"]:
-        return list(wait(tickets, timeout_s, return_when=FIRST_COMPLETED).done)
+    def wait(self, tickets: Collection["Future[Any]"], timeout_s: float) -> list["Future[Any]"]:
+        return self._arrivals.wait(tickets, timeout_s)
 
     def result(self, ticket: "Future[Any]") -> Any:
         return ticket.result()

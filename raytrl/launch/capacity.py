@@ -9,7 +9,8 @@ from raytrl.config.runs import Run, SupervisedRun, TrainingRun
 from raytrl.errors import ResourceError
 from raytrl.launch.placement import ADDED, Cluster, Need, Node, Placement, check_placement
 from raytrl.roles.memory import GIB, Estimate, estimates
-from raytrl.roles.shapes import ModelShape, read_shapes
+from raytrl.roles.model_shape import ModelShape
+from raytrl.roles.shapes import read_shapes
 
 # Estimates were 0.83 to 1.09 of the peaks measured on CPUs, and none was measured on a GPU (see
 # tests/benchmarks/plan_memory.py): what would not fit with a quarter less is refused, what fits only so is said.

@@ -19,7 +19,8 @@ from raytrl.launch.session import THIS_MACHINE, cluster_of, prepare_environment
 from raytrl.launch.train import kind_of
 from raytrl.records import Plan, PlannedRole
 from raytrl.roles.memory import GIB, Estimate, estimates, microbatch_tokens
-from raytrl.roles.shapes import ModelShape, read_shapes
+from raytrl.roles.model_shape import ModelShape
+from raytrl.roles.shapes import read_shapes
 from raytrl.rundir import RunDirectory
 
 

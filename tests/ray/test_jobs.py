@@ -62,7 +62,7 @@ def head() -> Iterator[dict[str, str]]:
         "RAY_AUTH_TOKEN": TOKEN,
     }
     wait_for("the job server", lambda: _answers(ports[1]), process)
-    yield found | {"GCS": f"127.0.0.1:{ports[0]}"}
+    yield found | {"GCS": f"127.0.0.1:{ports[0]}", "CLIENT": f"ray://127.0.0.1:{ports[2]}"}
     process.send_signal(signal.SIGTERM)
     try:
         process.wait(timeout=60)
@@ -237,7 +237,8 @@ def test_a_stopped_ppo_job_is_continued_by_plain_ray_job_submit(client: dict[str
     assert (run / "model/model.safetensors").is_file()
 
 
-@pytest.mark.parametrize("how", ["address", pytest.param("auto", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["address", "auto"])
 def test_a_driver_outside_of_a_job_joins_the_cluster(client: dict[str, str], project: Path, how: str) -> None:
     run = sft_file(project, f"joined-{how}")
     if how == "address":
@@ -246,6 +247,25 @@ def test_a_driver_outside_of_a_job_joins_the_cluster(client: dict[str, str], pro
         output = raytrl("sft", f"joined-{how}.yaml", "cluster.address=auto", cwd=project, RAY_ADDRESS=client["GCS"])
     assert "this machine" not in output
     assert len(metrics(run)) == 4
+
+
+def test_a_driver_that_is_no_node_joins_the_cluster_once(client: dict[str, str], tmp_path: Path) -> None:
+    """Through `ray://`, with PPO: actors of the driver's, Ray Train, and the check that the cluster sees its disk."""
+    make_files(tmp_path)
+    before = num_drivers()
+    file = ppo_file(tmp_path, "client", ppo={"steps": 4})
+    output = raytrl("ppo", file, f"cluster.address={client['CLIENT']}")
+    assert f"on {client['CLIENT']}" in output
+    assert [row["step"] for row in metrics(tmp_path / "runs/client")] == [1, 2, 3, 4]
+    assert num_drivers() == before + 1
+
+
+def num_drivers() -> int:
+    """Processes that have ever joined this cluster to run something, jobs' own included."""
+    code = "import ray\nray.init(log_to_driver=False)\nfrom ray._private.state import jobs\nprint(len(jobs()))"
+    environment = os.environ | {"RAY_ADDRESS": os.environ["GCS"]}
+    done = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True, check=True, env=environment)
+    return int(done.stdout.split()[-1]) - 1  # without this one
 
 
 def test_a_plan_asks_the_cluster(client: dict[str, str], project: Path) -> None:

@@ -89,7 +89,8 @@ JOB_SPEC: dict[str, Any] = {
     "rayClusterSpec": CLUSTER_SPEC,
 }
 SPECS = {"RayCluster": CLUSTER_SPEC, "RayJob": JOB_SPEC}
-POD = {"containers", "volumes", "tolerations", "nodeSelector", "serviceAccountName", "securityContext"}  # of a pod's spec, as used here
+# Of a pod's spec and of a container, as used here.
+POD = {"containers", "volumes", "tolerations", "nodeSelector", "serviceAccountName", "securityContext"}
 CONTAINER = {"name", "image", "resources", "ports", "volumeMounts", "env"}
 
 
@@ -203,7 +204,10 @@ def test_the_containers_install_steps_in_a_clean_environment(tmp_path: Path) -> 
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Post-training on Ray" in done.stdout
     login = subprocess.run(
-        ["bash", "-c", f"PATH=/usr/bin:/bin; . {tmp_path}/raytrl.sh; echo $PATH"], text=True, capture_output=True, check=True
+        ["bash", "-c", f"PATH=/usr/bin:/bin; . {tmp_path}/raytrl.sh; echo $PATH"],
+        text=True,
+        capture_output=True,
+        check=True,
     )
     assert login.stdout.startswith("/opt/raytrl/bin:") or login.stdout.startswith(f"{tmp_path}/venv/bin:")
 

@@ -108,13 +108,15 @@ def loads(room: Room, found: Mapping[str, Estimate]) -> list[Load]:
         gpus = group.resources.get("GPU", 0.0)
         for name, count in placement.places.get(group.key, {}).items():
             ram[name] += count * (estimate.host if gpus else estimate.total) / GIB
-            on_gpus[name] += count * estimate.total / GIB if gpus else 0.0
+            whole = estimate.share * (by_name[name].gpu_gib or 0.0)
+            on_gpus[name] += count * max(estimate.total / GIB, whole) if gpus else 0.0
         if gpus:
             shared |= set(placement.places.get(group.key, {})) if gpus % 1 else set()
             sizes = [by_name[name].gpu_gib for name in placement.places.get(group.key, {})]
             smallest = min((size for size in sizes if size is not None), default=None)
-            what = f"each of {group.key} on its GPU"
-            result.append(Load(what, estimate.total / GIB, smallest and smallest * max(1.0, gpus), _words(estimate)))
+            what = f"each of {group.key} {'in its share of' if estimate.share else 'on'} its GPU"
+            there = smallest and smallest * max(1.0, gpus) * (estimate.share or 1.0)
+            result.append(Load(what, estimate.total / GIB, there, _words(estimate)))
     for i, (name, node) in enumerate(by_name.items()):
         if name in shared and node.gpu_gib is not None:
             there = node.gpu_gib * node.resources.get("GPU", 0.0)

@@ -93,6 +93,7 @@ def _roles(room: Room, found: dict[str, Estimate]) -> list[PlannedRole]:
         gpus = group.resources.get("GPU", 0.0)
         there = [by_name[name].gpu_gib if gpus else by_name[name].ram_gib for name in places]
         known = [size for size in there if size is not None]
+        share = (estimate.share if estimate is not None and gpus else 0.0) or 1.0
         roles.append(
             PlannedRole(
                 key=group.key,
@@ -101,7 +102,7 @@ def _roles(room: Room, found: dict[str, Estimate]) -> list[PlannedRole]:
                 nodes=places,
                 memory_gib={} if estimate is None else {n: size / GIB for n, size in estimate.parts.items()},
                 device="GPU" if gpus else "RAM",
-                room_gib=min(known) if known and len(known) == len(there) else None,
+                room_gib=min(known) * share if known and len(known) == len(there) else None,
                 host_gib=0.0 if estimate is None else estimate.host / GIB,
             )
         )
@@ -167,7 +168,9 @@ def _words(run: Run, shapes: dict[str, ModelShape], rows: dict[str, int], steps:
         how = f"DeepSpeed ZeRO-{stage}" if stage else "data parallel" if run.learner.max_workers > 1 else "one process"
         words.append(("training", f"{tuned}, {how}"))
     if isinstance(run, PpoRun | EvalRun):
-        words.append(("rollout", engine_words(run.asked)))
+        cache = " (key-value cache: what is left of its share of the GPU)"
+        on_gpu = run.rollout.engine == "vllm" and run.rollout.resources.get("GPU")
+        words.append(("rollout", engine_words(run.asked) + (cache if on_gpu else "")))
     if isinstance(run, SupervisedRun):
         words += _supervised_words(run, rows, steps)
     elif isinstance(run, PpoRun):
@@ -225,7 +228,7 @@ def _ppo_words(run: PpoRun, shapes: dict[str, ModelShape], rows: dict[str, int])
         words.append(
             (
                 "microbatch",
-                f"{tokens:,} tokens a forward pass: {tokens // row} rows of at most {row} tokens, or more shorter",
+                f"{tokens:,} tokens a forward pass: {_rows_of(tokens // row)} of at most {row} tokens, or more that are shorter",
             )
         )
     count = rows.get("data.train")
@@ -234,6 +237,10 @@ def _ppo_words(run: PpoRun, shapes: dict[str, ModelShape], rows: dict[str, int])
         ("steps", f"{ppo.steps:,}; {ppo.steps * ppo.batch_size:,} responses, {ppo.steps * prompts:,} prompts{share}")
     )
     return words
+
+
+def _rows_of(count: int) -> str:
+    return "one row" if count == 1 else f"{count} rows"
 
 
 def _counted(workers: int) -> str:

@@ -172,6 +172,19 @@ def check_address(run: Run) -> None:
         ) from None
 
 
+def refuse_client(run: Run) -> None:
+    """Refuses a sweep from outside of the cluster: Ray Tune moves itself there, away from what watches it here.
+
+    Raises:
+        ResourceError: the address is `ray://…`.
+    """
+    if (run.cluster.address or "").startswith("ray://"):
+        raise ResourceError(
+            f"cluster.address: Ray Tune would run in a process of the cluster, where nothing of this sweep is watched; "
+            f"found: {run.cluster.address!r}; expected: raytrl submit -- tune …, or host:port on one of its nodes"
+        )
+
+
 def check_one_node(run: Run) -> None:
     """Refuses placement that a local Ray, one node without labels, could never give.
 

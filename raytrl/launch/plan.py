@@ -55,7 +55,7 @@ def plan(loaded: LoadedRun, cluster: Sequence[str], models: str) -> Plan:
         where=f"{room.where}: {_sum_of([node for node in room.nodes if not node.name.startswith(ADDED)])}",
         roles=tuple(_roles(room, estimates(run, shapes))),
         words=tuple(_words(run, shapes, rows, steps)),
-        nodes=tuple(_ram(found, room.nodes)),
+        shared=tuple(_shared(found)),
         notes=tuple(notes),
     )
 
@@ -109,9 +109,10 @@ def _roles(room: Room, found: dict[str, Estimate]) -> list[PlannedRole]:
     return roles
 
 
-def _ram(found: Sequence[Load], nodes: Sequence[Node]) -> list[tuple[str, float, float | None]]:
-    taken = {load.what: load.taken for load in found}
-    return [(n.name, taken[f"RAM of {n.name}"], n.ram_gib) for n in nodes if f"RAM of {n.name}" in taken]
+def _shared(found: Sequence[Load]) -> list[tuple[str, float, float | None]]:
+    """What all processes of a node take together: of its RAM, and of GPUs that they share."""
+    together = [load for load in found if not load.what.startswith("each of ")]
+    return [(load.what.removeprefix("all processes on the "), load.taken, load.there) for load in together]
 
 
 def _rows(run: Run) -> tuple[dict[str, int], list[str]]:
@@ -193,7 +194,7 @@ def _supervised_words(run: SupervisedRun, rows: dict[str, int], steps: int | Non
     step = batch * accumulate * workers
     accumulated = f" x {accumulate} accumulated" if accumulate > 1 else ""
     words = [
-        ("step", f"{step} rows = {batch} a forward pass{accumulated} x {workers} workers"),
+        ("step", f"{step} rows = {batch} a forward pass{accumulated} x {_workers(workers)}"),
         ("backward", "activations are recomputed" if run.recompute else "activations are kept"),
     ]
     count, per_epoch = rows.get("data.train"), _steps_per_epoch(run, rows)
@@ -202,11 +203,11 @@ def _supervised_words(run: SupervisedRun, rows: dict[str, int], steps: int | Non
         words.append(("steps", f"{steps:,} optimizer steps{share}"))
     elif per_epoch is not None and count is not None:
         words.append(
-            ("steps", f"{steps:,} optimizer steps = {per_epoch:,} an epoch ({count:,} rows) x {_epochs(run):g} epochs")
+            ("steps", f"{steps:,} optimizer steps = {per_epoch:,} an epoch ({count:,} rows) x {_epochs(run):g}")
         )
     else:
         why = "rows are packed" if run.training.get("packing") else "the rows are not here to be counted"
-        words.append(("steps", f"{_epochs(run):g} epochs; how many steps is not known: {why}"))
+        words.append(("epochs", f"{_epochs(run):g}; how many steps is not known: {why}"))
     return words
 
 
@@ -245,6 +246,10 @@ def _rows_of(count: int) -> str:
 
 def _counted(workers: int) -> str:
     return "one learner worker" if workers == 1 else f"{workers} learner workers"
+
+
+def _workers(count: int) -> str:
+    return "one worker" if count == 1 else f"{count} workers"
 
 
 def _former(run: TrainingRun, steps: int | None) -> list[tuple[str, str]]:

@@ -54,8 +54,8 @@ def test_a_run_on_this_machine(tmp_path: Path) -> None:
     found = planned(sft(tmp_path, training=training, learner={"workers": 1}))
     assert found.where.startswith("this machine: 1 x CPU ")
     words = dict(found.words)
-    assert words["step"] == "12 rows = 4 a forward pass x 3 accumulated x 1 workers"
-    assert words["steps"] == "10 optimizer steps = 5 an epoch (60 rows) x 2 epochs"
+    assert words["step"] == "12 rows = 4 a forward pass x 3 accumulated x one worker"
+    assert words["steps"] == "10 optimizer steps = 5 an epoch (60 rows) x 2"
     assert "time" not in words
     (role,) = found.roles
     assert role.nodes == {"this machine": 1}

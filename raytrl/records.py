@@ -137,5 +137,5 @@ class Plan:
     where: str
     roles: tuple[PlannedRole, ...]
     words: tuple[tuple[str, str], ...]  # (subject, sentence)
-    nodes: tuple[tuple[str, float, float | None], ...]  # (node, RAM taken, RAM there), GiB
+    shared: tuple[tuple[str, float, float | None], ...]  # (RAM or GPUs of a node, taken by all, there), GiB
     notes: tuple[str, ...]  # what does nothing, what is not known, what is tight

@@ -76,6 +76,10 @@ def ip_of(number: int) -> str:
     return f"127.0.0.{number + 1}"
 
 
+def number_of(ip: str) -> int:
+    return int(ip.rpartition(".")[2]) - 1
+
+
 @contextmanager
 def ray_nodes(cpus: Sequence[float], labels: Sequence[dict[str, str]] = ()) -> Iterator[Nodes]:
     """A head without CPUs, and a node for each entry."""

@@ -10,7 +10,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+import ray
 
 from raytrl.errors import StaleAttemptError, WeightsVersionError
 from raytrl.launch.logs import LOG, set_version
@@ -25,6 +27,15 @@ if TYPE_CHECKING:
 CONTROL, STATUS, WORK = "control", "status", "work"
 MAX_IN_FLIGHT = 128  # requests that one rollout actor works on at a time
 CONCURRENCY_GROUPS = {CONTROL: 4, STATUS: 1}
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def _in_group(name: str) -> Callable[[Method], Method]:
+    """Calls of the method run in the threads of this group and do not queue behind those of others.
+
+    Said here and not at each call: a driver that has joined through `ray://` cannot say it there.
+    """
+    return cast(Callable[[Method], Method], ray.method(concurrency_group=name))
 
 
 class _Gate:
@@ -61,11 +72,13 @@ class _Actor:
         self._gate = _Gate()  # before the engine or the sources
         self._doing: list[str] = []
 
+    @_in_group(STATUS)
     def doing(self) -> str:
         """What it is at, for messages; answers at any time."""
         doing = list(self._doing)
         return "nothing" if not doing else doing[0] + (f", and {len(doing) - 1} more" if len(doing) > 1 else "")
 
+    @_in_group(CONTROL)
     def begin(self, attempt: Attempt) -> None:
         """Requests of earlier attempts that still wait here are refused from now on."""
         self._newest[attempt.run] = max(self._newest.get(attempt.run, attempt.number), attempt.number)
@@ -101,11 +114,13 @@ class RolloutActor(_Actor):
         self._engine: RolloutEngine | None = None
         self._held: tuple[Attempt, int, str] | None = None  # attempt, version, checksum
 
+    @_in_group(CONTROL)
     def start(self) -> None:
         """Load the model, without weights to serve."""
         with self._busy("loading the model"):
             self._loaded()
 
+    @_in_group(CONTROL)
     def load_weights(self, attempt: Attempt, packed: "PackedWeights") -> tuple[int, str]:
         """Take these weights, unless it holds them already.
 
@@ -124,6 +139,7 @@ class RolloutActor(_Actor):
                 set_version(packed.version)
             return self._held[1], self._held[2]
 
+    @_in_group(WORK)
     def generate(
         self, attempt: Attempt, prompts: Sequence[Prompt], version: int, samples: int, greedy: bool
     ) -> list[Response]:
@@ -138,6 +154,7 @@ class RolloutActor(_Actor):
             self._check(attempt, version)
             return self._loaded().generate(prompts, version, samples=samples, greedy=greedy)
 
+    @_in_group(WORK)
     def logprobs(
         self, attempt: Attempt, prompts: Sequence[Prompt], responses: Sequence[Response], version: int
     ) -> list[float]:
@@ -172,11 +189,13 @@ class RewardActor(_Actor):
         self._make_sources = make_sources
         self._sources: RewardSources | None = None
 
+    @_in_group(CONTROL)
     def start(self) -> None:
         """Load the sources."""
         with self._busy("loading reward sources"):
             self._loaded()
 
+    @_in_group(CONTROL)
     def prepare(self, attempt: Attempt) -> None:
         """Serve this attempt; returns once the sources are loaded."""
         self.begin(attempt)

@@ -7,9 +7,10 @@ from typing import Any
 from raytrl.config.ppo_run import PpoRun
 from raytrl.config.runs import Run, SupervisedRun, TrainingRun
 from raytrl.errors import ResourceError
-from raytrl.launch.placement import Need, Node, Placement, check_placement
+from raytrl.launch.placement import ADDED, Cluster, Need, Node, Placement, check_placement
 from raytrl.roles.memory import GIB, Estimate, estimates
-from raytrl.roles.shapes import ModelShape, read_shapes
+from raytrl.roles.model_shape import ModelShape
+from raytrl.roles.shapes import read_shapes
 
 # Estimates were 0.83 to 1.09 of the peaks measured on CPUs, and none was measured on a GPU (see
 # tests/benchmarks/plan_memory.py): what would not fit with a quarter less is refused, what fits only so is said.
@@ -46,13 +47,39 @@ class Room:
     placement: Placement
 
     @classmethod
-    def on(cls, nodes: Sequence[Node], where: str, need: Need) -> "Room":
-        """Finds the places.
+    def on(cls, cluster: Cluster, need: Need) -> "Room":
+        """Finds the places; on nodes to come only what has none on those that are there.
 
         Raises:
-            ResourceError: there is none for some process.
+            ResourceError: there is none for some process, and the cluster does not grow.
         """
-        return cls(need, nodes, where, check_placement(need, nodes, where))
+        try:
+            placement = check_placement(need, cluster.nodes, cluster.where)
+        except ResourceError:
+            if not cluster.grows:
+                raise
+            cluster = cluster.with_added(need)
+            placement = check_placement(need, cluster.nodes, cluster.where)
+        used = {name for places in placement.places.values() for name in places}
+        there = [node for node in cluster.nodes if node.name in used or not node.name.startswith(ADDED)]
+        return cls(need, there, cluster.where, placement)
+
+    def awaited(self, run: Run) -> list[str]:
+        """What the user should know of nodes that are not there yet."""
+        places = self.placement.places.items()
+        waiting = {key: sum(n for node, n in on.items() if node.startswith(ADDED)) for key, on in places}
+        if not any(waiting.values()):
+            return []
+        limits = [
+            f"{role}.start_timeout_s {getattr(run, role).start_timeout_s:g} s"
+            for role in ("rollout", "learner")
+            if hasattr(run, role)
+        ]
+        return [
+            f"no room yet for {', '.join(f'{count} of {key}' for key, count in waiting.items() if count)}: the autoscaler of "
+            f"{self.where} has to add nodes; what it may add Ray does not tell, so the run waits for them and fails when "
+            f"they do not come ({', '.join(limits)})"
+        ]
 
     def memory(self, run: Run) -> tuple[str, list[str]]:
         """`check_memory` of a run that is about to start: a line for its plan, and what the user should be told besides.
@@ -63,6 +90,7 @@ class Room:
         shapes, problems = read_shapes(run)
         found, notes = check_memory(run, self, shapes)
         notes += [f"memory is not estimated: {problem}" for problem in problems]
+        notes += self.awaited(run)
         sizes = [
             f"{load.what} {load.taken:.1f}{f' of {load.there:.1f}' if load.there else ''} GiB" for load in found[:4]
         ]
@@ -80,13 +108,15 @@ def loads(room: Room, found: Mapping[str, Estimate]) -> list[Load]:
         gpus = group.resources.get("GPU", 0.0)
         for name, count in placement.places.get(group.key, {}).items():
             ram[name] += count * (estimate.host if gpus else estimate.total) / GIB
-            on_gpus[name] += count * estimate.total / GIB if gpus else 0.0
+            whole = estimate.share * (by_name[name].gpu_gib or 0.0)
+            on_gpus[name] += count * max(estimate.total / GIB, whole) if gpus else 0.0
         if gpus:
             shared |= set(placement.places.get(group.key, {})) if gpus % 1 else set()
             sizes = [by_name[name].gpu_gib for name in placement.places.get(group.key, {})]
             smallest = min((size for size in sizes if size is not None), default=None)
-            what = f"each of {group.key} on its GPU"
-            result.append(Load(what, estimate.total / GIB, smallest and smallest * max(1.0, gpus), _words(estimate)))
+            what = f"each of {group.key} {'in its share of' if estimate.share else 'on'} its GPU"
+            there = smallest and smallest * max(1.0, gpus) * (estimate.share or 1.0)
+            result.append(Load(what, estimate.total / GIB, there, _words(estimate)))
     for i, (name, node) in enumerate(by_name.items()):
         if name in shared and node.gpu_gib is not None:
             there = node.gpu_gib * node.resources.get("GPU", 0.0)

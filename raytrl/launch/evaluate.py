@@ -16,7 +16,7 @@ from raytrl.launch.placement import Group, Need, amounts
 from raytrl.launch.ppo_preflight import check_prompt_data, check_sources
 from raytrl.launch.preflight import check_model_path
 from raytrl.launch.resume import inspect_run
-from raytrl.launch.session import check_output_dir, joins_cluster, nodes_for, prepare_environment, ray_session
+from raytrl.launch.session import check_output_dir, cluster_of, joins_cluster, prepare_environment, ray_session
 from raytrl.launch.train import failure_noted, write_start
 from raytrl.records import Attempt, Progress, Prompt, Response, Score, sample_row
 from raytrl.roles.device import check_cpu
@@ -59,16 +59,17 @@ def evaluate(loaded: LoadedRun, command: str, fresh: bool, show: Callable[[Progr
     with run_dir.locked():
         already = not fresh and inspect_run(run, run_dir).state == "done"
         if not already:
-            room = Room.on(*nodes_for(run), need)
-            prompts = check_eval(run)
-            memory, notes = room.memory(run)
-            for note in notes:
-                show(Progress("notice", text=note))
-            show(Progress("plan", text=_describe(run, run_dir, prompts) + memory))
-            run_dir.clear()
-            write_start(loaded, run_dir, command)
-            with failure_noted(run_dir), ray_session(run, need):
-                answers = _on_actors(run, show)
+            with cluster_of(run) as cluster:
+                room = Room.on(cluster, need)
+                prompts = check_eval(run)
+                memory, notes = room.memory(run)
+                for note in notes:
+                    show(Progress("notice", text=note))
+                show(Progress("plan", text=_describe(run, run_dir, prompts) + memory))
+                run_dir.clear()
+                write_start(loaded, run_dir, command)
+                with failure_noted(run_dir), ray_session(run, need):
+                    answers = _on_actors(run, show)
             _write(run, run_dir, answers, time.time() - started)
             run_dir.update_manifest(state="done", finished=now())
         results = json.loads(run_dir.read("results.json") or "{}")

@@ -12,9 +12,8 @@ from raytrl.config.runs import LearnerSection
 from raytrl.errors import ConfigError, ResourceError
 
 _SLACK = 1e-6  # sums of fractions such as 0.1
+ADDED = "added node "
 _CLUSTER_KEYS = ("nodes", "cpus", "gpus", "gpu_gib", "mem_gib")
-# A guess at how many nodes an autoscaler without a limit would add; more than any role asks for.
-_UNLIMITED = 1024
 
 
 @dataclass(frozen=True)
@@ -79,6 +78,26 @@ class Placement:
     """Key of a group → node name → how many of its processes."""
 
     places: dict[str, dict[str, int]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """The nodes that a run may use, and what they are called together in messages."""
+
+    nodes: Sequence[Node]
+    where: str
+    grows: bool = False  # an autoscaler may add nodes, of kinds and up to numbers that Ray does not tell
+
+    def with_added(self, need: Need) -> "Cluster":
+        """This cluster with what its autoscaler may add: a node of unknown memory for each process, or for all together."""
+        added = []
+        for group in need.groups:
+            together = group.count if group.strategy == "strict_pack" else 1
+            resources = {name: amount * together for name, amount in group.resources.items()}
+            added += [
+                Node(f"{ADDED}{i + 1} for {group.key}", resources) for i in range(group.count // max(1, together))
+            ]
+        return replace(self, nodes=[*self.nodes, *added])
 
 
 def amounts(resources: Mapping[str, float]) -> str:
@@ -275,9 +294,3 @@ def _kinds(nodes: Sequence[Node]) -> str:
         text = amounts({name: amount for name, amount in node.resources.items() if amount and name in ("CPU", "GPU")})
         kinds[text or "nothing"] = kinds.get(text or "nothing", 0) + 1
     return "; ".join(f"{count} x {text}" for text, count in kinds.items())
-
-
-def could_be_added(group: str, resources: Mapping[str, float], present: int, most: int) -> list[Node]:
-    """The nodes that an autoscaler may still add to a node group; `most` below 0 is no limit."""
-    count = (_UNLIMITED if most < 0 else most) - present
-    return [Node(f"{group} (to be added {i + 1})", resources) for i in range(max(0, count))]

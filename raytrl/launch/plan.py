@@ -14,12 +14,13 @@ from raytrl.errors import ConfigError, DataError
 from raytrl.launch.capacity import CERTAINTY, Load, Room, check_memory
 from raytrl.launch.evaluate import eval_need
 from raytrl.launch.idle import idle_settings
-from raytrl.launch.placement import Need, Node, amounts, described_nodes
-from raytrl.launch.session import THIS_MACHINE, nodes_for, prepare_environment
+from raytrl.launch.placement import ADDED, Cluster, Need, Node, amounts, described_nodes
+from raytrl.launch.session import THIS_MACHINE, cluster_of, prepare_environment
 from raytrl.launch.train import kind_of
 from raytrl.records import Plan, PlannedRole
 from raytrl.roles.memory import GIB, Estimate, estimates, microbatch_tokens
-from raytrl.roles.shapes import ModelShape, read_shapes
+from raytrl.roles.model_shape import ModelShape
+from raytrl.roles.shapes import read_shapes
 from raytrl.rundir import RunDirectory
 
 
@@ -37,12 +38,11 @@ def plan(loaded: LoadedRun, cluster: Sequence[str], models: str) -> Plan:
     run = loaded.run
     prepare_environment()
     need = need_of(run)
-    nodes, where = (described_nodes(cluster), "the described cluster") if cluster else nodes_for(run)
-    room = Room.on(nodes, where, need)
+    room = Room.on(_cluster(run, cluster), need)
     shapes, problems = read_shapes(run, models)
     rows, missing = _rows(run)
     problems += missing
-    if problems and where == THIS_MACHINE:
+    if problems and room.where == THIS_MACHINE:
         raise ConfigError("\n".join(problems))
     notes = [f"not known here, so not checked: {problem}" for problem in problems]
     found, tight = check_memory(run, room, shapes)
@@ -50,14 +50,21 @@ def plan(loaded: LoadedRun, cluster: Sequence[str], models: str) -> Plan:
     if isinstance(run, TrainingRun) and run.learner.min_workers < run.learner.max_workers:
         least, most = run.learner.min_workers, run.learner.max_workers
         notes.append(f"learner.workers: {least} is the least that is needed; up to {most} where there is room")
-    notes += [*tight, *(f"does nothing: {line}" for line in idle_settings(run, steps))]
+    notes += [*tight, *room.awaited(run), *(f"does nothing: {line}" for line in idle_settings(run, steps))]
     return Plan(
-        where=f"{where}: {_sum_of(nodes)}",
+        where=f"{room.where}: {_sum_of([node for node in room.nodes if not node.name.startswith(ADDED)])}",
         roles=tuple(_roles(room, estimates(run, shapes))),
         words=tuple(_words(run, shapes, rows, steps)),
-        nodes=tuple(_ram(found, nodes)),
+        shared=tuple(_shared(found)),
         notes=tuple(notes),
     )
+
+
+def _cluster(run: Run, described: Sequence[str]) -> Cluster:
+    if described:
+        return Cluster(described_nodes(described), "the described cluster")
+    with cluster_of(run) as found:  # asked once: what follows needs no cluster
+        return found
 
 
 def need_of(run: Run) -> Need:
@@ -86,6 +93,7 @@ def _roles(room: Room, found: dict[str, Estimate]) -> list[PlannedRole]:
         gpus = group.resources.get("GPU", 0.0)
         there = [by_name[name].gpu_gib if gpus else by_name[name].ram_gib for name in places]
         known = [size for size in there if size is not None]
+        share = (estimate.share if estimate is not None and gpus else 0.0) or 1.0
         roles.append(
             PlannedRole(
                 key=group.key,
@@ -94,16 +102,17 @@ def _roles(room: Room, found: dict[str, Estimate]) -> list[PlannedRole]:
                 nodes=places,
                 memory_gib={} if estimate is None else {n: size / GIB for n, size in estimate.parts.items()},
                 device="GPU" if gpus else "RAM",
-                room_gib=min(known) if known and len(known) == len(there) else None,
+                room_gib=min(known) * share if known and len(known) == len(there) else None,
                 host_gib=0.0 if estimate is None else estimate.host / GIB,
             )
         )
     return roles
 
 
-def _ram(found: Sequence[Load], nodes: Sequence[Node]) -> list[tuple[str, float, float | None]]:
-    taken = {load.what: load.taken for load in found}
-    return [(n.name, taken[f"RAM of {n.name}"], n.ram_gib) for n in nodes if f"RAM of {n.name}" in taken]
+def _shared(found: Sequence[Load]) -> list[tuple[str, float, float | None]]:
+    """What all processes of a node take together: of its RAM, and of GPUs that they share."""
+    together = [load for load in found if not load.what.startswith("each of ")]
+    return [(load.what.removeprefix("all processes on the "), load.taken, load.there) for load in together]
 
 
 def _rows(run: Run) -> tuple[dict[str, int], list[str]]:
@@ -160,7 +169,9 @@ def _words(run: Run, shapes: dict[str, ModelShape], rows: dict[str, int], steps:
         how = f"DeepSpeed ZeRO-{stage}" if stage else "data parallel" if run.learner.max_workers > 1 else "one process"
         words.append(("training", f"{tuned}, {how}"))
     if isinstance(run, PpoRun | EvalRun):
-        words.append(("rollout", engine_words(run.asked)))
+        cache = " (key-value cache: what is left of its share of the GPU)"
+        on_gpu = run.rollout.engine == "vllm" and run.rollout.resources.get("GPU")
+        words.append(("rollout", engine_words(run.asked) + (cache if on_gpu else "")))
     if isinstance(run, SupervisedRun):
         words += _supervised_words(run, rows, steps)
     elif isinstance(run, PpoRun):
@@ -183,7 +194,7 @@ def _supervised_words(run: SupervisedRun, rows: dict[str, int], steps: int | Non
     step = batch * accumulate * workers
     accumulated = f" x {accumulate} accumulated" if accumulate > 1 else ""
     words = [
-        ("step", f"{step} rows = {batch} a forward pass{accumulated} x {workers} workers"),
+        ("step", f"{step} rows = {batch} a forward pass{accumulated} x {_workers(workers)}"),
         ("backward", "activations are recomputed" if run.recompute else "activations are kept"),
     ]
     count, per_epoch = rows.get("data.train"), _steps_per_epoch(run, rows)
@@ -192,11 +203,11 @@ def _supervised_words(run: SupervisedRun, rows: dict[str, int], steps: int | Non
         words.append(("steps", f"{steps:,} optimizer steps{share}"))
     elif per_epoch is not None and count is not None:
         words.append(
-            ("steps", f"{steps:,} optimizer steps = {per_epoch:,} an epoch ({count:,} rows) x {_epochs(run):g} epochs")
+            ("steps", f"{steps:,} optimizer steps = {per_epoch:,} an epoch ({count:,} rows) x {_epochs(run):g}")
         )
     else:
         why = "rows are packed" if run.training.get("packing") else "the rows are not here to be counted"
-        words.append(("steps", f"{_epochs(run):g} epochs; how many steps is not known: {why}"))
+        words.append(("epochs", f"{_epochs(run):g}; how many steps is not known: {why}"))
     return words
 
 
@@ -218,7 +229,7 @@ def _ppo_words(run: PpoRun, shapes: dict[str, ModelShape], rows: dict[str, int])
         words.append(
             (
                 "microbatch",
-                f"{tokens:,} tokens a forward pass: {tokens // row} rows of at most {row} tokens, or more shorter",
+                f"{tokens:,} tokens a forward pass: {_rows_of(tokens // row)} of at most {row} tokens, or more that are shorter",
             )
         )
     count = rows.get("data.train")
@@ -229,8 +240,16 @@ def _ppo_words(run: PpoRun, shapes: dict[str, ModelShape], rows: dict[str, int])
     return words
 
 
+def _rows_of(count: int) -> str:
+    return "one row" if count == 1 else f"{count} rows"
+
+
 def _counted(workers: int) -> str:
     return "one learner worker" if workers == 1 else f"{workers} learner workers"
+
+
+def _workers(count: int) -> str:
+    return "one worker" if count == 1 else f"{count} workers"
 
 
 def _former(run: TrainingRun, steps: int | None) -> list[tuple[str, str]]:

@@ -4,9 +4,10 @@ Knows nothing of Ray: `Calls` says how an actor is called. A pool belongs to one
 """
 
 import math
+import threading
 import time
-from collections import deque
-from collections.abc import Iterator, Sequence
+from collections import ChainMap, deque
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -36,13 +37,35 @@ class Calls(Protocol):
         """Start a call; returns a ticket at once."""
         ...
 
-    def wait(self, tickets: Sequence[Any], timeout_s: float) -> list[Any]:
-        """The tickets that are done; waits until at least one is, or the time is up."""
+    def wait(self, tickets: Collection[Any], timeout_s: float) -> list[Any]:
+        """The tickets that are done; waits until at least one is, or the time is up.
+
+        Each is told once; one that is done and not among those that are asked for is not told later either.
+        """
         ...
 
     def result(self, ticket: Any) -> Any:
         """Of a ticket that is done. Raises what the actor raised, or ActorLostError."""
         ...
+
+
+class Arrivals:
+    """`Calls.wait` where other threads say what is done: what it costs follows from what arrives, not from what flies."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._arrived: list[Any] = []
+
+    def add(self, ticket: Any) -> None:
+        with self._changed:
+            self._arrived.append(ticket)
+            self._changed.notify()
+
+    def wait(self, tickets: Collection[Any], timeout_s: float) -> list[Any]:
+        with self._changed:
+            self._changed.wait_for(lambda: any(ticket in tickets for ticket in self._arrived), timeout_s)
+            arrived, self._arrived = self._arrived, []
+        return [ticket for ticket in arrived if ticket in tickets]
 
 
 @dataclass(frozen=True)
@@ -77,6 +100,7 @@ class Pool:
         self._next_try: dict[int, float] = {}  # actors that are down and not being prepared
         self._preparing: dict[Any, int] = {}
         self._flying: dict[Any, tuple[Request, int]] = {}
+        self._load = [0] * len(calls)  # requests that each actor has
         self._unsent: deque[Request] = deque()
         self._last_loss = ""
 
@@ -115,15 +139,13 @@ class Pool:
         self._hand_out()
 
     def _hand_out(self) -> None:
-        load = dict.fromkeys(sorted(self._up), 0)
-        for _, busy in self._flying.values():
-            if busy in load:
-                load[busy] += 1
-        while self._unsent and load and min(load.values()) < self._window:
+        while self._unsent and self._up:
+            choice = self._unsent[0].place % len(self._calls)
+            actor = min(self._up, key=lambda candidate: (self._load[candidate], candidate != choice, candidate))
+            if self._load[actor] >= self._window:
+                return
             request = self._unsent.popleft()
-            choice = request.place % len(self._calls)
-            actor = min(load, key=lambda candidate: (load[candidate], candidate != choice))
-            load[actor] += 1
+            self._load[actor] += 1
             self._flying[self._calls.call(actor, request.method, *request.arguments)] = (request, actor)
 
     def answers(self) -> Iterator[tuple[Request, Any]]:
@@ -142,7 +164,7 @@ class Pool:
         """Wait for whatever comes next: answers (returned), an actor that is up to date, or a loss."""
         self._start_preparing()
         pause = min((due - time.monotonic() for due in self._next_try.values()), default=limit_s)
-        tickets = [*self._flying, *self._preparing]
+        tickets = ChainMap[Any, Any](self._preparing, self._flying)  # a view: nothing is copied
         ready = self._calls.wait(tickets, max(0.01, min(pause, deadline - time.monotonic())))
         if not ready and time.monotonic() > deadline:
             raise self._stalled(awaited, limit_s)
@@ -171,6 +193,7 @@ class Pool:
 
     def _answered(self, ticket: Any) -> list[Any]:
         request, actor = self._flying.pop(ticket)
+        self._load[actor] -= 1
         try:
             return [(request, self._calls.result(ticket))]
         except ActorLostError as loss:

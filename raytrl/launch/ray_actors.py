@@ -4,7 +4,8 @@ import functools
 import itertools
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,54 +19,45 @@ from raytrl.config.ppo import RolloutConfig
 from raytrl.config.ppo_run import PpoRun
 from raytrl.config.reward import RewardSection
 from raytrl.errors import ResourceError
-from raytrl.launch.actors import CONCURRENCY_GROUPS, CONTROL, MAX_IN_FLIGHT, STATUS, WORK, RewardActor, RolloutActor
+from raytrl.launch.actors import CONCURRENCY_GROUPS, MAX_IN_FLIGHT, WORK, RewardActor, RolloutActor
 from raytrl.launch.gauges import RoleGauges
 from raytrl.launch.logs import start_log
-from raytrl.launch.pool import ActorLostError
+from raytrl.launch.pool import ActorLostError, Arrivals
 from raytrl.launch.session import work_in
 from raytrl.rundir import RunDirectory
 
-# Which calls do not queue behind the long ones.
-_GROUPS = {"begin": CONTROL, "prepare": CONTROL, "start": CONTROL, "load_weights": CONTROL, "doing": STATUS}
-_GROUPS |= {"generate": WORK, "logprobs": WORK}
 _FINAL_AFTER = 10  # answers "died" in a row, half a second apart: it is not coming back
 
 
 class RayCalls:
-    """`pool.Calls` on Ray actors."""
+    """`pool.Calls` on Ray actors. A ticket is the future of a call's answer."""
 
     def __init__(self, handles: Sequence[Any], gauges: RoleGauges) -> None:
         self._handles, self._gauges = handles, gauges
         self._down: set[int] = set()
         self._restarts = 0
-        self._actor_of: dict[Any, int] = {}
+        self._actor_of: dict[Future[Any], int] = {}
+        self._arrivals = Arrivals()
         self._deaths = [0] * len(handles)
 
     def __len__(self) -> int:
         return len(self._handles)
 
-    def call(self, actor: int, method: str, *arguments: Any) -> Any:
-        remote = getattr(self._handles[actor], method)
-        if method in _GROUPS:
-            remote = remote.options(concurrency_group=_GROUPS[method])
-        ticket = remote.remote(*arguments)
+    def call(self, actor: int, method: str, *arguments: Any) -> "Future[Any]":
+        ticket: Future[Any] = getattr(self._handles[actor], method).remote(*arguments).future()
         self._actor_of[ticket] = actor
         self._gauges.waiting(len(self._actor_of))
+        ticket.add_done_callback(self._arrivals.add)
         return ticket
 
-    def wait(self, tickets: Sequence[Any], timeout_s: float) -> list[Any]:
-        if not tickets:
-            return _nothing_for(timeout_s)
-        ready, _ = ray.wait(list(tickets), num_returns=1, timeout=timeout_s)
-        if ready:
-            ready, _ = ray.wait(list(tickets), num_returns=len(tickets), timeout=0)
-        return list(ready)
+    def wait(self, tickets: Collection["Future[Any]"], timeout_s: float) -> "list[Future[Any]]":
+        return self._arrivals.wait(tickets, timeout_s)
 
-    def result(self, ticket: Any) -> Any:
+    def result(self, ticket: "Future[Any]") -> Any:
         actor = self._actor_of.pop(ticket)
         self._gauges.waiting(len(self._actor_of))
         try:
-            answer = ray.get(ticket)
+            answer = ticket.result()
         except ray.exceptions.RayTaskError as error:
             self._deaths[actor] = 0
             raise error.cause if isinstance(error.cause, Exception) else error from None
@@ -84,13 +76,6 @@ class RayCalls:
             self._down.add(actor)
             self._restarts += 1
             self._gauges.restarts(self._restarts)
-
-
-def _nothing_for(seconds: float) -> list[Any]:
-    import threading
-
-    threading.Event().wait(seconds)
-    return []
 
 
 @contextmanager
@@ -194,7 +179,7 @@ def _start(
         )
         .remote(make)
     )
-    actor.start.options(concurrency_group=CONTROL).remote()  # not waited for: learners load at the same time
+    actor.start.remote()  # not waited for: learners load at the same time
     return actor
 
 

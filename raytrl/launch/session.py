@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import signal
 import socket
 import threading
@@ -13,7 +14,7 @@ from typing import Any
 from raytrl.config.runs import Run
 from raytrl.errors import ResourceError
 from raytrl.launch.packing import refuse_lost_output
-from raytrl.launch.placement import Need, Node, check_placement, could_be_added
+from raytrl.launch.placement import Cluster, Need, Node
 from raytrl.launch.secrets import load_secrets
 
 # Read by Ray when it is imported or started, so set before that. A user's own setting wins.
@@ -34,6 +35,8 @@ QUIET_LIBRARIES = {
 }
 
 THIS_MACHINE = "this machine"
+_ASK_S = 120.0  # for a process to start on a busy cluster
+_NO_KIND = re.compile("node_[0-9a-f]{56}")  # what Ray calls a node that no autoscaler keeps
 
 
 def prepare_environment() -> None:
@@ -100,12 +103,10 @@ def _gpu_gib() -> float | None:
 
 
 def cluster_nodes() -> list[Node]:
-    """The nodes of the cluster that this process has joined, and those that its autoscaler may still add."""
+    """The nodes that the cluster has which this process has joined."""
     import ray
-    from ray._private.state import state  # the autoscaler's limits have no public counterpart
 
     nodes: list[Node] = []
-    present: dict[str, int] = {}
     for entry in ray.nodes():
         if not entry["Alive"]:
             continue
@@ -113,12 +114,38 @@ def cluster_nodes() -> list[Node]:
         ram = resources.pop("memory", 0.0) + resources.pop("object_store_memory", 0.0)
         labels = entry.get("Labels", {})
         nodes.append(Node(_node_name(entry, nodes), resources, ram / 2**30 or None, labels=labels))
-        group = labels.get("ray.io/node-group", "")
-        present[group] = present.get(group, 0) + 1
-    config = state.get_cluster_config()
-    for group in config.node_group_configs if config is not None else ():
-        nodes += could_be_added(group.name, dict(group.resources), present.get(group.name, 0), group.max_count)
     return nodes
+
+
+def _is_autoscaled() -> bool:
+    """Whether an autoscaler is at work. What it may add, Ray does not tell (its own config stays with it)."""
+    import ray
+
+    if uses_ray_client():  # has no way to ask; a process of the cluster has
+        try:
+            return bool(ray.get(ray.remote(num_cpus=0, max_retries=0)(_is_autoscaled).remote(), timeout=_ASK_S))
+        except ray.exceptions.RayError as error:  # above all: raytrl cannot be imported there
+            raise ResourceError(
+                f"cluster.address: the cluster cannot run raytrl: {str(error).strip().splitlines()[-1]}; expected: the "
+                f"same raytrl there as here"
+            ) from None
+    from ray._private.ray_constants import DEBUG_AUTOSCALING_STATUS  # as `ray status` reads it
+    from ray.autoscaler.v2.sdk import get_cluster_status
+    from ray.experimental.internal_kv import _internal_kv_get
+
+    status = json.loads(_internal_kv_get(DEBUG_AUTOSCALING_STATUS) or b"{}")
+    kinds = (status.get("autoscaler_report") or {}).get("node_type_mapping") or {}
+    if any(not _NO_KIND.fullmatch(kind) for kind in kinds.values()):
+        return True
+    shown = get_cluster_status(ray.get_runtime_context().gcs_address)  # its second version writes no status
+    return any(node.instance_id for node in [*shown.active_nodes, *shown.idle_nodes])
+
+
+def uses_ray_client() -> bool:
+    """Whether this process has joined through `ray://`: it is none of the cluster's own, and sees no node's disk."""
+    import ray.util.client
+
+    return bool(ray.util.client.ray.is_connected())
 
 
 def _node_name(entry: Mapping[str, Any], others: Sequence[Node]) -> str:
@@ -143,6 +170,19 @@ def check_address(run: Run) -> None:
         raise ResourceError(
             f"cluster.address: no Ray answers; found: {address!r}: {error}; expected: a running head"
         ) from None
+
+
+def refuse_client(run: Run) -> None:
+    """Refuses a sweep from outside of the cluster: Ray Tune moves itself there, away from what watches it here.
+
+    Raises:
+        ResourceError: the address is `ray://…`.
+    """
+    if (run.cluster.address or "").startswith("ray://"):
+        raise ResourceError(
+            f"cluster.address: Ray Tune would run in a process of the cluster, where nothing of this sweep is watched; "
+            f"found: {run.cluster.address!r}; expected: raytrl submit -- tune …, or host:port on one of its nodes"
+        )
 
 
 def check_one_node(run: Run) -> None:
@@ -229,8 +269,11 @@ def _join(address: str) -> None:
         ) from None
 
 
-def nodes_for(run: Run) -> tuple[list[Node], str]:
-    """The nodes that a run would have, and their name for messages; joins its cluster for as long as it takes to ask.
+@contextmanager
+def cluster_of(run: Run) -> Iterator[Cluster]:
+    """The nodes that a run would have.
+
+    Where the run joins a cluster, this process has joined it within the block, and `ray_session` in there uses that.
 
     Raises:
         ResourceError: there is no cluster at the address.
@@ -239,40 +282,49 @@ def nodes_for(run: Run) -> tuple[list[Node], str]:
 
     if not joins_cluster(run):
         check_one_node(run)
-        return [machine_node()], THIS_MACHINE
+        yield Cluster([machine_node()], THIS_MACHINE)
+        return
     if ray.is_initialized():  # one of the trials of a sweep: its process has joined already
-        return cluster_nodes(), "the sweep's Ray"
+        yield Cluster(cluster_nodes(), "the sweep's Ray")
+        return
+    with _joined(run):
+        yield Cluster(cluster_nodes(), f"the cluster at {run.cluster.address or 'auto'!r}", _is_autoscaled())
+
+
+@contextmanager
+def _joined(run: Run) -> Iterator[None]:
+    import ray
+
     check_address(run)
-    address = run.cluster.address or "auto"
     with _own_sigterm_handler():
-        _join(address)
+        _join(run.cluster.address or "auto")
     try:
-        return cluster_nodes(), f"the cluster at {address!r}"
+        yield
     finally:
         ray.shutdown()
 
 
 @contextmanager
 def ray_session(run: Run, need: Need) -> Iterator[None]:
-    """Starts or joins Ray, checks that the run fits, and leaves nothing of a local Ray behind.
+    """Ray for the block: what this process has joined or started already, else the run's cluster, else a local Ray.
+
+    That the run fits is checked before; of a local Ray nothing is left behind.
 
     Raises:
-        ResourceError: the cluster cannot hold the run, or there is no cluster at the address.
+        ResourceError: there is no cluster at the address.
     """
     import ray
 
-    if ray.is_initialized():  # `kept_ray`: whoever started it ends it
-        check_placement(need, cluster_nodes(), "the Ray of this process")
+    if ray.is_initialized():  # `cluster_of`, `kept_ray`, a sweep's trial: whoever started it ends it
         yield
         return
+    if joins_cluster(run):
+        with _joined(run):
+            yield
+        return
     with _own_sigterm_handler():
-        if joins_cluster(run):
-            _join(run.cluster.address or "auto")
-        else:
-            _start_local(need)
+        _start_local(need)
     try:
-        if joins_cluster(run):
-            check_placement(need, cluster_nodes(), "the cluster")  # it may have lost nodes since it was asked
         yield
     finally:
         ray.shutdown()

@@ -9,6 +9,7 @@ import ray.exceptions
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raytrl.errors import ConfigError, ResourceError
+from raytrl.launch.session import uses_ray_client
 from raytrl.rundir import RunDirectory
 
 _LIMIT_S = 120.0  # for a process to start on each node
@@ -23,7 +24,7 @@ def check_storage(run_dir: RunDirectory) -> None:
         ResourceError: a node did not answer, or has no raytrl.
     """
     nodes = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
-    if not run_dir.is_local or len(nodes) < 2:  # a URI is the same everywhere
+    if not run_dir.is_local or (len(nodes) < 2 and not uses_ray_client()):  # a URI is the same everywhere
         return
     token = secrets.token_hex(8)
     run_dir.write(_MARK, token)

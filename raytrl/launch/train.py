@@ -17,7 +17,7 @@ from raytrl.errors import RaytrlError
 from raytrl.launch.capacity import Room
 from raytrl.launch.placement import Need
 from raytrl.launch.resume import Standing, inspect_run, sweep
-from raytrl.launch.session import check_output_dir, nodes_for, prepare_environment, ray_session
+from raytrl.launch.session import check_output_dir, cluster_of, prepare_environment, ray_session
 from raytrl.records import Progress
 from raytrl.rundir import RunDirectory, now
 
@@ -93,26 +93,29 @@ def train(
             return run_dir.manifest() | {"already_done": True}
         for notice in standing.notices:
             show(Progress("notice", text=notice))
-        room = Room.on(*nodes_for(run), kind.need)
-        with tempfile.TemporaryDirectory() as staging:  # nothing of an earlier run is touched before all checks passed
-            staged = run_dir if standing.state == "continue" else RunDirectory(staging, run.name)
-            plan = kind.check(staged)
-            memory, notes = room.memory(run)
-            plan += memory
-            for note in notes:
-                show(Progress("notice", text=note))
-            if staged is not run_dir:
-                run_dir.clear()
-                if staged.exists("tokenizer"):
-                    run_dir.store(staged.at("tokenizer"), "tokenizer")
-        if standing.checkpoint is not None:
-            plan += f"\nresume   from step {standing.checkpoint.step}"
-        plan += f"\noutput   {run_dir}\nlogs     {log_place(run_dir)}"
-        clock = {"checks_s": time.time() - started}
-        show(Progress("plan", text=plan))
-        write_start(loaded, run_dir, command)
-        with failure_noted(run_dir):
-            metrics = _run_on_ray(run, kind, run_dir, command, clock, show)
+        with cluster_of(run) as cluster:
+            room = Room.on(cluster, kind.need)
+            with (
+                tempfile.TemporaryDirectory() as staging
+            ):  # nothing of an earlier run is touched before all checks passed
+                staged = run_dir if standing.state == "continue" else RunDirectory(staging, run.name)
+                plan = kind.check(staged)
+                memory, notes = room.memory(run)
+                plan += memory
+                for note in notes:
+                    show(Progress("notice", text=note))
+                if staged is not run_dir:
+                    run_dir.clear()
+                    if staged.exists("tokenizer"):
+                        run_dir.store(staged.at("tokenizer"), "tokenizer")
+            if standing.checkpoint is not None:
+                plan += f"\nresume   from step {standing.checkpoint.step}"
+            plan += f"\noutput   {run_dir}\nlogs     {log_place(run_dir)}"
+            clock = {"checks_s": time.time() - started}
+            show(Progress("plan", text=plan))
+            write_start(loaded, run_dir, command)
+            with failure_noted(run_dir):
+                metrics = _run_on_ray(run, kind, run_dir, command, clock, show)
         run_dir.update_manifest(state="done", finished=now(), model=f"{run_dir}/model", metrics=metrics, startup=clock)
         sweep(run_dir)
         return run_dir.manifest()
@@ -181,7 +184,7 @@ def _run_on_ray(
         from raytrl.launch.watch import Watch, start_board
 
         check_storage(run_dir)
-        board = start_board()
+        board = start_board(run)
         show(Progress("phase", text="starting workers"))
         with kind.running(command, versions()) as (worker, config):
             trainer = _trainer(run, run_dir, board, worker, config)

@@ -25,6 +25,7 @@ from raytrl.launch.session import (
     machine_node,
     prepare_environment,
     ray_session,
+    refuse_client,
 )
 from raytrl.launch.sweep_end import write_end
 from raytrl.launch.train import failure_noted, kind_of, write_start
@@ -114,6 +115,7 @@ def tune(loaded: LoadedRun, command: str, fresh: bool, show: Show, show_trials: 
         if goes_on and run_dir.manifest()["state"] == "done":
             return run_dir.manifest() | {"already_done": True, "trials": TrialBook(run, run_dir).all}
         check_address(run)
+        refuse_client(run)
         if not joins_cluster(run):
             assert isinstance(base.run, TrainingRun)
             check_one_node(base.run)

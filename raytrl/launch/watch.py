@@ -18,23 +18,28 @@ _POLL_S = 0.2
 
 
 class Board:
-    """An actor that holds what workers have told until the driver fetches it."""
+    """An actor that holds what workers have told until the driver fetches it, and shows it in Ray's metrics.
 
-    def __init__(self) -> None:
+    The driver could not show it: one that has joined through `ray://` is no process of the cluster.
+    """
+
+    def __init__(self, run: TrainingRun) -> None:
         self._events: list[Progress] = []
+        self._gauges = step_gauges(run)
 
     def post(self, event: Progress) -> None:
         self._events.append(event)
+        self._gauges.take(event)
 
     def take(self) -> list[Progress]:
         events, self._events = self._events, []
         return events
 
 
-def start_board() -> Any:
+def start_board(run: TrainingRun) -> Any:
     """The board's actor: on the driver's own node, so that no other node's death silences the run; it ends with the driver."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return ray.remote(num_cpus=0)(Board).options(scheduling_strategy=here).remote()
+    return ray.remote(num_cpus=0)(Board).options(scheduling_strategy=here).remote(run)
 
 
 class Watch:
@@ -56,7 +61,6 @@ class Watch:
         self._last_event = time.monotonic()
         self._last: Progress | None = None
         self._attempts = 0
-        self._gauges = step_gauges(run)
         self._workers = 0  # of the attempt that runs
         self._stepped = False
         self._failure: Progress | None = None
@@ -120,7 +124,6 @@ class Watch:
             self._samples.flush()
         elif event.kind == "failure":
             self._note_failure(event)
-        self._gauges.take(event)
         self._show(event)
 
     def _catch_up(self, event: Progress) -> None:

@@ -41,11 +41,12 @@ def _memory(plan: Plan) -> Table:
         parts = [f"{name} {size:.2f}" for name, size in role.memory_gib.items() if size >= 0.005]
         there = "?" if role.room_gib is None else f"{role.room_gib:.1f}"
         table.add_row(f"{role.key} ({role.device})", f"{sum(role.memory_gib.values()):.2f}", there, ", ".join(parts))
-    for name, taken, size in plan.nodes[:_MANY]:
-        what = "all processes, the driver and Ray" if name == plan.nodes[0][0] else "all processes"
-        table.add_row(f"RAM of {escape(name)}", f"{taken:.2f}", "?" if size is None else f"{size:.1f}", what)
-    if len(plan.nodes) > _MANY:
-        table.add_row(f"and {len(plan.nodes) - _MANY} more nodes", "", "", "")
+    first = next((what for what, _, _ in plan.shared if what.startswith("RAM of ")), None)
+    for what, taken, size in plan.shared[: 2 * _MANY]:
+        whose = "all processes, the driver and Ray" if what == first else "all processes"
+        table.add_row(escape(what), f"{taken:.2f}", "?" if size is None else f"{size:.1f}", whose)
+    if len(plan.shared) > 2 * _MANY:
+        table.add_row("and so on for the other nodes", "", "", "")
     return table
 
 

@@ -6,7 +6,7 @@ Sequences are taken to be as long as the run file allows; shorter ones take less
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from raytrl.config.deepspeed import zero_stage
@@ -14,7 +14,8 @@ from raytrl.config.engines import cpu_cache_bytes
 from raytrl.config.eval_run import EvalRun
 from raytrl.config.ppo_run import PpoRun
 from raytrl.config.runs import Run, SupervisedRun
-from raytrl.roles.shapes import ModelShape, lora_parameters
+from raytrl.roles.model_shape import ModelShape
+from raytrl.roles.shapes import lora_parameters
 
 # Resident memory of a process that has loaded its libraries and no model yet, measured on Linux (GiB).
 LIBRARIES_GIB = {
@@ -44,11 +45,13 @@ KEPT = 1.5
 class Estimate:
     """Bytes of one process by what they are for: on its GPU where it has one, else resident in RAM.
 
-    `host` is what a process with a GPU takes of RAM besides.
+    `host` is what a process with a GPU takes of RAM besides. `share` is the part of its GPU that vLLM takes whole: what
+    its weights and activations leave of it becomes key-value cache.
     """
 
     parts: Mapping[str, float]
     host: float = 0.0
+    share: float = 0.0
 
     @property
     def total(self) -> float:
@@ -240,7 +243,7 @@ def rollout_actor(run: PpoRun | EvalRun, shape: ModelShape) -> Estimate:
 
 
 def _vllm_actor(run: PpoRun | EvalRun, shape: ModelShape) -> Estimate:
-    """One rollout actor with vLLM; on a GPU its cache takes what `gpu_memory_utilization` leaves, which is not counted."""
+    """One rollout actor with vLLM; on a GPU its cache takes what is left of its share."""
     on_gpu = run.rollout.resources.get("GPU", 0) > 0
     size = _size(run.model.dtype, run.learner.uses_gpu if isinstance(run, PpoRun) else on_gpu)
     tokens = run.rollout.engine_args.get("max_num_batched_tokens") or _VLLM_BATCH
@@ -252,7 +255,11 @@ def _vllm_actor(run: PpoRun | EvalRun, shape: ModelShape) -> Estimate:
         parts["weights"] += 2.0 * shape.vocab * shape.hidden * size  # embedding and head are kept packed as well
         parts["cache"] = float(cpu_cache_bytes(run.rollout, shape.layers * shape.kv_width * size, _row(run) + 1))
         parts["new weights"] = travelling
-    return _finish(parts, 0.0, on_gpu, "vllm", travelling)
+    estimate = _finish(parts, 0.0, on_gpu, "vllm", travelling)
+    if not on_gpu:
+        return estimate
+    share = run.rollout.engine_args.get("gpu_memory_utilization") or 0.9 * min(1.0, run.rollout.resources["GPU"])
+    return replace(estimate, share=float(share))
 
 
 def reward_actor(run: PpoRun | EvalRun, shapes: Mapping[str, ModelShape]) -> Estimate:

@@ -1,49 +1,17 @@
-"""The shape of a model, counted on torch's meta device: no weights are read and no memory is taken."""
+"""The shapes of a run's models: from config.json alone, or counted on torch's meta device. No weights are read."""
 
+import json
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any
 
 from raytrl.config.eval_run import EvalRun
 from raytrl.config.ppo_run import PpoRun
 from raytrl.config.runs import ModelSection, Run, TokenizerSpec, TrainingRun
 from raytrl.errors import ConfigError
-
-Head = Literal["causal", "score"]
-
-
-@dataclass(frozen=True)
-class Linear:
-    """One linear layer below the output head, by its name in the model."""
-
-    name: str
-    num_in: int
-    num_out: int
-
-
-@dataclass(frozen=True)
-class ModelShape:
-    """What memory and arithmetic of a model follow from."""
-
-    parameters: int  # shared ones counted once
-    linears: tuple[Linear, ...]
-    modules: Mapping[str, int]  # name of every module → parameters in it, for LoRA's `modules_to_save`
-    hidden: int
-    layers: int
-    vocab: int
-    kv_width: int  # numbers that a layer's cache holds for a token, keys and values together
-    architecture: str
-
-    @property
-    def linear_width(self) -> int:
-        """Inputs and outputs of all linear layers, numbers a token."""
-        return sum(linear.num_in + linear.num_out for linear in self.linears)
-
-    @property
-    def widest(self) -> int:
-        return max((max(linear.num_in, linear.num_out) for linear in self.linears), default=self.hidden)
+from raytrl.roles.model_shape import Head, Linear, ModelShape, shape_of_values
 
 
 def shape_of_path(
@@ -58,9 +26,15 @@ def shape_of_path(
     Raises:
         ConfigError: its config.json is nowhere to be had, or names no architecture of transformers.
     """
+    place, options = _place(path, key, revision, models), {"trust_remote_code": trust_remote_code}
+    try:
+        counted = shape_of_values(json.loads(Path(place, "config.json").read_text()), head)
+    except (OSError, ValueError, TypeError):
+        counted = None  # transformers says better what is wrong with it
+    if counted is not None:
+        return counted
     from transformers import AutoConfig
 
-    place, options = _place(path, key, revision, models), {"trust_remote_code": trust_remote_code}
     if place == path and not os.path.isdir(path):
         options["revision"] = revision  # type: ignore[assignment]
     try:

@@ -35,6 +35,13 @@ MODEL = {
     "vocab_size": 16000,
 }
 GPT2 = {"model_type": "gpt2", "n_embd": 640, "n_layer": 10, "n_head": 10, "n_positions": 1024, "vocab_size": 16000}
+ROLLOUT = {
+    "actors": 1,
+    "resources": {"CPU": 0.5},
+    "sampling": {"max_new_tokens": 32},
+    "max_prompt_length": 128,
+    "chunk_prompts": 4,
+}
 LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
 
 
@@ -64,13 +71,7 @@ def ppo(folder: Path, name: str, **sections: Any) -> str:
     base: dict[str, Any] = {
         "model": {"path": str(folder / "policy")},
         "learner": {"workers": 1, "resources": {"CPU": 0.5}},
-        "rollout": {
-            "actors": 1,
-            "resources": {"CPU": 0.5},
-            "sampling": {"max_new_tokens": 32},
-            "max_prompt_length": 128,
-            "chunk_prompts": 4,
-        },
+        "rollout": ROLLOUT,
         "reward": {
             "resources": {"CPU": 0.5},
             "sources": [{"name": "judge", "model": str(folder / "judge"), "batch_size": 4}],
@@ -103,6 +104,7 @@ CASES: dict[str, Any] = {
     "reward": lambda f: supervised(f, "reward", kind="reward", data={"train": str(f / "pairs.jsonl")}),
     "ppo": lambda f: ppo(f, "ppo"),
     "ppo-lora": lambda f: ppo(f, "ppo-lora", lora=LORA),
+    "ppo-vllm": lambda f: ppo(f, "ppo-vllm", rollout=ROLLOUT | {"engine": "vllm"}),
 }
 
 

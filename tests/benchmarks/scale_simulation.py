@@ -10,15 +10,17 @@ without Ray's. One JSON object a size.
 
 import argparse
 import json
-import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from raytrl.launch.actors import CONCURRENCY_GROUPS, RewardActor, RolloutActor
+import ray
+
+from raytrl.launch.actors import CONCURRENCY_GROUPS, CONTROL, WORK, RewardActor, RolloutActor
+from raytrl.launch.pool import Arrivals
 from raytrl.records import Attempt, Prompt, Response, Score
 
 CHUNK, CHUNKS_AN_ACTOR, TOKENS, PROMPT_TOKENS = 8, 2, 48, 64
@@ -50,6 +52,7 @@ class SleepingEngine:
 class SleepingRollout(RolloutActor):
     """Takes weights without importing torch, so that many fit on one machine."""
 
+    @ray.method(concurrency_group=CONTROL)
     def load_weights(self, attempt: int, packed: Any) -> tuple[int, str]:
         self.begin(attempt)
         with self._busy("loading weights"):
@@ -114,28 +117,28 @@ class ThreadCalls:
     def __init__(self, actors: Sequence[Any]) -> None:
         self._actors = actors
         self._threads = [ThreadPoolExecutor(1) for _ in actors]
-        self._done = threading.Condition()
+        self._arrivals = Arrivals()
 
     def __len__(self) -> int:
         return len(self._actors)
 
     def call(self, actor: int, method: str, *arguments: Any) -> "Future[Any]":
-        return self._threads[actor].submit(getattr(self._actors[actor], method), *arguments)
+        ticket = self._threads[actor].submit(getattr(self._actors[actor], method), *arguments)
+        ticket.add_done_callback(self._arrivals.add)
+        return ticket
 
-    def wait(self, tickets: Sequence["Future[Any]"], timeout_s: float) -> list["Future[Any]"]:
-        return list(wait(tickets, timeout_s, return_when=FIRST_COMPLETED).done)
+    def wait(self, tickets: Collection["Future[Any]"], timeout_s: float) -> list["Future[Any]"]:
+        return self._arrivals.wait(tickets, timeout_s)
 
     def result(self, ticket: "Future[Any]") -> Any:
         return ticket.result()
 
 
 def ray_calls(kind: type, count: int, role: str, make: Callable[[], Any]) -> Any:
-    import ray
-
     from raytrl.launch.gauges import RoleGauges
     from raytrl.launch.ray_actors import RayCalls
 
-    remote = ray.remote(concurrency_groups=CONCURRENCY_GROUPS, num_cpus=0)(kind)
+    remote = ray.remote(concurrency_groups=CONCURRENCY_GROUPS | {WORK: 1}, num_cpus=0)(kind)
     actors = [remote.remote(make) for _ in range(count)]
     ray.get([actor.doing.remote() for actor in actors], timeout=600)
     return RayCalls(actors, RoleGauges("scale", role))
@@ -199,8 +202,6 @@ def main() -> None:
     for size in given.local:
         print(json.dumps({"calls": "threads", **measure(size, given.latency, thread_calls)}), flush=True)
     for size in given.sizes:
-        import ray
-
         ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
         print(json.dumps({"calls": "ray", **measure(size, given.latency, ray_calls)}), flush=True)
         ray.shutdown()

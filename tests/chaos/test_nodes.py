@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.nodes import Nodes, ray_nodes
+from tests.nodes import Nodes, number_of, ray_nodes
 from tests.ppo_files import make_files, ppo_file
 from tests.runs import (
     is_committed,
@@ -57,14 +57,21 @@ def test_sft_goes_on_without_a_node_and_ends_with_the_same_weights(folder: Path,
     assert "continues from step" in output
     assert [row["step"] for row in metrics(run)] == list(range(1, 41))
     assert weights_hash(run / "model") == weights_hash(folder / "runs/one-node/model")
-    log = (run / "logs/learner-1.log").read_text() + (run / "logs/learner-0.log").read_text()
-    assert len(set(re.findall(r"starts on node (\S+),", log))) == 3
+    assert len({*nodes_in(run / "logs/learner-0.log"), *nodes_in(run / "logs/learner-1.log")}) == 3
+
+
+def nodes_in(log: Path) -> list[str]:
+    """The node of each life of a process, the first one first."""
+    return re.findall(r"starts on node (\S+),", log.read_text())
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("victim", [1, 2, 3])
-def test_ppo_goes_on_without_a_node_and_ends_with_the_same_weights(folder: Path, victim: int) -> None:
-    """Learners, rollout actors and reward actor spread over three nodes with room for what one of them held."""
+@pytest.mark.parametrize("victim", ["learner-1", "rollout-0", "reward-0"])
+def test_ppo_goes_on_without_a_node_and_ends_with_the_same_weights(folder: Path, victim: str) -> None:
+    """Learners, rollout actors and reward actor spread over three nodes with room for what one of them held.
+
+    The node of one of them is cut off, and with it whatever else runs there.
+    """
     ppo = {"steps": 60, "batch_size": 16, "epochs": 2, "minibatches": 2, "learning_rate": 3e-3}
     values: dict[str, Any] = {"ppo": ppo, "checkpoint": {"every": 5}}
     whole = folder / "runs/ppo-one-node"
@@ -80,9 +87,15 @@ def test_ppo_goes_on_without_a_node_and_ends_with_the_same_weights(folder: Path,
     with ray_nodes([2, 2, 2]) as nodes:
         process = start("ppo", file, f"cluster.address={nodes.address}")
         wait_for("a checkpoint", lambda: is_committed(run) and last_step(run) >= 12, process)
-        nodes.kill(victim)
+        places = {log.stem: nodes_in(log)[0] for log in (run / "logs").iterdir()}
+        lost = [role for role, place in places.items() if place == places[victim]]
+        nodes.kill(number_of(places[victim]))
         output, _ = process.communicate(timeout=400)
     assert process.returncode == 0, output
+    for role in lost:  # each of them went to another node
+        assert set(nodes_in(run / f"logs/{role}.log")[1:]) - {places[victim]}, role
+    assert ("continues from step" in output) == any(role.startswith("learner") for role in lost), (lost, output)
+    print(f"killed {places[victim]} with {', '.join(sorted(lost))}; all: {places}")
     assert [row["step"] for row in metrics(run)] == list(range(1, 61))
     for model in ("model", "value_model"):
         assert weights_hash(run / model) == weights_hash(whole / model)

@@ -16,7 +16,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.runs import TINY_LLAMA, last_step, metrics, raytrl, start, text_rows, wait_for, write_rows
+from tests.ppo_files import make_files, ppo_file
+from tests.runs import TINY_LLAMA, is_committed, last_step, metrics, raytrl, start, text_rows, wait_for, write_rows
 
 BIN = str(Path(sys.executable).parent)
 RAY = (sys.executable, "-c", "from ray.scripts.scripts import main; main()")  # the command `ray` of this environment
@@ -61,7 +62,7 @@ def head() -> Iterator[dict[str, str]]:
         "RAY_AUTH_TOKEN": TOKEN,
     }
     wait_for("the job server", lambda: _answers(ports[1]), process)
-    yield found | {"GCS": f"127.0.0.1:{ports[0]}"}
+    yield found | {"GCS": f"127.0.0.1:{ports[0]}", "CLIENT": f"ray://127.0.0.1:{ports[2]}"}
     process.send_signal(signal.SIGTERM)
     try:
         process.wait(timeout=60)
@@ -211,7 +212,33 @@ def test_a_stopped_job_is_continued_by_the_same_submission(client: dict[str, str
         os.close(fd)
 
 
-@pytest.mark.parametrize("how", ["address", pytest.param("auto", marks=pytest.mark.slow)])
+def test_a_stopped_ppo_job_is_continued_by_plain_ray_job_submit(client: dict[str, str], tmp_path: Path) -> None:
+    """All roles inside of a job: each finds model, prompts and reward function in the folder that was sent."""
+    folder, run = tmp_path / "project", tmp_path / "shared/aligned"
+    folder.mkdir()
+    make_files(folder)
+    sent = {"model": {"path": "policy"}, "data": {"train": "prompts.jsonl"}, "output_dir": str(run.parent)}
+    sent["reward"] = {"sources": [{"name": "spelling", "function": "rule.py:spelling"}]}
+    ppo_file(folder, "aligned", ppo={"steps": 24}, **sent)
+    process = start("submit", "--", "ppo", "aligned.yaml", cwd=folder)
+    wait_for("a checkpoint", lambda: is_committed(run) and last_step(run) >= 4, process)
+    job = next(word for word in job_info("ppo-aligned").split("'") if word.startswith("ppo-aligned"))
+    subprocess.run([*RAY, "job", "stop", job], text=True, capture_output=True, timeout=120, check=True)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 130, output
+    assert "was stopped; the same submission continues from the last checkpoint" in output
+    assert last_step(run) < 24
+
+    command = [*RAY, "job", "submit", "--working-dir", ".", "--", "raytrl", "ppo", "aligned.yaml"]
+    done = subprocess.run(command, cwd=folder, text=True, capture_output=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "resume   from step " in done.stdout
+    assert [row["step"] for row in metrics(run)] == list(range(1, 25))
+    assert (run / "model/model.safetensors").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["address", "auto"])
 def test_a_driver_outside_of_a_job_joins_the_cluster(client: dict[str, str], project: Path, how: str) -> None:
     run = sft_file(project, f"joined-{how}")
     if how == "address":
@@ -220,6 +247,25 @@ def test_a_driver_outside_of_a_job_joins_the_cluster(client: dict[str, str], pro
         output = raytrl("sft", f"joined-{how}.yaml", "cluster.address=auto", cwd=project, RAY_ADDRESS=client["GCS"])
     assert "this machine" not in output
     assert len(metrics(run)) == 4
+
+
+def test_a_driver_that_is_no_node_joins_the_cluster_once(client: dict[str, str], tmp_path: Path) -> None:
+    """Through `ray://`, with PPO: actors of the driver's, Ray Train, and the check that the cluster sees its disk."""
+    make_files(tmp_path)
+    before = num_drivers()
+    file = ppo_file(tmp_path, "client", ppo={"steps": 4})
+    output = raytrl("ppo", file, f"cluster.address={client['CLIENT']}")
+    assert f"on {client['CLIENT']}" in output
+    assert [row["step"] for row in metrics(tmp_path / "runs/client")] == [1, 2, 3, 4]
+    assert num_drivers() == before + 1
+
+
+def num_drivers() -> int:
+    """Processes that have ever joined this cluster to run something, jobs' own included."""
+    code = "import ray\nray.init(log_to_driver=False)\nfrom ray._private.state import jobs\nprint(len(jobs()))"
+    environment = os.environ | {"RAY_ADDRESS": os.environ["GCS"]}
+    done = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True, check=True, env=environment)
+    return int(done.stdout.split()[-1]) - 1  # without this one
 
 
 def test_a_plan_asks_the_cluster(client: dict[str, str], project: Path) -> None:

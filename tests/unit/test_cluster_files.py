@@ -89,7 +89,8 @@ JOB_SPEC: dict[str, Any] = {
     "rayClusterSpec": CLUSTER_SPEC,
 }
 SPECS = {"RayCluster": CLUSTER_SPEC, "RayJob": JOB_SPEC}
-POD = {"containers", "volumes", "tolerations", "nodeSelector", "serviceAccountName"}  # of a pod's spec, as used here
+# Of a pod's spec and of a container, as used here.
+POD = {"containers", "volumes", "tolerations", "nodeSelector", "serviceAccountName", "securityContext"}
 CONTAINER = {"name", "image", "resources", "ports", "volumeMounts", "env"}
 
 
@@ -122,7 +123,8 @@ def test_kuberay_manifests(path: Path) -> None:
         assert all(container.keys() <= CONTAINER for container in pod["containers"])
         mounts = {mount["name"] for mount in pod["containers"][0]["volumeMounts"]}
         assert mounts == {volume["name"] for volume in pod["volumes"]}, "every pod sees the run directory"
-        assert "runs" in mounts
+        assert mounts == {"runs", "shm"}
+        assert pod["securityContext"]["fsGroup"] == user_of_the_image(), "may write to the volume"
     for group in groups_of(manifest)[1:]:
         assert group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
 
@@ -166,6 +168,12 @@ def test_ray_versions_agree() -> None:
         assert spec.get("rayClusterSpec", spec)["rayVersion"] == version
 
 
+def user_of_the_image() -> int:
+    found = re.search(r"useradd .*--uid (\d+)", (CLUSTER / "Dockerfile").read_text())
+    assert found is not None
+    return int(found[1])
+
+
 def test_container_bases_are_chosen_by_the_build_argument() -> None:
     text = (CLUSTER / "Dockerfile").read_text()
     assert re.findall(r"^FROM \S+ AS (\w+)$", text, re.MULTILINE) == ["cpu", "cuda"]
@@ -183,7 +191,7 @@ def test_the_containers_install_steps_in_a_clean_environment(tmp_path: Path) -> 
     environment = {k: v for k, v in os.environ.items() if k not in ("VIRTUAL_ENV", "PYTHONPATH")} | arguments
     environment["PATH"] = f"{tmp_path}/venv/bin:{environment['PATH']}"
     script = "\n".join(step.replace("/opt/raytrl", f"{tmp_path}/venv") for step in steps if "useradd" not in step)
-    script = script.replace("python3 -m venv", f"{sys.executable} -m venv")
+    script = script.replace("/etc/profile.d", str(tmp_path)).replace("python3 -m venv", f"{sys.executable} -m venv")
     assert script.count("pip install") == 2
     done = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", script],
@@ -195,6 +203,13 @@ def test_the_containers_install_steps_in_a_clean_environment(tmp_path: Path) -> 
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Post-training on Ray" in done.stdout
+    login = subprocess.run(
+        ["bash", "-c", f"PATH=/usr/bin:/bin; . {tmp_path}/raytrl.sh; echo $PATH"],
+        text=True,
+        capture_output=True,
+        check=True,
+    )
+    assert login.stdout.startswith("/opt/raytrl/bin:") or login.stdout.startswith(f"{tmp_path}/venv/bin:")
 
 
 # --- Slurm --------------------------------------------------------------------------------------------------------

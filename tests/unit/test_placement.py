@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 
 from raytrl.errors import ConfigError, ResourceError
-from raytrl.launch.placement import Group, Need, Node, check_placement, could_be_added, described_nodes, place
+from raytrl.launch.capacity import Room
+from raytrl.launch.placement import Cluster, Group, Need, Node, check_placement, described_nodes, place
 
 
 def needed(parts: list[tuple[str, int, dict[str, float]]], strategy: Any = "pack", **labels: str) -> Need:
@@ -93,10 +94,20 @@ def test_a_description_that_is_none(text: str) -> None:
         described_nodes(["nodes=0"])
 
 
-def test_nodes_that_an_autoscaler_may_add_count() -> None:
-    need = needed([("learner.workers", 3, {"GPU": 8})])
-    assert check_placement(need, could_be_added("gpu", {"GPU": 8}, present=1, most=4), "here")
-    assert could_be_added("gpu", {"GPU": 8}, present=4, most=4) == []
+def test_nodes_to_come_take_only_what_has_no_place_yet() -> None:
+    need = needed([("rollout.actors", 2, {"CPU": 1}), ("learner.workers", 2, {"GPU": 8})])
+    there = nodes({"CPU": 4.0})
+    with pytest.raises(ResourceError, match="need 16 GPU; found: 0 GPU on there"):
+        Room.on(Cluster(there, "there"), need)
+    room = Room.on(Cluster(there, "there", grows=True), need)
+    assert room.placement.places["rollout.actors"] == {"n0": 2}
+    assert set(room.placement.places["learner.workers"]) == {
+        "added node 1 for learner.workers",
+        "added node 2 for learner.workers",
+    }
+    assert [node.name for node in room.nodes] == ["n0", *room.placement.places["learner.workers"]]
+    packed = needed([("learner.workers", 2, {"GPU": 8})], "strict_pack")
+    assert Room.on(Cluster(there, "there", grows=True), packed)
 
 
 def test_strategies() -> None:

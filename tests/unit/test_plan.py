@@ -54,8 +54,8 @@ def test_a_run_on_this_machine(tmp_path: Path) -> None:
     found = planned(sft(tmp_path, training=training, learner={"workers": 1}))
     assert found.where.startswith("this machine: 1 x CPU ")
     words = dict(found.words)
-    assert words["step"] == "12 rows = 4 a forward pass x 3 accumulated x 1 workers"
-    assert words["steps"] == "10 optimizer steps = 5 an epoch (60 rows) x 2 epochs"
+    assert words["step"] == "12 rows = 4 a forward pass x 3 accumulated x one worker"
+    assert words["steps"] == "10 optimizer steps = 5 an epoch (60 rows) x 2"
     assert "time" not in words
     (role,) = found.roles
     assert role.nodes == {"this machine": 1}
@@ -136,6 +136,27 @@ def test_ppo_on_two_nodes_and_models_that_are_elsewhere(tmp_path: Path) -> None:
     with console.capture() as capture:
         console.print(plan_view(found))
     assert "8.03 billion parameters" in capture.get()
+
+
+def test_vllm_takes_its_share_of_a_gpu_whole(tmp_path: Path) -> None:
+    """What it needs has to fit its share; what others on the GPU need has to fit beside the share."""
+    make_files(tmp_path)
+    (tmp_path / "models/some/policy").mkdir(parents=True)
+    (tmp_path / "models/some/policy/config.json").write_text(json.dumps(LARGE | {"num_hidden_layers": 2}))
+    values: dict[str, Any] = {"model": {"path": "some/policy"}, "learner": {"workers": 1, "resources": {"GPU": 0.5}}}
+    values["rollout"] = {"engine": "vllm", "actors": 1, "resources": {"GPU": 0.5}}
+    file = ppo_file(tmp_path, "a", **values)
+
+    def plan_of(gpu_gib: int, *overrides: str) -> Plan:
+        described = [f"nodes=1,gpus=1,gpu_gib={gpu_gib},cpus=8,mem_gib=64"]
+        return planned(file, *overrides, cluster=described, models=str(tmp_path / "models"))
+
+    rollout = plan_of(80).roles[0]
+    assert rollout.room_gib == pytest.approx(0.45 * 80)
+    with pytest.raises(ResourceError, match=r"each of rollout.actors in its share of its GPU: .*found: 2.0 GiB"):
+        plan_of(80, "rollout.engine_args.gpu_memory_utilization=0.025")
+    with pytest.raises(ResourceError, match="all processes on the GPUs of node 1"):
+        plan_of(80, "rollout.engine_args.gpu_memory_utilization=0.99", "rollout.resources.GPU=0.1")
 
 
 def test_missing_data_is_an_error_here_and_a_note_elsewhere(tmp_path: Path) -> None:

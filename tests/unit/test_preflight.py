@@ -9,7 +9,7 @@ from raytrl.config.load import load_run
 from raytrl.config.runs import SupervisedRun
 from raytrl.errors import ConfigError, ResourceError
 from raytrl.launch.preflight import describe, preflight
-from raytrl.launch.session import check_one_node, joins_cluster, machine_resources
+from raytrl.launch.session import check_one_node, joins_cluster, machine_resources, refuse_client
 from raytrl.roles import device
 from raytrl.rundir import RunDirectory
 from tests.runs import pair_rows, run_file, text_rows, write_rows
@@ -38,6 +38,12 @@ def test_a_run_joins_a_cluster_when_told_or_inside_a_job(tmp_path: Path, monkeyp
     assert joins_cluster(run_of(tmp_path, cluster={"address": "auto"}))
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
     assert joins_cluster(run_of(tmp_path))
+
+
+def test_a_sweep_is_not_run_from_outside_of_its_cluster(tmp_path: Path) -> None:
+    refuse_client(run_of(tmp_path, cluster={"address": "head:6379"}))
+    with pytest.raises(ResourceError, match=r"^cluster.address: Ray Tune would run .* found: 'ray://head:10001'"):
+        refuse_client(run_of(tmp_path, cluster={"address": "ray://head:10001"}))
 
 
 def test_a_local_ray_has_no_labels_and_no_second_node(tmp_path: Path) -> None:

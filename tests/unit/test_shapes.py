@@ -1,14 +1,20 @@
 """What is counted on the meta device is what the real model has."""
 
 import json
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
+from transformers import AutoConfig
 
 from raytrl.config.load import load_run
 from raytrl.errors import ConfigError
 from raytrl.roles.memory import estimates
-from raytrl.roles.shapes import lora_parameters, read_shapes, shape_of_config, shape_of_path
+from raytrl.roles.model_shape import shape_of_values
+from raytrl.roles.shapes import _shape, lora_parameters, read_shapes, shape_of_config, shape_of_path
 from tests.ppo_files import make_policy, ppo_file
 from tests.runs import TINY_LLAMA, run_file
 
@@ -28,6 +34,47 @@ def test_parameters_and_adapter_are_those_of_the_model(config: dict[str, object]
     lora = {"r": 4} if targets is None else {"r": 4, "target_modules": targets}
     adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **lora))
     assert lora_parameters(shape, lora) == adapted.get_nb_trainable_parameters()[0]
+
+
+LLAMA = TINY_LLAMA | {"vocab_size": 300, "tie_word_embeddings": False}
+KNOWN = [
+    *([LLAMA | {"model_type": kind}, LLAMA | {"model_type": kind, "tie_word_embeddings": True, "num_key_value_heads": 1}]
+      for kind in ("llama", "mistral", "qwen2")),
+    [LLAMA | {"attention_bias": True}, LLAMA | {"mlp_bias": True}, LLAMA | {"head_dim": 24}],
+    [LLAMA | {"model_type": "qwen3", "head_dim": 24}, LLAMA | {"model_type": "qwen3", "head_dim": 8, "attention_bias": True}],
+    [GPT2 | {"vocab_size": 300}, GPT2 | {"vocab_size": 300, "n_inner": 80, "tie_word_embeddings": False}],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("head", ["causal", "score"])
+@pytest.mark.parametrize("values", [values for group in KNOWN for values in group], ids=str)
+def test_what_is_counted_from_the_file_alone_is_what_the_meta_device_counts(
+    tmp_path: Path, values: dict[str, object], head: Literal["causal", "score"]
+) -> None:
+    counted = shape_of_values(values, head)
+    fields = {key: value for key, value in values.items() if key != "model_type"}
+    expected = _shape(AutoConfig.for_model(str(values["model_type"]), **fields), "model.path", head, False)
+    assert counted is not None
+    assert replace(counted, modules={}) == replace(expected, modules={})
+    assert counted.modules == {name: size for name, size in expected.modules.items() if size}
+
+
+def test_the_models_of_the_run_files_are_counted_without_torch() -> None:
+    code = (
+        "import sys\n"
+        "from raytrl.roles.shapes import shape_of_path\n"
+        "for path in ('Qwen/Qwen3-8B', 'openai-community/gpt2', 'Skywork/Skywork-Reward-V2-Llama-3.1-8B'):\n"
+        "    print(shape_of_path(path, 'model.path', 'causal', models='configs/models').parameters)\n"
+        "assert not {'torch', 'transformers'} & sys.modules.keys()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True, check=True)
+    assert done.stdout.split() == ["8190735360", "124439808", "8030261248"]
+
+
+@pytest.mark.parametrize("missing", ["tie_word_embeddings", "num_key_value_heads", "vocab_size"])
+def test_what_a_file_leaves_out_is_not_guessed(missing: str) -> None:
+    assert shape_of_values({key: value for key, value in LLAMA.items() if key != missing}, "causal") is None
+    assert shape_of_values(LLAMA | {"model_type": "gemma2"}, "causal") is None
 
 
 def test_the_cache_counts_key_value_heads() -> None:

@@ -35,6 +35,7 @@ class ModelShape:
     vocab: int
     kv_width: int  # numbers that a layer's cache holds for a token, keys and values together
     architecture: str
+    file_size: int = 4  # bytes of one number in its weight files
 
     @property
     def linear_width(self) -> int:
@@ -136,6 +137,7 @@ def _shape(config: Any, key: str, head: Head, trust_remote_code: bool) -> ModelS
         vocab=int(text.vocab_size),
         kv_width=2 * heads * head_width,
         architecture=str(config.model_type),
+        file_size=(getattr(text, "dtype", None) or torch.float32).itemsize,
     )
 
 

@@ -72,7 +72,8 @@ def test_as_many_trials_as_nodes_have_room_for() -> None:
         shared: list[dict[str, float]], trial: list[dict[str, float]], nodes: list[dict[str, float]], most: int
     ) -> int:
         needs = (Need(tuple(Group(str(i), 1, r) for i, r in enumerate(part))) for part in (shared, trial))
-        return placement.trials_that_fit(*needs, [Node(str(i), r) for i, r in enumerate(nodes)], most)
+        placements = placement.place_trials(*needs, [Node(str(i), r) for i, r in enumerate(nodes)], most)
+        return max(0, len(placements) - 1)
 
     trial_of_3: list[dict[str, float]] = [{"CPU": 1}, {"CPU": 2}]
     assert trials_that_fit([], trial_of_3, [{"CPU": 8}], 99) == 2

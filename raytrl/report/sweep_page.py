@@ -35,7 +35,10 @@ def sweep_page(
     """
     pictures = [
         ("Learning curves", _curves(run, trials, best, curves)),
-        (f"{run.metric} against KL: up and left is better" if run.mode == "max" else "", _frontier(run, trials, best)),
+        (
+            f"{run.metric} against KL: {'up' if run.mode == 'max' else 'down'} and left is better",
+            _frontier(run, trials, best),
+        ),
         (f"{run.metric} by the searched values", _by_values(run, trials, best)),
     ]
     words = (

@@ -154,7 +154,11 @@ def _by_values(run: TuneRun, trials: Sequence[Trial], best: str) -> str:
     figure, axes = _figure(5)
     names = [short_name(key, list(run.search)) for key in keys]
     if len(keys) == 1:
-        axes.scatter([t.values[keys[0]] for t in points], [t.metrics[run.metric] for t in points], color="#2a6f97")
+        for trial in points:
+            where = (trial.values[keys[0]], trial.metrics[run.metric])
+            axes.scatter(*where, color="#2d8a4e" if trial.name == best else _COLOURS.get(trial.state, "#9a9a9a"))
+            text = "best" if trial.name == best else "" if trial.state == "done" else trial.state
+            axes.annotate(text, where, xytext=(6, -3), textcoords="offset points", fontsize=8)
         axes.set(xlabel=names[0], ylabel=run.metric, xscale=_scale(run, keys[0]))
         return as_svg(figure)
     axes.set(xlabel=names[0], ylabel=names[1])

@@ -198,6 +198,35 @@ def test_optuna_and_asha_on_sft(folder: Path) -> None:
     assert min(done, key=lambda trial: trial["metrics"]["loss"])["name"] in output
 
 
+@pytest.mark.slow
+def test_median_stopping_on_sft(folder: Path) -> None:
+    """Two trials that learn come first; of the two that do not, each is stopped when it is worse than their median."""
+    write_rows(folder / "train.jsonl", text_rows(200))
+    base = run_file(
+        folder,
+        "median-base",
+        learner={"workers": 1, "resources": {"CPU": 0.5}},
+        training={"max_steps": 40, "logging_steps": 1},
+    )
+    file = sweep_file(
+        folder,
+        "median",
+        base,
+        search={"training.learning_rate": {"grid": [1e-2, 3e-3, 1e-6, 1e-7]}},
+        mode="min",
+        metric="loss",
+        scheduler={"name": "median", "grace_period": 6, "min_samples_required": 2},
+        max_concurrent=2,
+    )
+    raytrl("tune", file)
+    trials = list(trials_of(folder / "runs/median").values())
+    assert [trial["state"] for trial in trials] == ["done", "done", "stopped", "stopped"]
+    for trial in trials[2:]:
+        assert 6 <= trial["step"] < 40
+        assert f"by median at step {trial['step']}" in trial["cause"]
+    assert json.loads((folder / "runs/median/manifest.json").read_text())["best"] == trials[0]["name"]
+
+
 def test_too_many_failures_end_the_sweep_with_their_causes(folder: Path) -> None:
     base = base_file(folder)
     file = sweep_file(

@@ -10,7 +10,7 @@ from transformers import LlamaConfig
 from raytrl.config.load import LoadedRun
 from raytrl.config.search import check_edges, load_base
 from raytrl.errors import ResourceError
-from raytrl.launch.capacity import DRIVER_GIB, loads
+from raytrl.launch.capacity import DRIVER_GIB
 from raytrl.launch.placement import Node
 from raytrl.launch.sweep_room import TRIAL_GIB, AtOnce, Sweep, concurrent_trials, largest_memory
 from raytrl.roles.memory import GIB
@@ -73,13 +73,13 @@ def test_one_that_is_too_large_alone_is_refused(sweep: Load, policy: dict[str, A
         room(sweep(policy), 2)
 
 
-def test_the_largest_value_counts(sweep: Load, policy: dict[str, Any]) -> None:
-    small = sweep(policy, search={"rollout.chunk_prompts": {"grid": [4]}}, trials=None)
-    large = sweep(
-        policy, search={"rollout.chunk_prompts": {"grid": [4, 4000]}, "ppo.epochs": {"grid": [1, 2]}}, trials=None
-    )
-    sizes = [largest_memory(checked(s), check_edges(s)).found["rollout.actors"].total for s in (small, large)]
-    assert sizes[1] > 2 * sizes[0]
+def test_the_largest_values_count_together(sweep: Load, policy: dict[str, Any]) -> None:
+    def cache(chunk_prompts: list[int], max_new_tokens: list[int]) -> float:
+        grids = {"rollout.chunk_prompts": chunk_prompts, "rollout.sampling.max_new_tokens": max_new_tokens}
+        loaded = sweep(policy, search={key: {"grid": values} for key, values in grids.items()}, trials=None)
+        return largest_memory(checked(loaded), check_edges(loaded)).found["rollout.actors"].parts["cache"]
+
+    assert cache([4, 400], [8, 40]) == cache([400], [40]) > max(cache([400], [8]), cache([4], [40]))
 
 
 def test_a_reference_in_the_files_dtype_counts_once_on_a_node(
@@ -89,9 +89,8 @@ def test_a_reference_in_the_files_dtype_counts_once_on_a_node(
     found = largest_memory(checked(loaded), check_edges(loaded)).found
     weights = found["rollout.actors"].parts["weights"]
     assert found["learner.workers"].mapped == weights
+    sharded = sweep({**policy, "learner": {"workers": 1, "deepspeed": {"zero_optimization": {"stage": 2}}}})
+    assert largest_memory(checked(sharded), check_edges(sharded)).found["learner.workers"].mapped == 0
     halves = LlamaConfig.from_pretrained(tmp_path / "large", dtype="bfloat16")
     halves.save_pretrained(tmp_path / "large")
     assert largest_memory(checked(loaded), check_edges(loaded)).found["learner.workers"].mapped == 0
-    sharded = sweep({**policy, "learner": {"workers": 1, "deepspeed": {"zero_optimization": {"stage": 2}}}})
-    assert largest_memory(checked(sharded), check_edges(sharded)).found["learner.workers"].mapped == 0
-    assert loads([], [], found) == []

@@ -91,6 +91,7 @@ def test_a_reference_in_the_files_dtype_counts_once_on_a_node(
     assert found["learner.workers"].mapped == weights
     sharded = sweep({**policy, "learner": {"workers": 1, "deepspeed": {"zero_optimization": {"stage": 2}}}})
     assert largest_memory(checked(sharded), check_edges(sharded)).found["learner.workers"].mapped == 0
+    loaded = sweep(policy)
     halves = LlamaConfig.from_pretrained(tmp_path / "large", dtype="bfloat16")
     halves.save_pretrained(tmp_path / "large")
     assert largest_memory(checked(loaded), check_edges(loaded)).found["learner.workers"].mapped == 0

@@ -11,6 +11,7 @@ asha    the trials of one coefficient under ASHA: the steps that it saved, and w
 
 import json
 import os
+import statistics
 import subprocess
 import sys
 import time
@@ -33,6 +34,7 @@ RATES = [1e-4, 3e-4, 1e-3, 3e-3]
 COEFFICIENTS = [0.1, 0.3, 1.0]
 METRIC = "objective/rlhf_reward"
 STEPS = 60
+AVERAGED = 10  # values of the metric, one a step, that count
 RATE, COEFFICIENT = "ppo.learning_rate", "ppo.kl.coef"
 # Name of a sweep -> its keys.
 SWEEPS: dict[str, dict[str, Any]] = {
@@ -83,7 +85,7 @@ def write_files(folder: Path, name: str) -> Path:
         "output_dir": str(folder / "runs"),
         "base": str(folder / "base.yaml"),
         "metric": METRIC,
-        "average_last": 10,
+        "average_last": AVERAGED,
         "mode": "max",
         **SWEEPS[name],
     }
@@ -118,22 +120,30 @@ def trials_of(sweep: Path) -> list[dict[str, Any]]:
 
 
 def compare(sweep: Path) -> None:
+    """Reached against exact for each coefficient, and how the learning rate that the sweep would pick compares.
+
+    The regret is what the pick lacks of the best objective in the grid, E[r] - beta KL, exactly: beta times the difference
+    of the distances. A sweep cannot see differences below the error of its metric.
+    """
     start = gpt2(1)
-    print("beta   E*[r]  reached  KL*    reached  KL(pi,pi*) at start -> by learning rate   best exact, best by metric")
     for beta in COEFFICIENTS:
         optimum = Optimum.of(start, LENGTH, beta)
         found = {}
         for trial in trials_of(sweep):
             if trial["values"][COEFFICIENT] == beta and trial["state"] == "done":
                 model = AutoModelForCausalLM.from_pretrained(sweep / "trials" / trial["name"] / "model")
-                found[trial["values"][RATE]] = (*reached(model, optimum), trial["metrics"][METRIC])
+                last = [row[METRIC] for row in metrics(sweep / "trials" / trial["name"])[-AVERAGED:]]
+                error = statistics.stdev(last) / len(last) ** 0.5
+                found[trial["values"][RATE]] = (*reached(model, optimum), trial["metrics"][METRIC], error)
         exact = min(found, key=lambda rate: found[rate][2])
-        by_metric = max(found, key=lambda rate: found[rate][3])
+        pick = max(found, key=lambda rate: found[rate][3])
         reward, kl = best_possible(optimum)
-        distances = "  ".join(f"{rate:g}: {values[2]:.4f}" for rate, values in found.items())
+        distances = ", ".join(f"{rate:g}: {values[2]:.4f}" for rate, values in found.items())
         print(
-            f"{beta:<6} {reward:.3f}  {found[by_metric][0]:.3f}    {kl:.3f}  {found[by_metric][1]:.3f}    "
-            f"{optimum.distance(start):.4f} -> {distances}   {exact:g}, {by_metric:g}"
+            f"beta {beta}: optimum E[r] {reward:.3f} at KL {kl:.3f}; reached {found[pick][0]:.3f} at {found[pick][1]:.3f} "
+            f"(the sweep's pick, {pick:g})\n  KL(pi, pi*) {optimum.distance(start):.4f} at the start; by learning rate "
+            f"{distances}; best {exact:g}\n  regret of the pick {beta * (found[pick][2] - found[exact][2]):.4f}, standard "
+            f"error of its metric {found[pick][4]:.4f}"
         )
 
 
@@ -168,10 +178,11 @@ def main() -> None:
     folder = Path(sys.argv[1]).resolve()
     for name in sys.argv[2:] or list(SWEEPS):
         file, sweep = write_files(folder, name), folder / "runs" / name
-        started = time.monotonic()
+        was_done, started = (sweep / "results.csv").exists(), time.monotonic()
         command = [sys.executable, "-m", "raytrl", "tune", str(file)]
         subprocess.run(command, check=True, env=os.environ | ENVIRONMENT)
-        times(sweep, time.monotonic() - started)
+        if not was_done:
+            times(sweep, time.monotonic() - started)
         if name == "grid":
             compare(sweep)
         if name == "asha":

@@ -7,7 +7,7 @@ from typing import Any
 from raytrl.config.ppo_run import PpoRun
 from raytrl.config.runs import Run, SupervisedRun, TrainingRun
 from raytrl.errors import ResourceError
-from raytrl.launch.placement import ADDED, Cluster, Need, Node, Placement, check_placement
+from raytrl.launch.placement import ADDED, Cluster, Group, Need, Node, Placement, check_placement
 from raytrl.roles.memory import GIB, Estimate, estimates
 from raytrl.roles.model_shape import ModelShape
 from raytrl.roles.shapes import read_shapes
@@ -27,6 +27,14 @@ class Load:
     taken: float
     there: float | None
     parts: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.what} {self.taken:.1f}{f' of {self.there:.1f}' if self.there else ''} GiB"
+
+    @property
+    def share(self) -> float:
+        """Of what is there; 0 where nobody knows that."""
+        return self.taken / self.there if self.there else 0.0
 
     @property
     def is_impossible(self) -> bool:
@@ -81,6 +89,10 @@ class Room:
             f"they do not come ({', '.join(limits)})"
         ]
 
+    def loads(self, found: Mapping[str, Estimate]) -> list[Load]:
+        """`loads` of one run."""
+        return loads([(self.need, self.placement)], self.nodes, found)
+
     def memory(self, run: Run) -> tuple[str, list[str]]:
         """`check_memory` of a run that is about to start: a line for its plan, and what the user should be told besides.
 
@@ -91,39 +103,53 @@ class Room:
         found, notes = check_memory(run, self, shapes)
         notes += [f"memory is not estimated: {problem}" for problem in problems]
         notes += self.awaited(run)
-        sizes = [
-            f"{load.what} {load.taken:.1f}{f' of {load.there:.1f}' if load.there else ''} GiB" for load in found[:4]
-        ]
-        return (f"\nmemory   about {', '.join(sizes)}" if sizes else ""), notes
+        sizes = ", ".join(map(str, found[:4]))
+        return (f"\nmemory   about {sizes}" if sizes else ""), notes
 
 
-def loads(room: Room, found: Mapping[str, Estimate]) -> list[Load]:
-    """What each process takes of its GPU, and all processes of a node together of its GPUs and its RAM."""
-    by_name, placement = {node.name: node for node in room.nodes}, room.placement
-    ram, on_gpus, result = dict.fromkeys(by_name, 0.0), dict.fromkeys(by_name, 0.0), list[Load]()
-    shared = set[str]()  # nodes where processes share a GPU
-    for group in room.need.groups:
+def loads(placed: Sequence[tuple[Need, Placement]], nodes: Sequence[Node], found: Mapping[str, Estimate]) -> list[Load]:
+    """What each process takes of its GPU, and all processes of a node together of its GPUs and its RAM.
+
+    Args:
+        placed: what runs side by side, and where: one run, or the trials of a sweep.
+        found: memory of one process by the key of its number; processes without are not counted.
+    """
+    by_name, each = {node.name: node for node in nodes}, dict[str, Load]()
+    ram, on_gpus = dict[str, float](), dict.fromkeys(by_name, 0.0)
+    shared, mapped = set[str](), dict[tuple[str, str], float]()  # nodes where processes share a GPU; pages of files
+    for group, places in _places(placed):
         if (estimate := found.get(group.key)) is None:
             continue
         gpus = group.resources.get("GPU", 0.0)
-        for name, count in placement.places.get(group.key, {}).items():
-            ram[name] += count * (estimate.host if gpus else estimate.total) / GIB
+        for name, count in places.items():
+            own = estimate.host if gpus else estimate.total - estimate.mapped
+            ram[name] = ram.get(name, 0.0) + count * own / GIB
             whole = estimate.share * (by_name[name].gpu_gib or 0.0)
             on_gpus[name] += count * max(estimate.total / GIB, whole) if gpus else 0.0
+            mapped[name, group.key] = 0.0 if gpus else estimate.mapped / GIB
         if gpus:
-            shared |= set(placement.places.get(group.key, {})) if gpus % 1 else set()
-            sizes = [by_name[name].gpu_gib for name in placement.places.get(group.key, {})]
-            smallest = min((size for size in sizes if size is not None), default=None)
-            what = f"each of {group.key} {'in its share of' if estimate.share else 'on'} its GPU"
+            shared |= set(places) if gpus % 1 else set()
+            smallest = min((size for name in places if (size := by_name[name].gpu_gib) is not None), default=None)
             there = smallest and smallest * max(1.0, gpus) * (estimate.share or 1.0)
-            result.append(Load(what, estimate.total / GIB, there, _words(estimate)))
+            if group.key not in each or (there or 0.0) < (each[group.key].there or 0.0):
+                what = f"each of {group.key} {'in its share of' if estimate.share else 'on'} its GPU"
+                each[group.key] = Load(what, estimate.total / GIB, there, _words(estimate))
+    for (name, _), size in mapped.items():  # once on a node, however many processes hold them
+        ram[name] += size
+    result = list(each.values())
     for i, (name, node) in enumerate(by_name.items()):
         if name in shared and node.gpu_gib is not None:
             there = node.gpu_gib * node.resources.get("GPU", 0.0)
             result.append(Load(f"all processes on the GPUs of {name}", on_gpus[name], there))
-        if ram[name]:
+        if name in ram:
             result.append(Load(f"RAM of {name}", ram[name] + (DRIVER_GIB if i == 0 else 0.0), node.ram_gib))
     return result
+
+
+def _places(placed: Sequence[tuple[Need, Placement]]) -> Iterator[tuple[Group, Mapping[str, int]]]:
+    for need, placement in placed:
+        for group in need.groups:
+            yield group, placement.places.get(group.key, {})
 
 
 def check_memory(run: Run, room: Room, shapes: Mapping[str, ModelShape]) -> tuple[list[Load], list[str]]:
@@ -135,7 +161,7 @@ def check_memory(run: Run, room: Room, shapes: Mapping[str, ModelShape]) -> tupl
     Raises:
         ResourceError: with the numbers, and the nearest change that would fit.
     """
-    found = loads(room, estimates(run, shapes))
+    found = room.loads(estimates(run, shapes))
     impossible = [load for load in found if load.is_impossible]
     if impossible:
         lines = [
@@ -165,7 +191,7 @@ def _nearest(run: Run, room: Room, shapes: Mapping[str, ModelShape]) -> str | No
     """The first setting, or all of them one after the other, with which nothing is impossible any more."""
 
     def fits(changed: Run) -> bool:
-        found = loads(room, estimates(changed, shapes))
+        found = room.loads(estimates(changed, shapes))
         return not any(load.is_impossible for load in found)
 
     changes = list(_changes(run))

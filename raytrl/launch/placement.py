@@ -175,8 +175,8 @@ def place(groups: Sequence[Group], nodes: Sequence[Node]) -> Placement | None:
     return None
 
 
-def trials_that_fit(shared: Need, trial: Need, nodes: Sequence[Node], most: int) -> int:
-    """How many equal trials have room at the same time, up to `most`.
+def place_trials(shared: Need, trial: Need, nodes: Sequence[Node], most: int) -> list[Placement]:
+    """Where the processes of equal trials have room at the same time, up to `most` trials.
 
     They are placed one after the other: a sum over the cluster would promise trials that no node has room for, and they
     would wait for one another.
@@ -186,21 +186,20 @@ def trials_that_fit(shared: Need, trial: Need, nodes: Sequence[Node], most: int)
         nodes: what there is, empty.
 
     Returns:
-        0 where not even the shared processes and one trial have room.
+        The shared processes' places, then each trial's; empty where not even the shared ones have room.
     """
-    left = _left(shared.groups, nodes)
-    count = 0
-    while count < most and left is not None:
-        left = _left(trial.groups, left)
-        count += left is not None
-    return count
+    placements: list[Placement] = []
+    for need in [shared, *[trial] * most]:
+        placement = place(need.groups, nodes)
+        if placement is None:
+            break
+        placements.append(placement)
+        nodes = _left(need.groups, placement, nodes)
+    return placements
 
 
-def _left(groups: Sequence[Group], nodes: Sequence[Node]) -> list[Node] | None:
-    """The nodes without what these processes take; None where they have no room."""
-    placement = place(groups, nodes)
-    if placement is None:
-        return None
+def _left(groups: Sequence[Group], placement: Placement, nodes: Sequence[Node]) -> list[Node]:
+    """The nodes without what these processes take."""
     left = []
     for node in nodes:
         free = dict(node.resources)

@@ -62,7 +62,13 @@ def kind_of(run: TrainingRun) -> Kind:
 
 
 def train(
-    loaded: LoadedRun, command: str, fresh: bool, show: Callable[[Progress], None], kind: Kind | None = None
+    loaded: LoadedRun,
+    command: str,
+    fresh: bool,
+    show: Callable[[Progress], None],
+    kind: Kind | None = None,
+    *,
+    memory_checked: bool = False,
 ) -> dict[str, Any]:
     """Runs SFT, reward modelling, DPO or PPO to its end, from wherever the run stands.
 
@@ -72,6 +78,7 @@ def train(
         fresh: throw away what the run directory holds.
         show: called in this thread with each piece of progress.
         kind: the run's kind where it shares something with other runs; default: made for this run alone.
+        memory_checked: by a sweep, for all its trials together; it takes seconds to import what counts parameters.
 
     Returns:
         The manifest's final values: model path, steps, metrics, seconds by phase of the start.
@@ -100,7 +107,7 @@ def train(
             ):  # nothing of an earlier run is touched before all checks passed
                 staged = run_dir if standing.state == "continue" else RunDirectory(staging, run.name)
                 plan = kind.check(staged)
-                memory, notes = room.memory(run)
+                memory, notes = ("", []) if memory_checked else room.memory(run)
                 plan += memory
                 for note in notes:
                     show(Progress("notice", text=note))

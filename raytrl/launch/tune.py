@@ -1,10 +1,10 @@
 """`raytrl tune`: many runs of one base file with other values, side by side on one Ray, and the best of them."""
 
+import functools
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 from raytrl.config.load import LoadedRun
@@ -12,8 +12,8 @@ from raytrl.config.ppo_run import PpoRun
 from raytrl.config.runs import TrainingRun
 from raytrl.config.search import Edge, check_edges, load_base
 from raytrl.config.tune import TuneRun
-from raytrl.errors import ConfigError, ResourceError, RunError
-from raytrl.launch.placement import Group, Need, Node, amounts, trials_that_fit
+from raytrl.errors import ConfigError, RunError
+from raytrl.launch.placement import Need, Node
 from raytrl.launch.resume import refuse_changes
 from raytrl.launch.session import (
     THIS_MACHINE,
@@ -28,6 +28,7 @@ from raytrl.launch.session import (
     refuse_client,
 )
 from raytrl.launch.sweep_end import write_end
+from raytrl.launch.sweep_room import AtOnce, Sweep, concurrent_trials
 from raytrl.launch.train import failure_noted, kind_of, write_start
 from raytrl.launch.trials import TrialBook, best_trial, trials_folder
 from raytrl.records import Progress, Trial
@@ -44,41 +45,6 @@ _BASE = "base.yaml"  # the base run, resolved
 
 Show = Callable[[Progress], None]
 ShowTrials = Callable[[Sequence[Trial]], None]
-
-
-@dataclass(frozen=True)
-class Sweep:
-    """A sweep that has been checked."""
-
-    loaded: LoadedRun
-    base: LoadedRun
-    command: str
-
-    @property
-    def run(self) -> TuneRun:
-        assert isinstance(self.loaded.run, TuneRun)
-        return self.loaded.run
-
-    @property
-    def shares_reward(self) -> bool:
-        """Whether one set of reward actors serves all trials: nothing of the reward is searched."""
-        return isinstance(self.base.run, PpoRun) and not any(key.startswith("reward.") for key in self.run.search)
-
-    def shared_need(self) -> Need:
-        if not self.shares_reward:
-            return Need(())
-        assert isinstance(self.base.run, PpoRun)
-        reward = self.base.run.reward
-        return Need((Group.of("reward.actors", reward.actors, reward),))
-
-    def trial_need(self, loaded: LoadedRun) -> Need:
-        from raytrl.launch.ppo import Lent, PpoKind
-
-        run = loaded.run
-        assert isinstance(run, TrainingRun)
-        return (
-            PpoKind(run, Lent(None, ())).need if self.shares_reward and isinstance(run, PpoRun) else kind_of(run).need
-        )
 
 
 def tune(loaded: LoadedRun, command: str, fresh: bool, show: Show, show_trials: ShowTrials) -> dict[str, Any]:
@@ -122,7 +88,8 @@ def tune(loaded: LoadedRun, command: str, fresh: bool, show: Show, show_trials: 
         from raytrl.launch.tune_search import first_trials, make_optuna, make_scheduler
 
         scheduler, optuna = make_scheduler(run), make_optuna(run)
-        most = 0 if joins_cluster(run) else concurrent_trials(sweep, edges, [machine_node()], THIS_MACHINE)
+        room = functools.partial(concurrent_trials, sweep, edges)
+        at_once = None if joins_cluster(run) else room([machine_node()], THIS_MACHINE)
         trials = [] if goes_on else first_trials(run)
         words = _check_runs(sweep, edges)
         if not goes_on:
@@ -132,9 +99,11 @@ def tune(loaded: LoadedRun, command: str, fresh: bool, show: Show, show_trials: 
         book.add(trials)
         run_dir.write(_BASE, base.as_yaml())  # last: from now on there is a sweep to go on with
         book.take_up_again()
-        show(Progress("plan", text=_describe(sweep, book, words, most, run_dir)))
+        for notice in at_once.notes if at_once else ():
+            show(Progress("notice", text=notice))
+        show(Progress("plan", text=_describe(sweep, book, words, at_once, run_dir)))
         with failure_noted(run_dir):
-            _run_on_ray(sweep, edges, book, scheduler, optuna, run_dir, show, show_trials)
+            _run_on_ray(sweep, room, at_once, book, scheduler, optuna, run_dir, show, show_trials)
             best = _best(run, book)
         model = write_end(run, book, best, run_dir)
         run_dir.delete(".tune")
@@ -160,31 +129,6 @@ def _check_unchanged(sweep: Sweep, run_dir: RunDirectory) -> list[str]:
     return [notice for name, run in found if run_dir.exists(name) for notice in refuse_changes(run_dir, name, run)]
 
 
-def concurrent_trials(sweep: Sweep, edges: Sequence[Edge], nodes: Sequence[Node], where: str) -> int:
-    """How many trials run side by side.
-
-    Raises:
-        ResourceError: not even one fits, or not as many as `max_concurrent` asks for.
-    """
-    run = sweep.run
-    shared = sweep.shared_need()
-    largest = [sweep.trial_need(loaded) for loaded in [sweep.base, *(edge.loaded for edge in edges)]]
-    wanted = run.num_trials if run.max_concurrent == "auto" else min(run.max_concurrent, run.num_trials)
-    fits, need = min(
-        ((trials_that_fit(shared, need, nodes, wanted), need) for need in largest),
-        key=lambda pair: pair[0],
-    )
-    if fits == 0 or (run.max_concurrent != "auto" and fits < wanted):
-        has = ", ".join(f"{sum(node.resources.get(name, 0) for node in nodes):g} {name}" for name in need.total)
-        beside = f" beside what all trials share ({shared})" if shared.groups else ""
-        if fits == 0:
-            raise ResourceError(f"one trial ({need}) does not fit{beside}; found: {has} on {where}")
-        raise ResourceError(
-            f"max_concurrent: {wanted} trials do not fit, {fits} do; each takes {need}{beside}; found: {has} on {where}"
-        )
-    return fits
-
-
 def _check_runs(sweep: Sweep, edges: Sequence[Edge]) -> str:
     """Data, models and reward sources of the base run, and of every value that may name others; words for people."""
     assert isinstance(sweep.base.run, TrainingRun)
@@ -201,7 +145,7 @@ def _check_runs(sweep: Sweep, edges: Sequence[Edge]) -> str:
     return words
 
 
-def _describe(sweep: Sweep, book: TrialBook, words: str, most: int, run_dir: RunDirectory) -> str:
+def _describe(sweep: Sweep, book: TrialBook, words: str, at_once: AtOnce | None, run_dir: RunDirectory) -> str:
     run = sweep.run
     searched = [f"{key}: {d.name} {list(d.arguments)}" for key, d in run.search.items()]
     stopping = "no trial is stopped early" if run.scheduler.name == "none" else f"{run.scheduler.name} stops early"
@@ -214,21 +158,15 @@ def _describe(sweep: Sweep, book: TrialBook, words: str, most: int, run_dir: Run
         f"trials   {run.num_trials} by {run.algorithm.name}" + (f", {ended} of them ended" if ended else ""),
         f"aim      {run.mode} {run.metric}{limits}; {stopping}",
     ]
-    if most:
-        lines.append(f"at once  {_places(sweep, most)}")
+    if at_once:
+        lines.append(f"at once  {at_once.words}")
     return "\n".join([*lines, f"output   {run_dir}"])
-
-
-def _places(sweep: Sweep, most: int) -> str:
-    total = sweep.trial_need(sweep.base).total
-    shared = sweep.shared_need().total
-    beside = f" beside {amounts(shared)} of reward actors that all share" if shared else ""
-    return f"{most} trials of {amounts(total)} each{beside}"
 
 
 def _run_on_ray(
     sweep: Sweep,
-    edges: Sequence[Edge],
+    room: Callable[[Sequence[Node], str], AtOnce],
+    at_once: AtOnce | None,
     book: TrialBook,
     scheduler: Any,
     optuna: Any,
@@ -242,9 +180,10 @@ def _run_on_ray(
     shared = sweep.shared_need()
     store = one.object_store_bytes * (run.max_concurrent if run.max_concurrent != "auto" else 4)
     with ray_session(run, Need((*shared.groups, *one.groups), store)):
-        most = concurrent_trials(sweep, edges, cluster_nodes(), "this Ray")
-        if joins_cluster(run):
-            show(Progress("notice", text=_places(sweep, most)))
+        if at_once is None:
+            at_once = room(cluster_nodes(), "the cluster")
+            for notice in (*at_once.notes, at_once.words):
+                show(Progress("notice", text=notice))
         from raytrl.launch.storage import check_storage
         from raytrl.launch.sweep_watch import SweepWatch
         from raytrl.launch.tune_search import replay
@@ -253,7 +192,7 @@ def _run_on_ray(
         replay(scheduler, run, book)
         with _reward_actors(sweep) as rewards:
             SweepWatch(run, book, run_dir, show, show_trials).until_done(
-                sweep.command, most, scheduler, optuna, rewards
+                sweep.command, at_once.count, scheduler, optuna, rewards
             )
 
 
@@ -263,8 +202,6 @@ def _reward_actors(sweep: Sweep) -> Iterator[list[Any] | None]:
     if not sweep.shares_reward:
         yield None
         return
-    import functools
-
     from raytrl.launch.ppo import make_sources
     from raytrl.launch.ray_actors import started_actors
 

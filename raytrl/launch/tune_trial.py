@@ -43,7 +43,7 @@ def run_trial(config: dict[str, Any], sweep: TuneRun, command: str, reward_actor
     run_dir = RunDirectory(run.output_dir, run.name)
     reports = TrialReports(sweep, run_dir)
     try:
-        train(loaded, command, False, reports.show, _kind(run, reward_actors))
+        train(loaded, command, False, reports.show, _kind(run, reward_actors), memory_checked=True)
         end = {"end": "done", "cause": ""}
     except TrialStoppedError as error:
         run_dir.update_manifest(state="stopped", error=str(error), finished=now())

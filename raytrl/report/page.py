@@ -10,7 +10,7 @@ body { font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2em auto
 table { border-collapse: collapse; font-size: 13px; } td, th { padding: 3px 10px; text-align: left; vertical-align: top; }
 tr { border-bottom: 1px solid #eee; } tr.best { background: #e3f1e5; font-weight: 600; }
 table.numbers td, table.numbers th { text-align: right; }
-table.numbers td:first-child, table.numbers th:first-child { text-align: left; }
+table.numbers td:first-child, table.numbers th:first-child { text-align: left; white-space: nowrap; }
 figure { margin: 2em 0; } summary { cursor: pointer; margin: 1em 0; font-weight: 600; }
 svg { max-width: 100%; height: auto; } .quiet { color: #888; }
 """

@@ -35,7 +35,10 @@ def sweep_page(
     """
     pictures = [
         ("Learning curves", _curves(run, trials, best, curves)),
-        (f"{run.metric} against KL: up and left is better" if run.mode == "max" else "", _frontier(run, trials, best)),
+        (
+            f"{run.metric} against KL: {'up' if run.mode == 'max' else 'down'} and left is better",
+            _frontier(run, trials, best),
+        ),
         (f"{run.metric} by the searched values", _by_values(run, trials, best)),
     ]
     words = (
@@ -79,20 +82,23 @@ def _curves(run: TuneRun, trials: Sequence[Trial], best: str, curves: Mapping[st
     for trial in sorted(drawn, key=lambda trial: trial.name == best):
         steps, values = zip(*curves[trial.name], strict=True)
         is_best = trial.name == best
-        colour = "#2d8a4e" if is_best else _COLOURS.get(trial.state, "#9a9a9a")
-        marker = "o" if len(steps) < 12 else None
-        label = f"{trial.name} (best)" if is_best else None
-        end = (steps[-1], values[-1])
-        axes.annotate(trial.name.partition("-")[0], end, xytext=(4, -3), textcoords="offset points", fontsize=8)
         axes.plot(
             steps,
             values,
-            color=colour,
+            color="#2d8a4e" if is_best else _COLOURS.get(trial.state, "#9a9a9a"),
             lw=2.4 if is_best else 1,
             alpha=1 if is_best else 0.6,
-            marker=marker,
-            label=label,
+            marker="o" if len(steps) < 12 else None,
+            label=f"{trial.name} (best)" if is_best else None,
         )
+    named: list[tuple[int, float]] = []  # ends that have a number; another on top of it could not be read
+    (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
+    for trial in sorted(drawn, key=lambda trial: trial.name != best):
+        step, value = curves[trial.name][-1]
+        if all(abs(step - x) > 0.03 * (right - left) or abs(value - y) > 0.04 * (top - bottom) for x, y in named):
+            number = trial.name.partition("-")[0]
+            axes.annotate(number, (step, value), xytext=(4, -3), textcoords="offset points", fontsize=8)
+            named.append((step, value))
     axes.set(xlabel="step", ylabel=run.metric)
     axes.legend(fontsize=8, frameon=False)
     return as_svg(figure)
@@ -151,7 +157,11 @@ def _by_values(run: TuneRun, trials: Sequence[Trial], best: str) -> str:
     figure, axes = _figure(5)
     names = [short_name(key, list(run.search)) for key in keys]
     if len(keys) == 1:
-        axes.scatter([t.values[keys[0]] for t in points], [t.metrics[run.metric] for t in points], color="#2a6f97")
+        for trial in points:
+            where = (trial.values[keys[0]], trial.metrics[run.metric])
+            axes.scatter(*where, color="#2d8a4e" if trial.name == best else _COLOURS.get(trial.state, "#9a9a9a"))
+            text = "best" if trial.name == best else "" if trial.state == "done" else trial.state
+            axes.annotate(text, where, xytext=(6, -3), textcoords="offset points", fontsize=8)
         axes.set(xlabel=names[0], ylabel=run.metric, xscale=_scale(run, keys[0]))
         return as_svg(figure)
     axes.set(xlabel=names[0], ylabel=names[1])

@@ -46,12 +46,14 @@ class Estimate:
     """Bytes of one process by what they are for: on its GPU where it has one, else resident in RAM.
 
     `host` is what a process with a GPU takes of RAM besides. `share` is the part of its GPU that vLLM takes whole: what
-    its weights and activations leave of it becomes key-value cache.
+    its weights and activations leave of it becomes key-value cache. `mapped`, of `parts`, are pages of a file that
+    processes of one node share: frozen weights in the dtype that their file has.
     """
 
     parts: Mapping[str, float]
     host: float = 0.0
     share: float = 0.0
+    mapped: float = 0.0
 
     @property
     def total(self) -> float:
@@ -219,7 +221,11 @@ def ppo_worker(
     graphs = activations(policy, tokens, size, recomputed) + activations(value or policy, tokens, size, recomputed)
     responses = tokens * run.rollout.sampling.max_new_tokens / _row(run)
     parts["activations"] = graphs + responses * policy.vocab * 16.0
-    return _finish(parts, offloaded, on_gpu, "learner", policy.parameters * float(size))
+    # DeepSpeed writes to all weights when it starts, so none of them stay pages of a file.
+    files = [shape.file_size for shape in (policy, reference) if shape is not None]
+    is_mapped = not on_gpu and run.learner.deepspeed is None and all(size == of_file for of_file in files)
+    estimate = _finish(parts, offloaded, on_gpu, "learner", policy.parameters * float(size))
+    return replace(estimate, mapped=frozen if is_mapped else 0.0)
 
 
 def rollout_actor(run: PpoRun | EvalRun, shape: ModelShape) -> Estimate:

@@ -32,6 +32,7 @@ class ModelShape:
     vocab: int
     kv_width: int  # numbers that a layer's cache holds for a token, keys and values together
     architecture: str
+    file_size: int = 4  # bytes of one number in its weight files
 
     @property
     def linear_width(self) -> int:
@@ -50,6 +51,7 @@ _LLAMA_KEYS = (
     *("vocab_size", "tie_word_embeddings"),
 )
 _GPT2_KEYS = ("n_embd", "n_layer", "n_head", "n_positions", "vocab_size")
+_FILE_SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
 Parameters = list[tuple[str, int]]  # name, numbers in it
 
 
@@ -93,6 +95,7 @@ def shape_of_values(values: Mapping[str, Any], head: Head) -> ModelShape | None:
         vocab=vocab,
         kv_width=2 * int(kv_heads) * int(values.get("head_dim") or hidden // heads),
         architecture=str(family),
+        file_size=_FILE_SIZES.get(str(values.get("dtype") or values.get("torch_dtype")), 4),
     )
 
 

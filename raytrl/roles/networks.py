@@ -207,6 +207,10 @@ def build_networks(
     torch.manual_seed(seed)
     policy = causal(model_path)
     value = None if value_init is None else value_from_path(value_init, dtype, trust_remote_code)
+    if reference_path is None and lora is None:
+        # Read again rather than copied: weights that nobody writes to stay pages of their file, and all processes of a
+        # node that hold them, other workers and a sweep's other trials, share one copy in its RAM.
+        reference_path = model_path
     reference = None if reference_path is None else causal(reference_path)
     return assemble(policy, value, reference, lora=lora, dtype=dtype, gradient_checkpointing=gradient_checkpointing)
 

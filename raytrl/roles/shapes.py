@@ -110,6 +110,7 @@ def _shape(config: Any, key: str, head: Head, trust_remote_code: bool) -> ModelS
         vocab=int(text.vocab_size),
         kv_width=2 * heads * head_width,
         architecture=str(config.model_type),
+        file_size=(getattr(text, "dtype", None) or torch.float32).itemsize,
     )
 
 

@@ -1,13 +1,15 @@
 """A node that is lost, a node that is added: what a run over several nodes ends with."""
 
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
-from tests.nodes import Nodes, number_of, ray_nodes
+from tests.nodes import Nodes, ip_of, number_of, ray_nodes
 from tests.ppo_files import make_files, ppo_file
 from tests.runs import (
     is_committed,
@@ -132,3 +134,58 @@ def test_an_elastic_run_takes_up_an_added_node_and_goes_on_without_it(folder: Pa
     assert [row["step"] for row in rows] == list(range(1, 1501))
     gaps = [abs(row["loss"] - other["loss"]) for row, other in zip(rows, fixed, strict=True)]
     assert max(gaps) < 2e-3, (max(gaps), gaps.index(max(gaps)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("holds_reward", [True, False])
+def test_a_sweep_goes_on_without_a_node(folder: Path, holds_reward: bool) -> None:
+    """Two of three trials run on two nodes, beside one reward actor; one node is cut off, another joins in its place."""
+    name = f"sweep-lost-{'reward' if holds_reward else 'trial'}"
+    values: dict[str, Any] = {
+        "ppo": {"steps": 60, "batch_size": 16, "epochs": 2, "minibatches": 2},
+        "learner": {"workers": 1, "resources": {"CPU": 0.5}, **PATIENT},
+        "rollout": {"actors": 1, "resources": {"CPU": 0.25}},
+        "reward": {"resources": {"CPU": 0.25}},
+        "checkpoint": {"every": 5},
+    }
+    sweep: dict[str, Any] = {
+        "kind": "tune",
+        "name": name,
+        "output_dir": str(folder / "runs"),
+        "base": ppo_file(folder, f"{name}-base", **values),
+        "search": {"ppo.learning_rate": {"grid": [1e-3, 3e-3, 1e-2]}},
+        "metric": "objective/scores_raw",
+        "mode": "max",
+    }
+    file, run = folder / f"{name}.yaml", folder / "runs" / name
+    file.write_text(yaml.safe_dump(sweep))
+
+    def node_of(log: str) -> str:
+        """The last that a process says it started on."""
+        path = run / log
+        return (re.findall(r"starts on node (\S+),", path.read_text()) if path.exists() else [])[-1:][0]
+
+    def running() -> list[str]:
+        each = sorted((run / "trials").glob("*")) if (run / "trials").exists() else []
+        return [trial.name for trial in each if is_committed(trial) and 5 <= last_step(trial) < 50]
+
+    with ray_nodes([1, 1]) as nodes:
+        process = start("tune", str(file), f"cluster.address={nodes.address}")
+        wait_for("two trials with a checkpoint", lambda: len(running()) == 2, process, 200)
+        home = node_of("logs/reward-0.log")
+        victim = next(number for number in (1, 2) if (ip_of(number) == home) == holds_reward)
+        hit = [trial for trial in running() if node_of(f"trials/{trial}/logs/rollout-0.log") == ip_of(victim)]
+        nodes.kill(victim)
+        nodes.add(1)
+        output, _ = process.communicate(timeout=500)
+        print(output)
+    assert process.returncode == 0, output
+    trials = json.loads((run / "trials.json").read_text())
+    assert [trial["state"] for trial in trials] == ["done"] * 3
+    for trial in trials:
+        assert [row["step"] for row in metrics(run / "trials" / trial["name"])] == list(range(1, 61))
+    assert hit
+    assert all(node_of(f"trials/{trial}/logs/rollout-0.log") != ip_of(victim) for trial in hit)
+    # An undisturbed run of a trial that was hit, by its own file.
+    raytrl("ppo", str(run / "trials" / hit[0] / "config.yaml"), f"output_dir={folder}/runs", "cluster.address=null")
+    assert weights_hash(folder / "runs" / hit[0] / "model") == weights_hash(run / "trials" / hit[0] / "model")

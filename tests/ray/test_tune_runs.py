@@ -13,6 +13,7 @@ import yaml
 
 from tests.ppo_files import make_files, ppo_file
 from tests.runs import (
+    is_committed,
     kill_everything,
     last_step,
     metrics,
@@ -58,60 +59,94 @@ def trials_of(sweep: Path) -> dict[str, dict[str, Any]]:
     return {trial["name"]: trial for trial in json.loads(file.read_text())} if file.exists() else {}
 
 
-@pytest.mark.slow
-def test_a_ppo_sweep_cut_off_half_way_goes_on_to_the_same_winner(folder: Path) -> None:
-    """Grid of learning rate and KL coefficient; one trial stays over the KL limit; killed when one trial is done."""
-    base = base_file(folder, ppo={"steps": 12, "batch_size": 16, "epochs": 2, "minibatches": 2})
-    file = sweep_file(
-        folder,
-        "grid",
-        base,
-        search={"ppo.learning_rate": {"grid": [1e-3, 1e-2, 1e-1]}, "ppo.kl.coef": {"grid": [0.05]}},
-        metric=METRIC,
-        limit={"objective/kl": 6.0},
-    )
-    sweep = folder / "runs/grid"
+def cut_off(file: str, sweep: Path, step: int) -> dict[str, str]:
+    """Starts a sweep, kills everything when one trial is done and another at a step; finished trial → its weights."""
     process = start("tune", file)
 
     def half_way() -> bool:
         found = trials_of(sweep).values()
         running = [sweep / "trials" / trial["name"] for trial in found if trial["state"] == "running"]
-        return any(trial["state"] == "done" for trial in found) and any(last_step(run) >= 3 for run in running)
+        return any(trial["state"] == "done" for trial in found) and any(
+            last_step(run) >= step and is_committed(run) for run in running
+        )
 
-    wait_for("one trial done, another at step 3", half_way, process, 200)
+    wait_for(f"one trial done, another at step {step}", half_way, process, 200)
     assert len(worker_pids(process, "RewardActor")) == 1
     kill_everything(process)
-    before = {name: trial for name, trial in trials_of(sweep).items() if trial["state"] == "done"}
-    hashes = {name: weights_hash(sweep / "trials" / name / "model") for name in before}
+    done = [name for name, trial in trials_of(sweep).items() if trial["state"] == "done"]
+    return {name: weights_hash(sweep / "trials" / name / "model") for name in done}
 
+
+def starts_of(trial: Path) -> int:
+    return int(json.loads((trial / "manifest.json").read_text())["starts"])
+
+
+def check_finished(sweep: Path, finished: dict[str, str]) -> None:
+    """After a cut: what was done was not run again, what was not went on; every trial has each of its steps once."""
+    trials = trials_of(sweep)
+    for name, trial in trials.items():
+        folder = sweep / "trials" / name
+        if name in finished:
+            assert starts_of(folder) == 1
+            assert weights_hash(folder / "model") == finished[name]
+        steps = [row["step"] for row in metrics(folder)]
+        assert steps == list(range(1, len(steps) + 1))
+        assert trial["step"] == len(steps)
+    assert any(starts_of(sweep / "trials" / name) == 2 for name in trials.keys() - finished.keys())
+
+
+def test_a_ppo_sweep_cut_off_half_way_goes_on(folder: Path) -> None:
+    """Two trials of different length: one is done when everything is killed, the other goes on from its checkpoint."""
+    base = base_file(folder, ppo={"batch_size": 16, "epochs": 2, "minibatches": 2, "learning_rate": 1e-2})
+    file = sweep_file(folder, "cut", base, search={"ppo.steps": {"grid": [3, 40]}}, metric=METRIC, average_last=3)
+    sweep = folder / "runs/cut"
+    finished = cut_off(file, sweep, step=3)
+    assert len(finished) == 1
     output = raytrl("tune", file)
     assert "2 trials of CPU 0.75 each beside CPU 0.25 of reward actors that all share" in output
+    check_finished(sweep, finished)
     trials = trials_of(sweep)
-    for name in before:
-        manifest = json.loads((sweep / "trials" / name / "manifest.json").read_text())
-        assert manifest["starts"] == 1
-        assert weights_hash(sweep / "trials" / name / "model") == hashes[name]
+    assert [(trial["state"], trial["step"]) for trial in trials.values()] == [("done", 3), ("done", 40)]
+    best = max(trials.values(), key=lambda trial: trial["metrics"][METRIC])
+    manifest = json.loads((sweep / "manifest.json").read_text())
+    assert (manifest["state"], manifest["best"], manifest["starts"]) == ("done", best["name"], 2)
+    assert weights_hash(sweep / "model") == weights_hash(sweep / "trials" / best["name"] / "model")
+    rows = list(csv.DictReader((sweep / "results.csv").open()))
+    assert [row["state"] for row in rows] == ["done", "done"]
+    assert (sweep / "report.html").read_text().count("<svg") == 3
+    assert "this sweep is finished already" in raytrl("tune", file)
+    refused = raytrl("tune", file, "search.ppo.steps={grid: [4]}", status=2)
+    assert "this run was started with other settings: search.ppo.steps.grid" in refused
+
+
+@pytest.mark.slow
+def test_a_sweep_that_was_cut_off_ends_as_one_that_was_not(folder: Path) -> None:
+    """The same trials, states, weights and winner; one trial stays over the KL limit; the best is run once more."""
+    base = base_file(folder, ppo={"steps": 12, "batch_size": 16, "epochs": 2, "minibatches": 2})
+    values: dict[str, Any] = {
+        # Their KL stays below 1.5 and 10 and rises above 28, their scores end near 0.41, 0.53 and 0.99.
+        "search": {"ppo.learning_rate": {"grid": [1e-3, 1e-2, 1e-1]}, "ppo.kl.coef": {"grid": [0.05]}},
+        "metric": METRIC,
+        "average_last": 6,
+        "limit": {"objective/kl": 18.0},
+    }
+    whole, sweep = folder / "runs/whole", folder / "runs/grid"
+    raytrl("tune", sweep_file(folder, "whole", base, **values))
+    file = sweep_file(folder, "grid", base, **values)
+    finished = cut_off(file, sweep, step=3)
+    raytrl("tune", file)
+    check_finished(sweep, finished)
+    trials, uncut = trials_of(sweep), trials_of(whole)
     assert [trial["state"] for trial in trials.values()] == ["done", "done", "over limit"]
     assert "3 values in a row" in list(trials.values())[2]["cause"]
     for name, trial in trials.items():
-        steps = [row["step"] for row in metrics(sweep / "trials" / name)]
-        assert steps == list(range(1, len(steps) + 1))
+        assert (trial["state"], trial["metrics"]) == (uncut[name]["state"], uncut[name]["metrics"])
         if trial["state"] == "done":
-            assert len(steps) == 12
+            models = [weights_hash(each / "trials" / name / "model") for each in (whole, sweep)]
+            assert models[0] == models[1]
             assert list((sweep / "trials" / name / "tensorboard").glob("events*"))
-
-    best = max((t for t in trials.values() if t["state"] == "done"), key=lambda trial: trial["metrics"][METRIC])
-    manifest = json.loads((sweep / "manifest.json").read_text())
-    assert (manifest["state"], manifest["best"]) == ("done", best["name"])
-    assert weights_hash(sweep / "model") == weights_hash(sweep / "trials" / best["name"] / "model")
-    rows = list(csv.DictReader((sweep / "results.csv").open()))
-    assert [row["state"] for row in rows] == ["done", "done", "over limit"]
-    page = (sweep / "report.html").read_text()
-    assert page.count("<svg") == 3
-    assert "this sweep is finished already" in raytrl("tune", file)
-    refused = raytrl("tune", file, "search.ppo.kl.coef={grid: [0.1]}", status=2)
-    assert "this run was started with other settings: search.ppo.kl.coef.grid" in refused
-
+    winners = [json.loads((each / "manifest.json").read_text())["best"] for each in (whole, sweep)]
+    assert winners[0] == winners[1] == list(trials)[1]
     raytrl("ppo", str(sweep / "best.yaml"))
     assert weights_hash(folder / "runs/grid-best/model") == weights_hash(sweep / "model")
 
@@ -161,6 +196,35 @@ def test_optuna_and_asha_on_sft(folder: Path) -> None:
             assert "by asha at step" in trial["cause"]
     done = [trial for trial in trials.values() if trial["state"] == "done"]
     assert min(done, key=lambda trial: trial["metrics"]["loss"])["name"] in output
+
+
+@pytest.mark.slow
+def test_median_stopping_on_sft(folder: Path) -> None:
+    """Two trials that learn come first; of the two that do not, each is stopped when it is worse than their median."""
+    write_rows(folder / "train.jsonl", text_rows(200))
+    base = run_file(
+        folder,
+        "median-base",
+        learner={"workers": 1, "resources": {"CPU": 0.5}},
+        training={"max_steps": 40, "logging_steps": 1},
+    )
+    file = sweep_file(
+        folder,
+        "median",
+        base,
+        search={"training.learning_rate": {"grid": [1e-2, 3e-3, 1e-6, 1e-7]}},
+        mode="min",
+        metric="loss",
+        scheduler={"name": "median", "grace_period": 6, "min_samples_required": 2},
+        max_concurrent=2,
+    )
+    raytrl("tune", file)
+    trials = list(trials_of(folder / "runs/median").values())
+    assert [trial["state"] for trial in trials] == ["done", "done", "stopped", "stopped"]
+    for trial in trials[2:]:
+        assert 6 <= trial["step"] < 40
+        assert f"by median at step {trial['step']}" in trial["cause"]
+    assert json.loads((folder / "runs/median/manifest.json").read_text())["best"] == trials[0]["name"]
 
 
 def test_too_many_failures_end_the_sweep_with_their_causes(folder: Path) -> None:

@@ -28,6 +28,7 @@ from raytrl.errors import NonFiniteError, RewardError, RunError, WeightsVersionE
 from raytrl.ppo.loop import Schedule, run
 from raytrl.ppo.protocols import Rollout
 from raytrl.records import Response
+from raytrl.roles.backends import build_backend
 from raytrl.roles.learner import PpoLearner
 from raytrl.roles.networks import Networks, assemble, build_networks
 from raytrl.roles.sequences import Sequences
@@ -361,6 +362,25 @@ def test_networks_and_engine_from_folders(tmp_path: Path) -> None:
     assert float(built.value.score.weight.abs().sum()) > 0  # type: ignore[union-attr, arg-type, operator]
     fresh = build_networks(str(tmp_path / "policy"), value_init=str(tmp_path / "policy"))
     assert float(fresh.value.score.weight.abs().sum()) == 0  # type: ignore[union-attr, arg-type, operator]
+
+
+def test_the_reference_stays_pages_of_its_file(tmp_path: Path) -> None:
+    """So all workers and trials of a node share one copy of it; and training writes to none of them."""
+    gpt2(width=16).save_pretrained(tmp_path / "policy")  # type: ignore[operator]
+    networks = build_networks(str(tmp_path / "policy"))
+    assert networks.reference is not None
+    before = checksum(dict(networks.reference.named_parameters()))
+    assert before == checksum(dict(networks.policy.named_parameters()))
+    file = str(tmp_path / "policy/model.safetensors")
+    mapped = [
+        range(*[int(end, 16) for end in line.split()[0].split("-")])
+        for line in Path("/proc/self/maps").read_text().splitlines()
+        if line.endswith(file)
+    ]
+    assert all(any(p.data_ptr() in pages for pages in mapped) for p in networks.reference.parameters())
+    train(1, learner=PpoLearner(build_backend(networks, config()), config(), temperature=1.0, seed=0))
+    assert checksum(dict(networks.reference.named_parameters())) == before
+    assert checksum(dict(networks.policy.named_parameters())) != before
 
 
 def test_a_saved_lora_policy_loads_as_adapter_and_merged(tmp_path: Path) -> None:

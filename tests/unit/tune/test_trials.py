@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,8 @@ def test_as_many_trials_as_nodes_have_room_for() -> None:
         shared: list[dict[str, float]], trial: list[dict[str, float]], nodes: list[dict[str, float]], most: int
     ) -> int:
         needs = (Need(tuple(Group(str(i), 1, r) for i, r in enumerate(part))) for part in (shared, trial))
-        return placement.trials_that_fit(*needs, [Node(str(i), r) for i, r in enumerate(nodes)], most)
+        placements = placement.place_trials(*needs, [Node(str(i), r) for i, r in enumerate(nodes)], most)
+        return max(0, len(placements) - 1)
 
     trial_of_3: list[dict[str, float]] = [{"CPU": 1}, {"CPU": 2}]
     assert trials_that_fit([], trial_of_3, [{"CPU": 8}], 99) == 2
@@ -200,6 +202,28 @@ def test_the_page_stands_alone(book: TrialBook) -> None:
     )
     assert "<script" not in page
     assert best in page
+
+
+@pytest.mark.parametrize(("mode", "better"), [("max", "up"), ("min", "down")])
+def test_every_picture_has_a_heading(sweep: Load, mode: str, better: str) -> None:
+    run = sweep(mode=mode).run
+    assert isinstance(run, TuneRun)
+    trials = [
+        Trial(
+            f"0{i}",
+            {"ppo.learning_rate": 1e-5 * i, "ppo.kl.coef": 0.1 * i},
+            "done",
+            step=4,
+            metrics={METRIC: 1.0, "objective/kl": i},
+        )
+        for i in (1, 2)
+    ]
+    page = sweep_page(run, trials, "01", {"01": [(1, 0.5)], "02": [(1, 1.0)]})
+    assert re.findall("<figure><h2>(.*?)</h2>", page) == [
+        "Learning curves",
+        f"{METRIC} against KL: {better} and left is better",
+        f"{METRIC} by the searched values",
+    ]
 
 
 def test_a_sweep_that_is_made_anew_leaves_no_link_to_an_old_model(book: TrialBook) -> None:

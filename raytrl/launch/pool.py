@@ -16,6 +16,9 @@ from raytrl.errors import RunError, StalledError, WeightsVersionError
 _REVIVE_PAUSE_S = 0.5
 # A request that was lost this often is taken for the cause of it.
 _MAX_LOSSES = 8
+# How long the others are waited for once the first actor is up to date: this, and so many times what the first took.
+_PATIENCE_S = 2.0
+_PATIENCE = 3.0
 
 
 class ActorLostError(Exception):
@@ -96,6 +99,7 @@ class Pool:
         self._prepare: tuple[Any, ...] = ()  # the call that brings an actor up to date: method, then arguments
         self._expect: Any = None
         self._up: set[int] = set()
+        self._late: set[int] = set()  # actors that nobody waits for until they are up to date
         self._gone: dict[int, str] = {}  # for good, and why
         self._next_try: dict[int, float] = {}  # actors that are down and not being prepared
         self._preparing: dict[Any, int] = {}
@@ -110,9 +114,10 @@ class Pool:
         return frozenset(self._up)
 
     def prepare_all(self, method: str, *arguments: Any, expect: Any = None, timeout_s: float | None = None) -> None:
-        """Bring all actors up to date; returns when at least one is, and none that can be reached is behind.
+        """Bring all actors up to date; returns when at least one is, and the others are, or are down, or are far behind.
 
-        An actor that is down now is brought up to date by the same call when it is back.
+        An actor that is down now is brought up to date by the same call when it is back. One that takes much longer
+        than the first, most likely as it starts anew, is not waited for, nor in later rounds until it has caught up.
 
         Args:
             expect: what the call must answer, the proof that the actor is up to date.
@@ -128,10 +133,15 @@ class Pool:
         self._next_try = {actor: 0.0 for actor in range(len(self._calls)) if actor not in self._gone}
         limit_s = timeout_s or self._timeout_s
         deadline = time.monotonic() + limit_s
+        began, patience_ends = time.monotonic(), math.inf
         self._start_preparing()
-        first_round = set(self._preparing)
-        while first_round & self._preparing.keys() or not self._up:
-            self._take(deadline, limit_s, method)
+        awaited = {ticket for ticket, actor in self._preparing.items() if actor not in self._late}
+        while not self._up or (awaited & self._preparing.keys() and time.monotonic() < patience_ends):
+            self._take(deadline, limit_s, method, patience_ends)
+            if self._up and patience_ends == math.inf:
+                now = time.monotonic()
+                patience_ends = now + _PATIENCE_S + _PATIENCE * (now - began)
+        self._late |= {self._preparing[ticket] for ticket in awaited & self._preparing.keys()}
 
     def send(self, request: Request) -> None:
         """Returns at once; the request goes to the least busy actor that is up, of several to its actor of choice."""
@@ -160,12 +170,14 @@ class Pool:
                 yield answer
                 deadline = time.monotonic() + self._timeout_s
 
-    def _take(self, deadline: float, limit_s: float, awaited: str) -> list[tuple[Request, Any]]:
-        """Wait for whatever comes next: answers (returned), an actor that is up to date, or a loss."""
+    def _take(
+        self, deadline: float, limit_s: float, awaited: str, patience_ends: float = math.inf
+    ) -> list[tuple[Request, Any]]:
+        """Wait for whatever comes next: answers (returned), an actor that is up to date, a loss, the end of patience."""
         self._start_preparing()
         pause = min((due - time.monotonic() for due in self._next_try.values()), default=limit_s)
         tickets = ChainMap[Any, Any](self._preparing, self._flying)  # a view: nothing is copied
-        ready = self._calls.wait(tickets, max(0.01, min(pause, deadline - time.monotonic())))
+        ready = self._calls.wait(tickets, max(0.01, min(pause, min(deadline, patience_ends) - time.monotonic())))
         if not ready and time.monotonic() > deadline:
             raise self._stalled(awaited, limit_s)
         answers: list[tuple[Request, Any]] = []
@@ -190,6 +202,7 @@ class Pool:
                 f"{proof}; expected: {self._expect}"
             )
         self._up.add(actor)
+        self._late.discard(actor)
 
     def _answered(self, ticket: Any) -> list[Any]:
         request, actor = self._flying.pop(ticket)

@@ -131,6 +131,26 @@ def test_a_reborn_actor_serves_only_after_it_took_the_current_weights() -> None:
     assert pool.num_up >= 1
 
 
+def test_an_actor_that_is_far_behind_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("raytrl.launch.pool._PATIENCE_S", 0.05)
+    monkeypatch.setattr("raytrl.launch.pool._PATIENCE", 0.0)
+    calls = engines(2)
+    pool = pool_on(calls)
+    pool.load_weights(weights(0))
+    calls.silent = {1}
+    pool.load_weights(weights(1, seed=1))
+    assert pool.num_up == 1
+    assert responses(pool, 1) == expected(1, seed=1)
+    monkeypatch.setattr("raytrl.launch.pool._PATIENCE_S", 1e6)  # whoever waits for it now waits until the limit passes
+    pool.load_weights(weights(2))
+    assert pool.num_up == 1
+    calls.silent = set()
+    pool.load_weights(weights(3))
+    responses(pool, 3)
+    pool.load_weights(weights(4))
+    assert pool.num_up == 2
+
+
 def test_death_while_weights_are_loaded() -> None:
     calls = engines(2)
     pool = pool_on(calls)

@@ -19,6 +19,7 @@ from tests.runs import metrics, raytrl, wait_for
 pytestmark = pytest.mark.slow
 _CLOUD = "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider"  # its nodes are raylets here
 _HEAD_ID = "f" * 51 + "00000"
+_HEAD_TYPE = "ray.head.default"  # so that cloud calls it
 
 
 @pytest.fixture(params=["v1", "v2"])
@@ -87,7 +88,7 @@ def cluster(address: str) -> dict[str, object]:
             "worker": worker,
             "head": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
         },
-        "head_node_type": "head",
+        "head_node_type": _HEAD_TYPE,
         "max_workers": 3,
         "upscaling_speed": 1.0,
         "idle_timeout_minutes": 5,

@@ -1,15 +1,16 @@
 """A cluster of a head alone, whose other nodes come when a run asks for them: Ray's autoscaler with its stand-in cloud."""
 
+import contextlib
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.nodes import free_port
@@ -56,12 +57,14 @@ def autoscaled(request: pytest.FixtureRequest) -> Iterator[str]:
         )
     wait_for("Ray", lambda: "Ray runtime started" in log.read_text(), process)
     yield f"127.0.0.1:{port}"
-    process.send_signal(signal.SIGTERM)
-    try:
-        process.wait(timeout=60)
-    finally:
-        process.kill()
-        shutil.rmtree(folder, ignore_errors=True)
+    family = psutil.Process(process.pid).children(recursive=True)  # the added nodes are the autoscaler's children
+    process.terminate()
+    psutil.wait_procs([*family, process], timeout=20)
+    for left in [*family, process]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            left.kill()
+    process.wait()
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def cluster(address: str) -> dict[str, object]:

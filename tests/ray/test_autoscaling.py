@@ -57,10 +57,11 @@ def autoscaled(request: pytest.FixtureRequest) -> Iterator[str]:
         )
     wait_for("Ray", lambda: "Ray runtime started" in log.read_text(), process)
     yield f"127.0.0.1:{port}"
-    family = psutil.Process(process.pid).children(recursive=True)  # the added nodes are the autoscaler's children
+    head = psutil.Process(process.pid)
+    family = [*head.children(recursive=True), head]  # the nodes that were added are the autoscaler's children
     process.terminate()
-    psutil.wait_procs([*family, process], timeout=20)
-    for left in [*family, process]:
+    _, alive = psutil.wait_procs(family, timeout=20)
+    for left in alive:
         with contextlib.suppress(psutil.NoSuchProcess):
             left.kill()
     process.wait()

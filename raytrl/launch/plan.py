@@ -73,7 +73,10 @@ def need_of(run: Run) -> Need:
         return kind_of(run).need
     if isinstance(run, EvalRun):
         return eval_need(run)
-    raise ConfigError(f"kind: a {run.kind} run cannot be planned; found: {run.kind!r}; plan the run file that it uses")
+    base = getattr(run, "base", "")
+    raise ConfigError(
+        f"kind: a {run.kind} run is planned by what it runs; found: {run.kind!r}; expected: raytrl plan {base}"
+    )
 
 
 def _sum_of(nodes: Sequence[Node]) -> str:
@@ -163,7 +166,8 @@ def _steps_per_epoch(run: SupervisedRun, rows: dict[str, int]) -> int | None:
 def _words(run: Run, shapes: dict[str, ModelShape], rows: dict[str, int], steps: int | None) -> list[tuple[str, str]]:
     words = []
     for key, shape in shapes.items():
-        words.append((key, f"{shape.architecture}, {_millions(shape.parameters)} parameters, {shape.layers} layers"))
+        name = "model" if key == "model.path" else key
+        words.append((name, f"{shape.architecture}, {_millions(shape.parameters)} parameters, {shape.layers} layers"))
     if isinstance(run, TrainingRun):
         stage, tuned = zero_stage(run.learner.deepspeed), "full fine-tuning" if run.lora is None else "LoRA"
         how = f"DeepSpeed ZeRO-{stage}" if stage else "data parallel" if run.learner.max_workers > 1 else "one process"

@@ -69,13 +69,19 @@ def _place(path: str, key: str, revision: str | None, models: str) -> str:
         if os.path.isfile(os.path.join(folder, "config.json")):
             return folder
     from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
 
     try:
         if isinstance(cached := try_to_load_from_cache(path, "config.json", revision=revision), str):
             return os.path.dirname(cached)
         get_hf_file_metadata(hf_hub_url(path, "config.json", revision=revision), timeout=3)  # the download would retry
         return os.path.dirname(hf_hub_download(path, "config.json", revision=revision))
-    except Exception as error:  # offline, gated, missing, not an id: each has its own class in each version
+    except HFValidationError:
+        raise ConfigError(
+            f"{key}: no such folder, and no hub id can be written so; found: {path!r}; expected: a model folder; where "
+            f"another run makes it, that run comes first"
+        ) from None
+    except Exception as error:  # offline, gated, missing: each has its own class in each version
         raise ConfigError(
             f"{key}: {path!r}: no config.json on this machine, and not had from the hub ({type(error).__name__})"
         ) from None

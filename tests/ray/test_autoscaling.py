@@ -1,15 +1,16 @@
 """A cluster of a head alone, whose other nodes come when a run asks for them: Ray's autoscaler with its stand-in cloud."""
 
+import contextlib
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.nodes import free_port
@@ -19,6 +20,7 @@ from tests.runs import metrics, raytrl, wait_for
 pytestmark = pytest.mark.slow
 _CLOUD = "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider"  # its nodes are raylets here
 _HEAD_ID = "f" * 51 + "00000"
+_HEAD_TYPE = "ray.head.default"  # so that cloud calls it
 
 
 @pytest.fixture(params=["v1", "v2"])
@@ -55,12 +57,15 @@ def autoscaled(request: pytest.FixtureRequest) -> Iterator[str]:
         )
     wait_for("Ray", lambda: "Ray runtime started" in log.read_text(), process)
     yield f"127.0.0.1:{port}"
-    process.send_signal(signal.SIGTERM)
-    try:
-        process.wait(timeout=60)
-    finally:
-        process.kill()
-        shutil.rmtree(folder, ignore_errors=True)
+    head = psutil.Process(process.pid)
+    family = [*head.children(recursive=True), head]  # the nodes that were added are the autoscaler's children
+    process.terminate()
+    _, alive = psutil.wait_procs(family, timeout=20)
+    for left in alive:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            left.kill()
+    process.wait()
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def cluster(address: str) -> dict[str, object]:
@@ -87,7 +92,7 @@ def cluster(address: str) -> dict[str, object]:
             "worker": worker,
             "head": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
         },
-        "head_node_type": "head",
+        "head_node_type": _HEAD_TYPE,
         "max_workers": 3,
         "upscaling_speed": 1.0,
         "idle_timeout_minutes": 5,

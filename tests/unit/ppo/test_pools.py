@@ -1,5 +1,6 @@
 """The pools of actors, on real actor objects in this process: deaths, rebirths, stale weights, limits."""
 
+import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,7 +13,7 @@ from raytrl.config.ppo import RolloutConfig
 from raytrl.config.reward import RewardSection
 from raytrl.errors import RewardError, RunError, StaleAttemptError, StalledError, WeightsVersionError
 from raytrl.launch.actors import RewardActor, RolloutActor
-from raytrl.launch.pool import ActorLostError, Pool, Request
+from raytrl.launch.pool import ActorLostError, Arrivals, Pool, Request
 from raytrl.launch.roles import RewardPool, RolloutPool
 from raytrl.launch.transport import pack, unpack
 from raytrl.records import Attempt, Prompt, Response, Score
@@ -343,3 +344,13 @@ def test_runs_that_share_reward_actors_do_not_refuse_each_other() -> None:
     with pytest.raises(StaleAttemptError, match="two: request of attempt 3; this actor serves 4"):
         actor.score(Attempt("two", 3), [(prompt, response)])
     assert len(actor.score(Attempt("one", 5), [(prompt, response)])) == 1
+
+
+def test_arrivals_are_told_once_and_wake_who_waits() -> None:
+    arrivals = Arrivals()
+    arrivals.add("a")
+    arrivals.add("nobody's")
+    assert arrivals.wait({"a", "b"}, 5.0) == ["a"]
+    assert arrivals.wait({"a", "nobody's"}, 0.01) == []  # told, or of no interest when it came
+    threading.Timer(0.05, arrivals.add, ["b"]).start()
+    assert arrivals.wait({"b"}, 30.0) == ["b"]

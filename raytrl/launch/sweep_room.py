@@ -104,13 +104,13 @@ def _total(memory: Memory) -> float:
     return sum(estimate.total + estimate.host for estimate in memory.found.values())
 
 
-def concurrent_trials(sweep: Sweep, edges: Sequence[Edge], nodes: Sequence[Node], where: str) -> AtOnce:
+def concurrent_trials(sweep: Sweep, edges: Sequence[Edge], cluster: Cluster) -> AtOnce:
     """How many trials run side by side.
 
     Raises:
         ResourceError: not even one fits, or not as many as `max_concurrent` asks for.
     """
-    run, shared = sweep.run, sweep.shared_need()
+    run, shared, nodes, where = sweep.run, sweep.shared_need(), cluster.nodes, cluster.where
     largest = [sweep.trial_need(loaded) for loaded in [sweep.base, *(edge.loaded for edge in edges)]]
     wanted = run.num_trials if run.max_concurrent == "auto" else min(run.max_concurrent, run.num_trials)
     placements, need = min(
@@ -129,7 +129,7 @@ def concurrent_trials(sweep: Sweep, edges: Sequence[Edge], nodes: Sequence[Node]
     memory = largest_memory(sweep, edges)
     # One alone is judged as any other run is: on its GPUs too, and with the setting that would make it fit.
     alone = Need((*shared.groups, *need.groups))
-    _, notes = check_memory(memory.run, Room.on(Cluster(nodes, where), alone), memory.shapes)
+    _, notes = check_memory(memory.run, Room.on(cluster, alone), memory.shapes)
     needs = [shared, *[need] * fits]
     return _in_memory(sweep, memory, list(zip(needs, placements, strict=True)), nodes, [*memory.notes, *notes])
 

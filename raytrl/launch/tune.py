@@ -13,7 +13,7 @@ from raytrl.config.runs import TrainingRun
 from raytrl.config.search import Edge, check_edges, load_base
 from raytrl.config.tune import TuneRun
 from raytrl.errors import ConfigError, RunError
-from raytrl.launch.placement import Need, Node
+from raytrl.launch.placement import Cluster, Need
 from raytrl.launch.resume import refuse_changes
 from raytrl.launch.session import (
     THIS_MACHINE,
@@ -89,7 +89,7 @@ def tune(loaded: LoadedRun, command: str, fresh: bool, show: Show, show_trials: 
 
         scheduler, optuna = make_scheduler(run), make_optuna(run)
         room = functools.partial(concurrent_trials, sweep, edges)
-        at_once = None if joins_cluster(run) else room([machine_node()], THIS_MACHINE)
+        at_once = None if joins_cluster(run) else room(Cluster([machine_node()], THIS_MACHINE))
         trials = [] if goes_on else first_trials(run)
         words = _check_runs(sweep, edges)
         if not goes_on:
@@ -165,7 +165,7 @@ def _describe(sweep: Sweep, book: TrialBook, words: str, at_once: AtOnce | None,
 
 def _run_on_ray(
     sweep: Sweep,
-    room: Callable[[Sequence[Node], str], AtOnce],
+    room: Callable[[Cluster], AtOnce],
     at_once: AtOnce | None,
     book: TrialBook,
     scheduler: Any,
@@ -181,7 +181,7 @@ def _run_on_ray(
     store = one.object_store_bytes * (run.max_concurrent if run.max_concurrent != "auto" else 4)
     with ray_session(run, Need((*shared.groups, *one.groups), store)):
         if at_once is None:
-            at_once = room(cluster_nodes(), "the cluster")
+            at_once = room(Cluster(cluster_nodes(), "the cluster"))
             for notice in (*at_once.notes, at_once.words):
                 show(Progress("notice", text=notice))
         from raytrl.launch.storage import check_storage

@@ -11,7 +11,7 @@ from raytrl.config.load import LoadedRun
 from raytrl.config.search import check_edges, load_base
 from raytrl.errors import ResourceError
 from raytrl.launch.capacity import DRIVER_GIB
-from raytrl.launch.placement import Node
+from raytrl.launch.placement import Cluster, Node
 from raytrl.launch.sweep_room import TRIAL_GIB, AtOnce, Sweep, concurrent_trials, largest_memory
 from raytrl.roles.memory import GIB
 
@@ -33,7 +33,7 @@ def policy(tmp_path: Path) -> dict[str, Any]:
 def room(loaded: LoadedRun, *ram_gib: float, cpus: float = 41.0) -> AtOnce:
     """On nodes with 41 CPUs each, which is places for the reward actor and 20 trials."""
     nodes = [Node(f"node {i}", {"CPU": cpus}, ram) for i, ram in enumerate(ram_gib)]
-    return concurrent_trials(checked(loaded), check_edges(loaded), nodes, "a test")
+    return concurrent_trials(checked(loaded), check_edges(loaded), Cluster(nodes, "a test"))
 
 
 def checked(loaded: LoadedRun) -> Sweep:

@@ -95,3 +95,20 @@ def test_a_reference_in_the_files_dtype_counts_once_on_a_node(
     halves = LlamaConfig.from_pretrained(tmp_path / "large", dtype="bfloat16")
     halves.save_pretrained(tmp_path / "large")
     assert largest_memory(checked(loaded), check_edges(loaded)).found["learner.workers"].mapped == 0
+
+
+def test_a_cluster_that_grows_has_room_for_what_waits(sweep: Load, policy: dict[str, Any]) -> None:
+    def grown(*nodes: Node, **values: Any) -> AtOnce:
+        loaded = sweep(policy, trials=12, **values)
+        return concurrent_trials(checked(loaded), check_edges(loaded), Cluster(nodes, "a test", grows=True))
+
+    head = Node("head", {"CPU": 0.0}, 8.0)
+    assert grown(head).count == 1
+    assert "no room yet for 1 at once: the autoscaler of a test has to add nodes" in grown(head).notes[0]
+    assert grown(head, max_concurrent=6).count == 6
+    large = Node("large", {"CPU": 9.0}, 1000.0)
+    assert grown(head, large).count == 4
+    assert not grown(head, large).notes
+    with pytest.raises(ResourceError, match=r"one trial .* does not fit"):
+        loaded = sweep(policy)
+        concurrent_trials(checked(loaded), check_edges(loaded), Cluster([head], "a test"))

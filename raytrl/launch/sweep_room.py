@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from raytrl.config.load import LoadedRun
 from raytrl.config.ppo_run import PpoRun
@@ -104,22 +104,27 @@ def _total(memory: Memory) -> float:
     return sum(estimate.total + estimate.host for estimate in memory.found.values())
 
 
-def concurrent_trials(sweep: Sweep, edges: Sequence[Edge], nodes: Sequence[Node], where: str) -> AtOnce:
+def concurrent_trials(sweep: Sweep, edges: Sequence[Edge], cluster: Cluster) -> AtOnce:
     """How many trials run side by side.
 
     Raises:
         ResourceError: not even one fits, or not as many as `max_concurrent` asks for.
     """
-    run, shared = sweep.run, sweep.shared_need()
+    run, shared, where = sweep.run, sweep.shared_need(), cluster.where
     largest = [sweep.trial_need(loaded) for loaded in [sweep.base, *(edge.loaded for edge in edges)]]
     wanted = run.num_trials if run.max_concurrent == "auto" else min(run.max_concurrent, run.num_trials)
-    placements, need = min(
-        ((place_trials(shared, need, nodes, wanted), need) for need in largest),
-        key=lambda pair: len(pair[0]),
-    )
+    least = 1 if run.max_concurrent == "auto" else wanted
+    notes, there = list[str](), cluster
+    placements, need = _fewest(shared, largest, there, wanted)
+    if len(placements) - 1 < least and cluster.grows:
+        there = cluster.with_added(Need((*shared.groups, *(replace(g, count=least * g.count) for g in need.groups))))
+        placements, need = _fewest(shared, largest, there, least)
+        notes.append(
+            f"no room yet for {least} at once: the autoscaler of {where} has to add nodes, and trials wait for them"
+        )
     fits = len(placements) - 1
-    if fits < 1 or (run.max_concurrent != "auto" and fits < wanted):
-        has = ", ".join(f"{sum(node.resources.get(name, 0) for node in nodes):g} {name}" for name in need.total)
+    if fits < least:
+        has = ", ".join(f"{sum(node.resources.get(name, 0) for node in there.nodes):g} {name}" for name in need.total)
         beside = f" beside what all trials share ({shared})" if shared.groups else ""
         if fits < 1:
             raise ResourceError(f"one trial ({need}) does not fit{beside}; found: {has} on {where}")
@@ -129,9 +134,16 @@ def concurrent_trials(sweep: Sweep, edges: Sequence[Edge], nodes: Sequence[Node]
     memory = largest_memory(sweep, edges)
     # One alone is judged as any other run is: on its GPUs too, and with the setting that would make it fit.
     alone = Need((*shared.groups, *need.groups))
-    _, notes = check_memory(memory.run, Room.on(Cluster(nodes, where), alone), memory.shapes)
+    _, tight = check_memory(memory.run, Room.on(there, alone), memory.shapes)
     needs = [shared, *[need] * fits]
-    return _in_memory(sweep, memory, list(zip(needs, placements, strict=True)), nodes, [*memory.notes, *notes])
+    notes += [*memory.notes, *tight]
+    return _in_memory(sweep, memory, list(zip(needs, placements, strict=True)), there.nodes, notes)
+
+
+def _fewest(shared: Need, trials: Sequence[Need], cluster: Cluster, most: int) -> tuple[list[Placement], Need]:
+    """Places for as many of the trial that the fewest have room of, and that trial's need."""
+    each = [(place_trials(shared, need, cluster.nodes, most), need) for need in trials]
+    return min(each, key=lambda pair: len(pair[0]))
 
 
 def _in_memory(

@@ -13,16 +13,13 @@ from raytrl.config.runs import TrainingRun
 from raytrl.config.search import Edge, check_edges, load_base
 from raytrl.config.tune import TuneRun
 from raytrl.errors import ConfigError, RunError
-from raytrl.launch.placement import Need, Node
+from raytrl.launch.placement import Cluster, Need
 from raytrl.launch.resume import refuse_changes
 from raytrl.launch.session import (
-    THIS_MACHINE,
-    check_address,
     check_one_node,
     check_output_dir,
-    cluster_nodes,
+    cluster_of,
     joins_cluster,
-    machine_node,
     prepare_environment,
     ray_session,
     refuse_client,
@@ -80,35 +77,48 @@ def tune(loaded: LoadedRun, command: str, fresh: bool, show: Show, show_trials: 
             show(Progress("notice", text=notice))
         if goes_on and run_dir.manifest()["state"] == "done":
             return run_dir.manifest() | {"already_done": True, "trials": TrialBook(run, run_dir).all}
-        check_address(run)
         refuse_client(run)
         if not joins_cluster(run):
             assert isinstance(base.run, TrainingRun)
             check_one_node(base.run)
-        from raytrl.launch.tune_search import first_trials, make_optuna, make_scheduler
+        with cluster_of(run) as cluster:
+            return _run(sweep, edges, cluster, run_dir, goes_on, show, show_trials)
 
-        scheduler, optuna = make_scheduler(run), make_optuna(run)
-        room = functools.partial(concurrent_trials, sweep, edges)
-        at_once = None if joins_cluster(run) else room([machine_node()], THIS_MACHINE)
-        trials = [] if goes_on else first_trials(run)
-        words = _check_runs(sweep, edges)
-        if not goes_on:
-            run_dir.clear()
-        write_start(loaded, run_dir, command)
-        book = TrialBook(run, run_dir)
-        book.add(trials)
-        run_dir.write(_BASE, base.as_yaml())  # last: from now on there is a sweep to go on with
-        book.take_up_again()
-        for notice in at_once.notes if at_once else ():
-            show(Progress("notice", text=notice))
-        show(Progress("plan", text=_describe(sweep, book, words, at_once, run_dir)))
-        with failure_noted(run_dir):
-            _run_on_ray(sweep, room, at_once, book, scheduler, optuna, run_dir, show, show_trials)
-            best = _best(run, book)
-        model = write_end(run, book, best, run_dir)
-        run_dir.delete(".tune")
-        run_dir.update_manifest(state="done", finished=now(), best=best.name, model=model)
-        return run_dir.manifest() | {"trials": book.all}
+
+def _run(
+    sweep: Sweep,
+    edges: Sequence[Edge],
+    cluster: Cluster,
+    run_dir: RunDirectory,
+    goes_on: bool,
+    show: Show,
+    show_trials: ShowTrials,
+) -> dict[str, Any]:
+    """Checks the sweep against the cluster and its data, then runs it; the manifest as `tune` returns it."""
+    from raytrl.launch.tune_search import first_trials, make_optuna, make_scheduler
+
+    run = sweep.run
+    scheduler, optuna = make_scheduler(run), make_optuna(run)
+    at_once = concurrent_trials(sweep, edges, cluster)
+    trials = [] if goes_on else first_trials(run)
+    words = _check_runs(sweep, edges)
+    if not goes_on:
+        run_dir.clear()
+    write_start(sweep.loaded, run_dir, sweep.command)
+    book = TrialBook(run, run_dir)
+    book.add(trials)
+    run_dir.write(_BASE, sweep.base.as_yaml())  # last: from now on there is a sweep to go on with
+    book.take_up_again()
+    for notice in at_once.notes:
+        show(Progress("notice", text=notice))
+    show(Progress("plan", text=_describe(sweep, book, words, at_once, run_dir)))
+    with failure_noted(run_dir):
+        _run_on_ray(sweep, at_once, book, scheduler, optuna, run_dir, show, show_trials)
+        best = _best(run, book)
+    model = write_end(run, book, best, run_dir)
+    run_dir.delete(".tune")
+    run_dir.update_manifest(state="done", finished=now(), best=best.name, model=model)
+    return run_dir.manifest() | {"trials": book.all}
 
 
 def _at_address_of(base: LoadedRun, loaded: LoadedRun) -> LoadedRun:
@@ -145,7 +155,7 @@ def _check_runs(sweep: Sweep, edges: Sequence[Edge]) -> str:
     return words
 
 
-def _describe(sweep: Sweep, book: TrialBook, words: str, at_once: AtOnce | None, run_dir: RunDirectory) -> str:
+def _describe(sweep: Sweep, book: TrialBook, words: str, at_once: AtOnce, run_dir: RunDirectory) -> str:
     run = sweep.run
     searched = [f"{key}: {d.name} {list(d.arguments)}" for key, d in run.search.items()]
     stopping = "no trial is stopped early" if run.scheduler.name == "none" else f"{run.scheduler.name} stops early"
@@ -157,16 +167,14 @@ def _describe(sweep: Sweep, book: TrialBook, words: str, at_once: AtOnce | None,
         *(f"{'search' if i == 0 else '':<9}{line}" for i, line in enumerate(searched)),
         f"trials   {run.num_trials} by {run.algorithm.name}" + (f", {ended} of them ended" if ended else ""),
         f"aim      {run.mode} {run.metric}{limits}; {stopping}",
+        f"at once  {at_once.words}",
     ]
-    if at_once:
-        lines.append(f"at once  {at_once.words}")
     return "\n".join([*lines, f"output   {run_dir}"])
 
 
 def _run_on_ray(
     sweep: Sweep,
-    room: Callable[[Sequence[Node], str], AtOnce],
-    at_once: AtOnce | None,
+    at_once: AtOnce,
     book: TrialBook,
     scheduler: Any,
     optuna: Any,
@@ -178,12 +186,8 @@ def _run_on_ray(
         return
     run, one = sweep.run, sweep.trial_need(sweep.base)
     shared = sweep.shared_need()
-    store = one.object_store_bytes * (run.max_concurrent if run.max_concurrent != "auto" else 4)
+    store = one.object_store_bytes * at_once.count
     with ray_session(run, Need((*shared.groups, *one.groups), store)):
-        if at_once is None:
-            at_once = room(cluster_nodes(), "the cluster")
-            for notice in (*at_once.notes, at_once.words):
-                show(Progress("notice", text=notice))
         from raytrl.launch.storage import check_storage
         from raytrl.launch.sweep_watch import SweepWatch
         from raytrl.launch.tune_search import replay

@@ -72,7 +72,7 @@ class PpoLearner:
         """Old and reference log-probs, values, rewards, advantages and returns for this worker's share.
 
         Raises:
-            RunError, WeightsVersionError: the rollout does not fit the step.
+            RunError, WeightsVersionError: the rollout does not fit the step, or a frozen model's file was written over.
             RewardError: every score of the global batch was dropped.
             NonFiniteError: a score, log-prob or value is NaN or infinite; the message names the rows.
         """
@@ -99,6 +99,8 @@ class PpoLearner:
         named = {"log-probs of the policy": old_BR, "log-probs of the reference": ref_BR, "values": values_BR}
         with failing_together(self._backend.device):
             refuse_non_finite(named, samples, self._step)
+            if self._backend.device.type == "cpu":  # a GPU has a copy
+                self._backend.networks.files.check()
         kl_coef = self._controller.coef
         credit = advantages_of(
             samples, old_BR, ref_BR, values_BR, config=self._config, kl_coef=kl_coef, running=self._running

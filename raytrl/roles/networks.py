@@ -18,6 +18,7 @@ from transformers.activations import GELUTanh, NewGELUActivation
 
 from raytrl.errors import ConfigError
 from raytrl.roles import packing
+from raytrl.roles.mapped import MappedFiles
 from raytrl.roles.sequences import Sequences
 from raytrl.roles.weights import POLICY_ADAPTER
 
@@ -49,6 +50,7 @@ class Networks(nn.Module):
         super().__init__()
         self.policy, self.value, self.reference = policy, value, reference
         self.dtype = dtype
+        self.files = MappedFiles([])  # of what is frozen, where it was read from files
         self.packed = False
         self.value_head: nn.Linear | None = None
         if value is None:
@@ -211,8 +213,11 @@ def build_networks(
         # Read again rather than copied: weights that nobody writes to stay pages of their file, and all processes of a
         # node that hold them, other workers and a sweep's other trials, share one copy in its RAM.
         reference_path = model_path
+    files = MappedFiles([path for path in (reference_path, model_path if lora else None) if path is not None])
     reference = None if reference_path is None else causal(reference_path)
-    return assemble(policy, value, reference, lora=lora, dtype=dtype, gradient_checkpointing=gradient_checkpointing)
+    networks = assemble(policy, value, reference, lora=lora, dtype=dtype, gradient_checkpointing=gradient_checkpointing)
+    networks.files = files
+    return networks
 
 
 def assemble(

@@ -171,7 +171,7 @@ def test_a_sweep_goes_on_without_a_node(folder: Path, holds_reward: bool) -> Non
 
     with ray_nodes([1, 1]) as nodes:
         process = start("tune", str(file), f"cluster.address={nodes.address}")
-        wait_for("two trials with a checkpoint", lambda: len(running()) == 2, process, 200)
+        wait_for("two trials with a checkpoint", lambda: len(running()) == 2, process, 300)
         home = node_of("logs/reward-0.log")
         victim = next(number for number in (1, 2) if (ip_of(number) == home) == holds_reward)
         hit = [trial for trial in running() if node_of(f"trials/{trial}/logs/rollout-0.log") == ip_of(victim)]

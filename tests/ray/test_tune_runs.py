@@ -218,7 +218,9 @@ def test_median_stopping_on_sft(folder: Path) -> None:
         scheduler={"name": "median", "grace_period": 6, "min_samples_required": 2},
         max_concurrent=2,
     )
-    raytrl("tune", file)
+    process = start("tune", file)
+    output, _ = process.communicate(timeout=500)
+    assert process.returncode == 0, output
     trials = list(trials_of(folder / "runs/median").values())
     assert [trial["state"] for trial in trials] == ["done", "done", "stopped", "stopped"]
     for trial in trials[2:]:

@@ -1,6 +1,7 @@
 """The learner: what changes nothing, what must change something, and what is refused."""
 
 import math
+import os
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -378,9 +379,28 @@ def test_the_reference_stays_pages_of_its_file(tmp_path: Path) -> None:
         if line.endswith(file)
     ]
     assert all(any(p.data_ptr() in pages for pages in mapped) for p in networks.reference.parameters())
-    train(1, learner=PpoLearner(build_backend(networks, config()), config(), temperature=1.0, seed=0))
+    learner = PpoLearner(build_backend(networks, config()), config(), temperature=1.0, seed=0)
+    train(1, learner=learner)
     assert checksum(dict(networks.reference.named_parameters())) == before
     assert checksum(dict(networks.policy.named_parameters())) != before
+    content = Path(file).read_bytes()
+    Path(file).unlink()
+    Path(file).write_bytes(content)  # another file: the mapped one stays with the process
+    train(2, learner=learner)
+    assert checksum(dict(networks.reference.named_parameters())) == before
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_frozen_file_that_is_written_over_ends_the_run(tmp_path: Path, lora: bool) -> None:
+    gpt2(width=16).save_pretrained(tmp_path / "policy")  # type: ignore[operator]
+    networks = build_networks(str(tmp_path / "policy"), lora=LORA if lora else None)
+    learner = PpoLearner(build_backend(networks, config()), config(), temperature=1.0, seed=0)
+    train(1, learner=learner, lora=lora)
+    with open(tmp_path / "policy/model.safetensors", "r+b") as file:
+        file.seek(-4, os.SEEK_END)
+        file.write(bytes(4))
+    with pytest.raises(RunError, match=r"model\.safetensors was written over while this run computes with it"):
+        train(2, learner=learner, lora=lora)
 
 
 def test_a_saved_lora_policy_loads_as_adapter_and_merged(tmp_path: Path) -> None:

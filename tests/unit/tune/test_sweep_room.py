@@ -11,7 +11,7 @@ from raytrl.config.load import LoadedRun
 from raytrl.config.search import check_edges, load_base
 from raytrl.errors import ResourceError
 from raytrl.launch.capacity import DRIVER_GIB
-from raytrl.launch.placement import Node
+from raytrl.launch.placement import Cluster, Node
 from raytrl.launch.sweep_room import TRIAL_GIB, AtOnce, Sweep, concurrent_trials, largest_memory
 from raytrl.roles.memory import GIB
 
@@ -33,7 +33,7 @@ def policy(tmp_path: Path) -> dict[str, Any]:
 def room(loaded: LoadedRun, *ram_gib: float, cpus: float = 41.0) -> AtOnce:
     """On nodes with 41 CPUs each, which is places for the reward actor and 20 trials."""
     nodes = [Node(f"node {i}", {"CPU": cpus}, ram) for i, ram in enumerate(ram_gib)]
-    return concurrent_trials(checked(loaded), check_edges(loaded), nodes, "a test")
+    return concurrent_trials(checked(loaded), check_edges(loaded), Cluster(nodes, "a test"))
 
 
 def checked(loaded: LoadedRun) -> Sweep:
@@ -95,3 +95,20 @@ def test_a_reference_in_the_files_dtype_counts_once_on_a_node(
     halves = LlamaConfig.from_pretrained(tmp_path / "large", dtype="bfloat16")
     halves.save_pretrained(tmp_path / "large")
     assert largest_memory(checked(loaded), check_edges(loaded)).found["learner.workers"].mapped == 0
+
+
+def test_a_cluster_that_grows_has_room_for_what_waits(sweep: Load, policy: dict[str, Any]) -> None:
+    def grown(*nodes: Node, **values: Any) -> AtOnce:
+        loaded = sweep(policy, trials=12, **values)
+        return concurrent_trials(checked(loaded), check_edges(loaded), Cluster(nodes, "a test", grows=True))
+
+    head = Node("head", {"CPU": 0.0}, 8.0)
+    assert grown(head).count == 1
+    assert "no room yet for 1 at once: the autoscaler of a test has to add nodes" in grown(head).notes[0]
+    assert grown(head, max_concurrent=6).count == 6
+    large = Node("large", {"CPU": 9.0}, 1000.0)
+    assert grown(head, large).count == 4
+    assert not grown(head, large).notes
+    with pytest.raises(ResourceError, match=r"one trial .* does not fit"):
+        loaded = sweep(policy)
+        concurrent_trials(checked(loaded), check_edges(loaded), Cluster([head], "a test"))

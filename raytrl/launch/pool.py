@@ -36,6 +36,10 @@ class Calls(Protocol):
         """Start a call; returns a ticket at once."""
         ...
 
+    def tell(self, actor: int, method: str, *arguments: Any) -> None:
+        """Start a call that nobody waits for, and that may be lost."""
+        ...
+
     def wait(self, tickets: Sequence[Any], timeout_s: float) -> list[Any]:
         """The tickets that are done; waits until at least one is, or the time is up."""
         ...
@@ -97,10 +101,8 @@ class Pool:
         Raises:
             StalledError: none was up in time. And what an actor raised.
         """
-        assert not self._flying and not self._unsent, "requests are under way"
+        self.forget()
         self._prepare, self._expect = (method, *arguments), expect
-        self._up.clear()
-        self._preparing.clear()
         self._next_try = {actor: 0.0 for actor in range(len(self._calls)) if actor not in self._gone}
         limit_s = timeout_s or self._timeout_s
         deadline = time.monotonic() + limit_s
@@ -108,6 +110,20 @@ class Pool:
         first_round = set(self._preparing)
         while first_round & self._preparing.keys() or not self._up:
             self._take(deadline, limit_s, method)
+
+    def tell_all(self, method: str, *arguments: Any) -> None:
+        """Start a call of every actor that nobody waits for: what it does must be made up for by `prepare_all`."""
+        for actor in range(len(self._calls)):
+            if actor not in self._gone:
+                self._calls.tell(actor, method, *arguments)
+
+    def forget(self) -> None:
+        """Until `prepare_all` no actor is up to date, and nothing is kept that it was brought up to date with."""
+        assert not self._flying and not self._unsent, "requests are under way"
+        self._prepare, self._expect = (), None
+        self._up.clear()
+        self._preparing.clear()
+        self._next_try.clear()
 
     def send(self, request: Request) -> None:
         """Returns at once; the request goes to the least busy actor that is up, of several to its actor of choice."""

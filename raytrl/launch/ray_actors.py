@@ -18,7 +18,16 @@ from raytrl.config.ppo import RolloutConfig
 from raytrl.config.ppo_run import PpoRun
 from raytrl.config.reward import RewardSection
 from raytrl.errors import ResourceError
-from raytrl.launch.actors import CONCURRENCY_GROUPS, CONTROL, MAX_IN_FLIGHT, STATUS, WORK, RewardActor, RolloutActor
+from raytrl.launch.actors import (
+    CONCURRENCY_GROUPS,
+    CONTROL,
+    MAX_IN_FLIGHT,
+    STATUS,
+    WEIGHTS,
+    WORK,
+    RewardActor,
+    RolloutActor,
+)
 from raytrl.launch.gauges import RoleGauges
 from raytrl.launch.logs import start_log
 from raytrl.launch.pool import ActorLostError
@@ -26,8 +35,8 @@ from raytrl.launch.session import work_in
 from raytrl.rundir import RunDirectory
 
 # Which calls do not queue behind the long ones.
-_GROUPS = {"begin": CONTROL, "prepare": CONTROL, "start": CONTROL, "load_weights": CONTROL, "doing": STATUS}
-_GROUPS |= {"generate": WORK, "logprobs": WORK}
+_GROUPS = {"begin": CONTROL, "prepare": CONTROL, "start": CONTROL, "doing": STATUS}
+_GROUPS |= {"generate": WORK, "logprobs": WORK, "take_bucket": WEIGHTS, "load_weights": WEIGHTS}
 _FINAL_AFTER = 10  # answers "died" in a row, half a second apart: it is not coming back
 
 
@@ -44,11 +53,17 @@ class RayCalls:
     def __len__(self) -> int:
         return len(self._handles)
 
-    def call(self, actor: int, method: str, *arguments: Any) -> Any:
+    def tell(self, actor: int, method: str, *arguments: Any) -> None:
+        self._start(actor, method, arguments)
+
+    def _start(self, actor: int, method: str, arguments: tuple[Any, ...]) -> Any:
         remote = getattr(self._handles[actor], method)
         if method in _GROUPS:
             remote = remote.options(concurrency_group=_GROUPS[method])
-        ticket = remote.remote(*arguments)
+        return remote.remote(*arguments)
+
+    def call(self, actor: int, method: str, *arguments: Any) -> Any:
+        ticket = self._start(actor, method, arguments)
         self._actor_of[ticket] = actor
         self._gauges.waiting(len(self._actor_of))
         return ticket

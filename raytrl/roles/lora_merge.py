@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from raytrl.roles.networks import add_policy_adapter
-from raytrl.roles.weights import POLICY_ADAPTER, Weights, copy_into
+from raytrl.roles.weights import POLICY_ADAPTER, PolicyCopy
 
 
 class LoraMerge:
@@ -22,14 +22,23 @@ class LoraMerge:
         base = AutoModelForCausalLM.from_pretrained(model_path, dtype=dtype, trust_remote_code=trust_remote_code)
         self._policy = add_policy_adapter(base, lora)
         self._policy.requires_grad_(False)
+        self._copy = PolicyCopy(self._policy)
 
-    def take(self, weights: Weights) -> None:
-        """Hold this adapter, proven by its checksum.
+    def begin(self) -> None:
+        """A new adapter is coming."""
+        self._copy.begin()
+
+    def take(self, tensors: Mapping[str, Tensor]) -> str:
+        """Hold this part of it; returns the checksum of what is then held.
 
         Raises:
-            WeightsVersionError: it does not fit, or did not arrive whole.
+            WeightsVersionError: it does not fit.
         """
-        copy_into(self._policy, weights)
+        return self._copy.take(tensors)
+
+    def finish(self) -> None:
+        """Raises WeightsVersionError where a part of the adapter is missing."""
+        self._copy.finish()
 
     def changed(self) -> Iterator[tuple[str, Tensor]]:
         """The parameters of every block that the adapter changes, merged, one by one, by their Hugging Face names.

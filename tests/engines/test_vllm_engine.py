@@ -19,7 +19,7 @@ from raytrl.records import Prompt, Response
 from raytrl.roles.folder_engine import FolderEngine
 from raytrl.roles.networks import add_policy_adapter
 from raytrl.roles.vllm_engine import VllmEngine
-from raytrl.roles.weights import Weights, policy_parameters
+from raytrl.roles.weights import Bucket, Weights, policy_parameters, weights_on_disk
 from tests.ppo_files import make_policy
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
@@ -56,9 +56,11 @@ class Case:
         self.engine = VllmEngine.from_pretrained(path, path, config, seed=7, lora=LORA if lora else None)
         self.load(0)
 
+    bucket_bytes = 50_000  # so that fused layers are spread over several
+
     def weights(self, version: int) -> Weights:
         named = {name: value.clone() for name, value in policy_parameters(self.model).items()}
-        return Weights.of(version, named.items(), torch.float32)
+        return Weights.of(version, named.items(), torch.float32, bucket_bytes=self.bucket_bytes)
 
     def load(self, version: int) -> None:
         assert self.engine.load_weights(self.weights(version)) == self.weights(version).checksum
@@ -179,10 +181,12 @@ def test_weights_that_are_not_right_are_refused_and_nothing_is_served(case: Call
     one.load(4)
     with pytest.raises(WeightsVersionError, match="version 5; found version 4"):
         one.engine.generate(some_prompts(1), 5)
-    changed = one.weights(5)
-    next(iter(changed.tensors.values())).view(-1)[0] += 1
-    with pytest.raises(WeightsVersionError, match="checksum"):
-        one.engine.load_weights(changed)
+    first = next(iter(one.weights(5).buckets))
+    changed = {name: tensor.clone() for name, tensor in first.items()}
+    next(iter(changed.values())).view(-1)[0] += 1
+    one.engine.begin_weights(5)
+    with pytest.raises(WeightsVersionError, match="version 5 are not what the learner sent; found checksum"):
+        one.engine.take_bucket(Bucket(changed, Bucket.of(first).checksum))
     with pytest.raises(WeightsVersionError, match="found version None"):
         one.engine.generate(some_prompts(1), 4)
     part = Weights.of(6, list(policy_parameters(one.model).items())[:-1], torch.float32)
@@ -194,8 +198,7 @@ def test_weights_that_are_not_right_are_refused_and_nothing_is_served(case: Call
 
 def test_broken_weights_do_not_sample_nonsense(case: Callable[..., Case]) -> None:
     one = case("gpt2", max_new_tokens=4)  # an engine of its own: NaN stay in its cache, as in a run, which then ends
-    good = one.weights(20)
-    broken = {name: torch.full_like(tensor, torch.nan) for name, tensor in good.tensors.items()}
+    broken = {name: torch.full_like(tensor, torch.nan) for name, tensor in policy_parameters(one.model).items()}
     one.engine.load_weights(Weights.of(19, broken.items(), torch.float32))
     with pytest.raises(NonFiniteError):
         one.engine.generate(some_prompts(1), 19)
@@ -206,7 +209,7 @@ def test_an_evaluation_goes_from_model_to_model(folders: dict[str, str]) -> None
     engine = FolderEngine(paths, lambda v: VllmEngine.from_pretrained(paths[v], paths[v], rollout(), seed=7))
     prompts = some_prompts(3)
     for version, path in enumerate(paths):
-        engine.load_weights(Weights(version, {}, path))
+        engine.load_weights(weights_on_disk(version, path))
         assert engine.concurrent
         responses = engine.generate(prompts, version)
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64)
@@ -228,7 +231,7 @@ def test_the_engine_has_no_process_of_its_own(case: Callable[..., Case]) -> None
 
 def test_unknown_weights_are_named(case: Callable[..., Case], tmp_path: Path) -> None:
     one = case("llama", temperature=0.7)
-    tensors = {**one.weights(30).tensors, "model.layers.0.self_attn.odd.weight": torch.zeros(2, 2)}
+    tensors = {**policy_parameters(one.model), "model.layers.0.self_attn.odd.weight": torch.zeros(2, 2)}
     with pytest.raises(Exception, match="odd"):
         one.engine.load_weights(Weights.of(30, tensors.items(), torch.float32))
     one.load(31)

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import Linear, LoraLayer
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -55,6 +55,9 @@ class LoraMerge:
                 continue
             if layer in layers and leaf == "weight":
                 yield f"{layer}.{leaf}", self._merged(layers[layer])
+            elif layer in layers and leaf == "bias" and layers[layer].lora_bias[POLICY_ADAPTER]:
+                added = layers[layer].lora_B[POLICY_ADAPTER].bias.data * layers[layer].scaling[POLICY_ADAPTER]
+                yield f"{layer}.{leaf}", parameter.data + added
             elif layer.rpartition(".")[0] in blocks:
                 yield f"{layer}.{leaf}", parameter.data
 
@@ -62,6 +65,10 @@ class LoraMerge:
     @torch.no_grad()
     def _merged(layer: LoraLayer) -> Tensor:
         base: Tensor = layer.get_base_layer().weight.data
+        if type(layer) is Linear and layer.lora_A[POLICY_ADAPTER].weight.dtype == base.dtype:
+            a, b = layer.lora_A[POLICY_ADAPTER].weight.data, layer.lora_B[POLICY_ADAPTER].weight.data
+            factors = (a.t(), b.t()) if layer.fan_in_fan_out else (b, a)
+            return torch.addmm(base, *factors, alpha=layer.scaling[POLICY_ADAPTER])  # in one pass over the weights
         delta: Tensor = layer.get_delta_weight(POLICY_ADAPTER)
         # As PEFT merges: in the base's dtype.
         return base + delta.to(base.dtype)

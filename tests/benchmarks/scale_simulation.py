@@ -31,6 +31,7 @@ class NoWeights:
 
     version: int
     checksum: str = "none"
+    buckets: tuple[Any, ...] = ()
 
 
 class SleepingEngine:
@@ -50,13 +51,13 @@ class SleepingEngine:
 class SleepingRollout(RolloutActor):
     """Takes weights without importing torch, so that many fit on one machine."""
 
-    def load_weights(self, attempt: int, packed: Any) -> tuple[int, str]:
+    def load_weights(self, attempt: Attempt, version: int, checksum: str, *buckets: Any) -> tuple[int, str]:
         self.begin(attempt)
         with self._busy("loading weights"):
             self._refuse_if_old(attempt)
             self._loaded()
-            self._held = (attempt, packed.version, packed.checksum)
-            return packed.version, packed.checksum
+            self._held = (attempt, version, checksum)
+            return version, checksum
 
 
 class ConstantSources:
@@ -122,6 +123,9 @@ class ThreadCalls:
     def call(self, actor: int, method: str, *arguments: Any) -> "Future[Any]":
         return self._threads[actor].submit(getattr(self._actors[actor], method), *arguments)
 
+    def tell(self, actor: int, method: str, *arguments: Any) -> None:
+        self.call(actor, method, *arguments)
+
     def wait(self, tickets: Sequence["Future[Any]"], timeout_s: float) -> list["Future[Any]"]:
         return list(wait(tickets, timeout_s, return_when=FIRST_COMPLETED).done)
 
@@ -163,7 +167,7 @@ def measure(actors: int, latency_s: float, calls: Callable[[type, int, str, Call
         RolloutConfig(chunk_prompts=CHUNK),
         samples=1,
         attempt=Attempt("run", 1),
-        share=lambda weights: weights,  # type: ignore[arg-type, return-value]
+        share=lambda weights, tell: weights,  # type: ignore[arg-type, return-value]
     )
     scorer = RewardPool(
         Pool(rewards, "reward actors", "the simulation", 120.0),

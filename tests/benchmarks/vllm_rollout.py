@@ -7,6 +7,7 @@ One thread a process. Every line printed is a measurement; run them one after th
 
 import argparse
 import functools
+import hashlib
 import json
 import os
 import signal
@@ -263,25 +264,54 @@ def update(path: str, options: argparse.Namespace) -> None:
 
 
 def kill(path: str, options: argparse.Namespace) -> None:
-    """An engine killed in the middle of a step: nothing is lost, and the responses are those of an undisturbed step."""
+    """An engine killed in the middle of a step, and of an update: nothing is lost, and the responses are those of an
+    undisturbed step."""
     import ray
 
     rollout = rollout_config(options, "vllm")
+    prompts = some_prompts(options.rows)
     with pool_of(path, rollout, None) as (pool, handles):
-        pool.load_weights(Weights.of(0, policy_parameters(learner_model(path, False)).items(), torch.float32))
-        prompts = some_prompts(options.rows)
-        found = []
-        victim = ray.get(handles[0].pid.remote())
-        for disturbed in (False, False, True):
+        model = learner_model(path, False)
+        for death in ("none", "none", "in mid-generation", "in mid-update", "none"):
+            version = 0 if pool._version is None else pool._version + 1
+            if death == "in mid-update":
+                with torch.no_grad():
+                    for tensor in model.parameters():
+                        tensor += 1e-2 * tensor.roll(1)
+            weights = Weights.of(version, policy_parameters(model).items(), torch.float32)
+            victim = ray.get(handles[0].pid.remote())
+            share, buckets = pool._share, len(list(weights.buckets))
+            if death == "in mid-update":
+
+                def halfway(sent: Weights, tell: Any, victim: int = victim, half: int = buckets // 2) -> Any:
+                    def told(number: int, bucket: Any) -> None:
+                        tell(number, bucket)
+                        if number == half:
+                            os.kill(victim, signal.SIGKILL)
+
+                    return share(sent, told)  # noqa: B023 (of this round)
+
+                pool._share = halfway
             began = time.perf_counter()
-            chunks = pool.generate(prompts, 0, greedy=False)
-            time.sleep(0.5)  # all are being sampled by now, none is done
-            if disturbed:
+            pool.load_weights(weights)
+            update_s, up, pool._share = time.perf_counter() - began, pool.num_up, share
+            began = time.perf_counter()
+            chunks = pool.generate(prompts, version, greedy=False)
+            if death == "in mid-generation":
+                time.sleep(0.5)  # all are being sampled by now, none is done
                 os.kill(victim, signal.SIGKILL)
             responses = [response for chunk in chunks for response in chunk]
-            say(what="killed" if disturbed else "undisturbed", seconds=time.perf_counter() - began, up=pool.num_up)
-            found.append(sorted(responses, key=lambda response: response.row))
-        say(what="kill", same=found[0] == found[1] == found[2], responses=len(found[2]))
+            made = sorted((r.row, r.token_ids, r.sampling_logprobs) for r in responses)
+            say(
+                killed=death,
+                buckets=buckets,
+                update_s=update_s,
+                up=up,
+                generate_s=time.perf_counter() - began,
+                up_after=pool.num_up,
+                responses=len(made),
+                digest=hashlib.sha256(repr(made).encode()).hexdigest()[:16],
+            )
 
 
 def main() -> None:

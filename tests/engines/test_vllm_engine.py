@@ -19,6 +19,7 @@ from raytrl.records import Prompt, Response
 from raytrl.roles.folder_engine import FolderEngine
 from raytrl.roles.networks import add_policy_adapter
 from raytrl.roles.vllm_engine import VllmEngine
+from raytrl.roles.vllm_places import Places
 from raytrl.roles.weights import Bucket, Weights, policy_parameters, weights_on_disk
 from tests.ppo_files import make_policy
 
@@ -114,6 +115,69 @@ def test_logprobs_are_those_of_transformers_before_and_after_updates(case: Calla
         one.check(prompts, responses)
         seen.append([r.token_ids for r in responses])
     assert seen[0] != seen[1] != seen[2]
+
+
+def in_worker(one: Case, function: Callable[[Any], Any]) -> Any:
+    """What the function returns for vLLM's worker, which holds the model."""
+    (found,) = one.engine._batch.call(lambda engine: engine.collective_rpc(function))
+    return found
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_that_go_straight_to_their_places_are_those_of_vllms_own_way(
+    case: Callable[..., Case], kind: str
+) -> None:
+    """Bit by bit, in every response."""
+    one = case(kind, temperature=0.7)
+    one.load(9)
+    places = in_worker(one, lambda worker: worker._raytrl_places)
+    assert isinstance(places, Places), places
+    assert len(places.packed) == 8  # four linear layers in each of two blocks
+    one.change(10)
+    one.load(10)
+    straight = one.engine.generate(some_prompts(6), 10, samples=2)
+    kept = {name: value.detach().clone() for name, value in policy_parameters(one.model).items()}
+    in_worker(one, lambda worker: setattr(worker, "_raytrl_places", "not for this test"))
+    one.change(11)
+    one.load(11)
+    assert one.engine.generate(some_prompts(6), 11, samples=2) != straight
+    with torch.no_grad():
+        for name, value in policy_parameters(one.model).items():
+            value.copy_(kept[name])
+    one.load(10)
+    assert one.engine.generate(some_prompts(6), 10, samples=2) == straight
+    in_worker(one, lambda worker: setattr(worker, "_raytrl_places", None))
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "llama-lora"])
+def test_a_layer_that_computes_with_older_weights_is_found(
+    case: Callable[..., Case], kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a tied head did in vLLM 0.32. Nothing is served, and the next weights are right again."""
+    from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+    from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
+
+    one = case(kind, temperature=0.7)
+    one.load(12)
+    stale: dict[int, Any] = {}
+    heads = [UnquantizedEmbeddingMethod] if kind == "gpt2" else []  # its head is the one that is tied
+    for method in [UnquantizedLinearMethod, *heads][-1:]:
+        packs = method.process_weights_after_loading
+
+        def packs_the_first_for_good(self: Any, layer: Any, packs: Any = packs) -> None:
+            packs(self, layer)
+            layer.cpu_linear = stale.setdefault(id(layer), layer.cpu_linear)
+
+        monkeypatch.setattr(method, "process_weights_after_loading", packs_the_first_for_good)
+    one.load(12)
+    one.change(13)
+    with pytest.raises(WeightsVersionError, match="computes with other weights than it was given"):
+        one.load(13)
+    with pytest.raises(WeightsVersionError, match="found version None"):
+        one.engine.generate(some_prompts(1), 13)
+    monkeypatch.undo()
+    one.load(14)
+    one.check(some_prompts(4), one.engine.generate(some_prompts(4), 14))
 
 
 def test_logprobs_of_given_responses(case: Callable[..., Case]) -> None:

@@ -1,7 +1,8 @@
 """What runs inside rollout and reward actors. Plain classes: `ray.remote` is applied where they are started.
 
 Loading is not part of `__init__`, so that its errors reach whoever asked, and so that a reborn actor loads when it is
-first asked. Calls that only look or prepare run in threads of their own (`CONTROL`, `STATUS`), beside a long `generate`.
+first asked. Calls that only look or prepare run in threads of their own (`CONTROL`, `STATUS`, `WEIGHTS`), beside a long
+`generate`.
 The driver imports this module to start the actors, so nothing heavy is imported before it is needed.
 """
 
@@ -19,14 +20,14 @@ from raytrl.launch.logs import LOG, set_version
 from raytrl.records import Attempt, Prompt, Response, Score
 
 if TYPE_CHECKING:
-    from raytrl.launch.transport import PackedWeights
+    from raytrl.launch.transport import PackedBucket
     from raytrl.roles.reward import RewardSources
     from raytrl.roles.reward_call import Pair
     from raytrl.roles.rollout import RolloutEngine
 
-CONTROL, STATUS, WORK = "control", "status", "work"
+CONTROL, STATUS, WEIGHTS, WORK = "control", "status", "weights", "work"
 MAX_IN_FLIGHT = 128  # requests that one rollout actor works on at a time
-CONCURRENCY_GROUPS = {CONTROL: 4, STATUS: 1}
+CONCURRENCY_GROUPS = {CONTROL: 4, STATUS: 1, WEIGHTS: 1}  # weights: one thread, so that buckets keep their order
 Method = TypeVar("Method", bound=Callable[..., Any])
 
 
@@ -113,6 +114,7 @@ class RolloutActor(_Actor):
         self._make_engine = make_engine
         self._engine: RolloutEngine | None = None
         self._held: tuple[Attempt, int, str] | None = None  # attempt, version, checksum
+        self._arrived: tuple[Attempt, int, int] | None = None  # of new weights: attempt, version, buckets so far
 
     @_in_group(CONTROL)
     def start(self) -> None:
@@ -120,24 +122,54 @@ class RolloutActor(_Actor):
         with self._busy("loading the model"):
             self._loaded()
 
-    @_in_group(CONTROL)
-    def load_weights(self, attempt: Attempt, packed: "PackedWeights") -> tuple[int, str]:
-        """Take these weights, unless it holds them already.
+    @_in_group(WEIGHTS)
+    def take_bucket(self, attempt: Attempt, version: int, number: int, packed: "PackedBucket") -> None:
+        """Load a part of new weights ahead of `load_weights`, which makes up for all that was not loaded this way.
+
+        From the first bucket on nothing is served until `load_weights` has proven the whole.
+        """
+        self.begin(attempt)
+        with self._busy(f"taking bucket {number} of weights of version {version}"):
+            self._refuse_if_old(attempt)
+            if self._held is not None and self._held[0] == attempt and self._held[1] >= version:
+                return  # another worker's `load_weights` was here before
+            self._take(attempt, version, number, packed)
+
+    @_in_group(WEIGHTS)
+    def load_weights(self, attempt: Attempt, version: int, checksum: str, *buckets: "PackedBucket") -> tuple[int, str]:
+        """Take these weights, or what is missing of them, unless it holds them already.
+
+        Args:
+            checksum: of all buckets.
 
         Returns:
             Version and checksum of what the engine now holds.
         """
         self.begin(attempt)
-        with self._busy(f"loading weights of version {packed.version}"):
+        with self._busy(f"loading weights of version {version}"):
             self._refuse_if_old(attempt)
-            from raytrl.launch.transport import unpack
-
-            if self._held is None or self._held != (attempt, packed.version, packed.checksum):
-                self._held = None
-                checksum = self._loaded().load_weights(unpack(packed))
-                self._held = (attempt, packed.version, checksum)
-                set_version(packed.version)
+            if self._held is None or self._held != (attempt, version, checksum):
+                arrived = (
+                    self._arrived[2] if self._arrived is not None and self._arrived[:2] == (attempt, version) else 0
+                )
+                for number in range(arrived, len(buckets)):
+                    self._take(attempt, version, number, buckets[number])
+                self._arrived = None
+                self._held = (attempt, version, self._loaded().finish_weights())
+                set_version(version)
             return self._held[1], self._held[2]
+
+    def _take(self, attempt: Attempt, version: int, number: int, packed: "PackedBucket") -> None:
+        """The next bucket in order; others are left for `load_weights`."""
+        from raytrl.launch.transport import unpack
+
+        if number == 0:
+            self._held, self._arrived = None, (attempt, version, 0)
+            self._loaded().begin_weights(version)
+        if self._arrived == (attempt, version, number):
+            self._arrived = None  # stays so after an error: `load_weights` then begins again
+            self._loaded().take_bucket(unpack(packed))
+            self._arrived = (attempt, version, number + 1)
 
     @_in_group(WORK)
     def generate(

@@ -154,8 +154,8 @@ def _on_actors(run: EvalRun, show: Callable[[Progress], None]) -> dict[str, Answ
     from raytrl.launch.ppo import make_sources
     from raytrl.launch.ray_actors import RayCalls, started_actors
     from raytrl.launch.roles import RewardPool, RolloutPool, requests_in_flight, scoring_limit_s
-    from raytrl.launch.transport import pack
-    from raytrl.roles.weights import Weights
+    from raytrl.launch.transport import send
+    from raytrl.roles.weights import weights_on_disk
 
     show(Progress("phase", text="starting actors"))
     who, limit_s = "the evaluation", scoring_limit_s(run.rollout, run.reward, 1)
@@ -171,7 +171,7 @@ def _on_actors(run: EvalRun, show: Callable[[Progress], None]) -> dict[str, Answ
             run.rollout,
             samples=1,
             attempt=Attempt(run.name, 1),
-            share=pack,
+            share=send,
         )
         scorer = RewardPool(
             Pool(RayCalls(actors[1], RoleGauges(run.name, "reward")), "reward actors", who, limit_s),
@@ -184,12 +184,12 @@ def _on_actors(run: EvalRun, show: Callable[[Progress], None]) -> dict[str, Answ
         paths = _paths(run)
         for version, key in enumerate(run.models):
             show(Progress("phase", text=f"sampling and scoring: {key}"))
-            generator.load_weights(Weights(version, {}, paths[version]))
+            generator.load_weights(weights_on_disk(version, paths[version]))
             answers[key] = _answers(_prompts(run, key), version, run.greedy, generator, scorer)
         if run.reference.path is not None:
             show(Progress("phase", text="log-probabilities of the reference"))
             version = len(paths) - 1
-            generator.load_weights(Weights(version, {}, paths[version]))
+            generator.load_weights(weights_on_disk(version, paths[version]))
             for found in answers.values():
                 reference = generator.logprobs(found.prompts, found.responses, version)
                 found.kls = [sum(r.sampling_logprobs) - reference[r.row, r.sample] for r in found.responses]

@@ -40,6 +40,10 @@ class Calls(Protocol):
         """Start a call; returns a ticket at once."""
         ...
 
+    def tell(self, actor: int, method: str, *arguments: Any) -> None:
+        """Start a call that nobody waits for, and that may be lost."""
+        ...
+
     def wait(self, tickets: Collection[Any], timeout_s: float) -> list[Any]:
         """The tickets that are done; waits until at least one is, or the time is up.
 
@@ -126,10 +130,8 @@ class Pool:
         Raises:
             StalledError: none was up in time. And what an actor raised.
         """
-        assert not self._flying and not self._unsent, "requests are under way"
+        self.forget()
         self._prepare, self._expect = (method, *arguments), expect
-        self._up.clear()
-        self._preparing.clear()
         self._next_try = {actor: 0.0 for actor in range(len(self._calls)) if actor not in self._gone}
         limit_s = timeout_s or self._timeout_s
         deadline = time.monotonic() + limit_s
@@ -142,6 +144,20 @@ class Pool:
                 now = time.monotonic()
                 patience_ends = now + _PATIENCE_S + _PATIENCE * (now - began)
         self._late |= {self._preparing[ticket] for ticket in awaited & self._preparing.keys()}
+
+    def tell_all(self, method: str, *arguments: Any) -> None:
+        """Start a call of every actor that nobody waits for: what it does must be made up for by `prepare_all`."""
+        for actor in range(len(self._calls)):
+            if actor not in self._gone:
+                self._calls.tell(actor, method, *arguments)
+
+    def forget(self) -> None:
+        """Until `prepare_all` no actor is up to date, and nothing is kept that it was brought up to date with."""
+        assert not self._flying and not self._unsent, "requests are under way"
+        self._prepare, self._expect = (), None
+        self._up.clear()
+        self._preparing.clear()
+        self._next_try.clear()
 
     def send(self, request: Request) -> None:
         """Returns at once; the request goes to the least busy actor that is up, of several to its actor of choice."""

@@ -20,7 +20,7 @@ from raytrl.launch.logs import LOG, set_version
 from raytrl.launch.pool import Pool
 from raytrl.launch.ray_actors import RayCalls
 from raytrl.launch.roles import RewardPool, RolloutPool, requests_in_flight, scoring_limit_s
-from raytrl.launch.transport import pack
+from raytrl.launch.transport import SentWeights, send
 from raytrl.launch.worker import RayWorkerContext
 from raytrl.ppo import loop
 from raytrl.ppo.alarm import GapAlarm
@@ -168,10 +168,20 @@ def _prompts(run: PpoRun, tokenizer: Any, context: RayWorkerContext) -> SharedPr
     )
 
 
-def _share(weights: Weights) -> Any:
-    """Rank 0 puts the weights into the object store; all ranks get the reference."""
-    reference = ray.put(pack(weights)) if ray.train.get_context().get_world_rank() == 0 else None
-    return broadcast_from_rank_zero([reference])[0]
+def _share(weights: Weights, tell: Callable[[int, Any], None]) -> SentWeights:
+    """Rank 0 puts the buckets into the object store, and all ranks get the references."""
+    context = ray.train.get_context()
+    if context.get_world_rank() == 0:
+        sent = send(weights, tell, ray.put)
+        parts = [sent.version, sent.checksum, *sent.buckets]
+    else:
+        for _ in weights.buckets:  # gathered by all workers together
+            pass
+        parts = []
+    if context.get_world_size() > 1:
+        parts = broadcast_from_rank_zero(parts)
+    version, checksum, *buckets = parts
+    return SentWeights(version, checksum, tuple(buckets))
 
 
 class _Phases:

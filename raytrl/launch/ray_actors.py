@@ -43,6 +43,9 @@ class RayCalls:
     def __len__(self) -> int:
         return len(self._handles)
 
+    def tell(self, actor: int, method: str, *arguments: Any) -> None:
+        getattr(self._handles[actor], method).remote(*arguments)
+
     def call(self, actor: int, method: str, *arguments: Any) -> "Future[Any]":
         ticket: Future[Any] = getattr(self._handles[actor], method).remote(*arguments).future()
         self._actor_of[ticket] = actor

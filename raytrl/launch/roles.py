@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from raytrl.config.engines import CPU_SEQUENCES
@@ -10,24 +11,26 @@ from raytrl.config.reward import RewardSection
 from raytrl.errors import RunError, WeightsVersionError
 from raytrl.launch.actors import MAX_IN_FLIGHT
 from raytrl.launch.pool import Pool, Request
+from raytrl.launch.transport import SentWeights
 from raytrl.records import Attempt, Prompt, Response, Score, chunks
 from raytrl.roles.reward import check_dropped
 from raytrl.roles.reward_call import Pair
 from raytrl.roles.weights import Weights
 
+# Weights, and what to call with every bucket's number and place.
+Share = Callable[[Weights, Callable[[int, Any], None]], SentWeights]
+
 
 class RolloutPool:
     """`ppo.protocols.Generator` on rollout actors."""
 
-    def __init__(
-        self, pool: Pool, rollout: RolloutConfig, *, samples: int, attempt: Attempt, share: Callable[[Weights], Any]
-    ) -> None:
+    def __init__(self, pool: Pool, rollout: RolloutConfig, *, samples: int, attempt: Attempt, share: Share) -> None:
         """
         Args:
             samples: responses per prompt.
             attempt: of the learner group; the actors refuse requests of earlier ones.
-            share: puts the weights, once for all workers, where the actors can take them; returns what to send them.
-                Collective.
+            share: puts the weights, once for all workers, where the actors can take them, and tells of every bucket,
+                by its number, on its way. Collective.
         """
         self._pool, self._rollout, self._samples = pool, rollout, samples
         self._attempt, self._share = attempt, share
@@ -39,17 +42,26 @@ class RolloutPool:
         return len(self._pool.up)
 
     def load_weights(self, weights: Weights) -> None:
-        """Every actor that can be reached proves version and checksum; the others have to before they serve."""
+        """Every actor that can be reached proves version and checksum; the others have to before they serve.
+
+        They load each bucket while the next one is on its way.
+        """
         first = self._version is None
         self._version = None
+        if first:
+            self._pool.tell_all("begin", self._attempt)  # what an earlier attempt still asks for need not be waited for
+        self._pool.forget()  # the last version's buckets, so that the object store does not hold two
+        sent = self._share(weights, partial(self._pool.tell_all, "take_bucket", self._attempt, weights.version))
         self._pool.prepare_all(
             "load_weights",
             self._attempt,
-            self._share(weights),
-            expect=(weights.version, weights.checksum),
+            sent.version,
+            sent.checksum,
+            *sent.buckets,
+            expect=(sent.version, sent.checksum),
             timeout_s=self._rollout.start_timeout_s if first else None,  # the models are still being loaded
         )
-        self._version = weights.version
+        self._version = sent.version
 
     def generate(self, prompts: Sequence[Prompt], version: int, *, greedy: bool) -> Iterable[Sequence[Response]]:
         if version != self._version:

@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from raytrl.errors import NonFiniteError
 from raytrl.roles.collectives import add_over_workers, copy_from_first, wait_for_all, worker_rank
 from raytrl.roles.networks import Network, Networks
 from raytrl.roles.sequences import Sequences
-from raytrl.roles.weights import policy_parameters
+from raytrl.roles.weights import grouped, policy_parameters
 
 
 def schedule_factor(schedule: str, step: int, steps: int) -> float:
@@ -59,8 +59,11 @@ class Backend(ABC):
         """
 
     @abstractmethod
-    def policy_tensors(self) -> dict[str, Tensor]:
-        """The full tensors that rollout engines need, by name. Collective."""
+    def policy_buckets(self) -> Iterator[Mapping[str, Tensor]]:
+        """The full tensors that rollout engines need, by name, some at a time; good until the next are asked for.
+
+        Collective: every worker asks for all.
+        """
 
     @abstractmethod
     def trainable_tensors(self) -> dict[str, Tensor]:
@@ -106,8 +109,9 @@ class TorchBackend(Backend):
         self._optimizer.zero_grad(set_to_none=True)
         return norm
 
-    def policy_tensors(self) -> dict[str, Tensor]:
-        return {name: value.data for name, value in policy_parameters(self.networks.policy).items()}
+    def policy_buckets(self) -> Iterator[Mapping[str, Tensor]]:
+        for group in grouped(policy_parameters(self.networks.policy).items()):
+            yield {name: value.data for name, value in group}
 
     def save(self, folder: Path) -> None:
         if worker_rank() == 0:

@@ -1,7 +1,7 @@
 """DeepSpeed ZeRO behind the learner: sharded optimizer state (1), gradients (2) and parameters (3)."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from raytrl.roles.backends import Backend
 from raytrl.roles.collectives import num_workers, wait_for_all
 from raytrl.roles.networks import Network, Networks
 from raytrl.roles.sequences import Sequences
-from raytrl.roles.weights import policy_parameters
+from raytrl.roles.weights import grouped, policy_parameters
 
 TAG = "deepspeed"
 
@@ -86,12 +86,11 @@ class DeepSpeedBackend(Backend):
             raise NonFiniteError(f"learner: the gradient norm is {norm}; the run cannot go on from this step")
         return norm
 
-    def policy_tensors(self) -> dict[str, Tensor]:
-        parameters = policy_parameters(self.networks.policy)
-        if self._engine.zero_optimization_stage() < 3:
-            return {name: value.data for name, value in parameters.items()}
-        with deepspeed.zero.GatheredParameters(list(parameters.values())):
-            return {name: value.data.to("cpu", copy=True) for name, value in parameters.items()}
+    def policy_buckets(self) -> Iterator[Mapping[str, Tensor]]:
+        gathers = self._engine.zero_optimization_stage() == 3
+        for group in grouped(policy_parameters(self.networks.policy).items()):
+            with deepspeed.zero.GatheredParameters([value for _, value in group], enabled=gathers):
+                yield {name: value.data for name, value in group}
 
     def trainable_tensors(self) -> dict[str, Tensor]:
         named = {name: value for name, value in self.networks.named_parameters() if value.requires_grad}

@@ -5,14 +5,13 @@ from collections.abc import Callable, Sequence
 from raytrl.errors import WeightsVersionError
 from raytrl.records import Prompt, Response
 from raytrl.roles.rollout import RolloutEngine
-from raytrl.roles.weights import Weights
+from raytrl.roles.weights import Bucket, checksum, weights_on_disk
 
 
 class FolderEngine(RolloutEngine):
     """Holds one of several models at a time; version v is the v-th of them.
 
-    The weights that it is sent carry no tensors, only the version and, for checksum, the model's path: every process
-    reads the model itself, and the driver never has to.
+    The weights that it is sent are `weights_on_disk`: every process reads the model itself, and the driver never has to.
     """
 
     def __init__(self, paths: Sequence[str], make: Callable[[int], RolloutEngine]) -> None:
@@ -20,21 +19,34 @@ class FolderEngine(RolloutEngine):
         super().__init__()
         self._paths, self._make = paths, make
         self._engine: RolloutEngine | None = None
+        self._wanted = -1  # the version that is being loaded
 
     def close(self) -> None:
         if self._engine is not None:
             self._engine.close()
             self._engine = None
 
-    def _load(self, weights: Weights) -> None:
-        if self._paths[weights.version] != weights.checksum:
+    def begin_weights(self, version: int) -> None:
+        super().begin_weights(version)
+        self._wanted = version
+
+    def _begin(self) -> None:
+        pass
+
+    def _take(self, bucket: Bucket) -> str:
+        path = self._paths[self._wanted]
+        if path not in bucket.tensors:
             raise WeightsVersionError(
-                f"rollout engine: asked for {weights.checksum!r}; found: {self._paths[weights.version]!r} as model "
-                f"{weights.version}"
+                f"rollout engine: asked for {next(iter(bucket.tensors))!r}; found: {path!r} as model {self._wanted}"
             )
         self.close()  # before the next is loaded: there may be no room for two
-        self._engine = self._make(weights.version)
+        self._engine = self._make(self._wanted)
         self.concurrent = self._engine.concurrent
+        (held,) = weights_on_disk(self._wanted, path).buckets
+        return checksum(held)
+
+    def _finish(self) -> None:
+        pass
 
     def _generate(self, prompts: Sequence[Prompt], version: int, samples: int, greedy: bool) -> list[Response]:
         return self._held()._generate(prompts, version, samples, greedy)

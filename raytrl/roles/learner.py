@@ -22,7 +22,7 @@ from raytrl.roles.experience import Experience, Samples, advantages_of, refuse_n
 from raytrl.roles.minibatch import Part, Totals
 from raytrl.roles.networks import Network
 from raytrl.roles.sequences import Sequences, minibatch_rows, pack
-from raytrl.roles.weights import Weights
+from raytrl.roles.weights import GatheredBuckets, Weights
 
 # Two forward passes of the same float32 weights differ by about 1e-6 a token; bfloat16 by about 1e-2.
 MAX_FIRST_LOG_RATIO = {torch.float32: 1e-3}
@@ -155,8 +155,8 @@ class PpoLearner:
         return {**metrics, "episode": float(self._episodes)}
 
     def weights(self) -> Weights:
-        """The policy for the rollout engines, under the current version."""
-        return Weights.of(self._step, self._backend.policy_tensors().items(), self._backend.networks.dtype)
+        """The policy for the rollout engines, under the current version, to be sent before the next update."""
+        return Weights(self._step, GatheredBuckets(self._backend.policy_buckets, self._backend.networks.dtype))
 
     def mean_score(self, scores: Sequence[Score]) -> float:
         """Mean score over all workers, dropped ones left out; NaN where there is none."""

@@ -4,12 +4,12 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import Linear, LoraLayer
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from raytrl.roles.networks import add_policy_adapter
-from raytrl.roles.weights import POLICY_ADAPTER, Weights, copy_into
+from raytrl.roles.weights import POLICY_ADAPTER, PolicyCopy
 
 
 class LoraMerge:
@@ -22,14 +22,23 @@ class LoraMerge:
         base = AutoModelForCausalLM.from_pretrained(model_path, dtype=dtype, trust_remote_code=trust_remote_code)
         self._policy = add_policy_adapter(base, lora)
         self._policy.requires_grad_(False)
+        self._copy = PolicyCopy(self._policy)
 
-    def take(self, weights: Weights) -> None:
-        """Hold this adapter, proven by its checksum.
+    def begin(self) -> None:
+        """A new adapter is coming."""
+        self._copy.begin()
+
+    def take(self, tensors: Mapping[str, Tensor]) -> str:
+        """Hold this part of it; returns the checksum of what is then held.
 
         Raises:
-            WeightsVersionError: it does not fit, or did not arrive whole.
+            WeightsVersionError: it does not fit.
         """
-        copy_into(self._policy, weights)
+        return self._copy.take(tensors)
+
+    def finish(self) -> None:
+        """Raises WeightsVersionError where a part of the adapter is missing."""
+        self._copy.finish()
 
     def changed(self) -> Iterator[tuple[str, Tensor]]:
         """The parameters of every block that the adapter changes, merged, one by one, by their Hugging Face names.
@@ -46,6 +55,9 @@ class LoraMerge:
                 continue
             if layer in layers and leaf == "weight":
                 yield f"{layer}.{leaf}", self._merged(layers[layer])
+            elif layer in layers and leaf == "bias" and layers[layer].lora_bias[POLICY_ADAPTER]:
+                added = layers[layer].lora_B[POLICY_ADAPTER].bias.data * layers[layer].scaling[POLICY_ADAPTER]
+                yield f"{layer}.{leaf}", parameter.data + added
             elif layer.rpartition(".")[0] in blocks:
                 yield f"{layer}.{leaf}", parameter.data
 
@@ -53,6 +65,10 @@ class LoraMerge:
     @torch.no_grad()
     def _merged(layer: LoraLayer) -> Tensor:
         base: Tensor = layer.get_base_layer().weight.data
+        if type(layer) is Linear and layer.lora_A[POLICY_ADAPTER].weight.dtype == base.dtype:
+            a, b = layer.lora_A[POLICY_ADAPTER].weight.data, layer.lora_B[POLICY_ADAPTER].weight.data
+            factors = (a.t(), b.t()) if layer.fan_in_fan_out else (b, a)
+            return torch.addmm(base, *factors, alpha=layer.scaling[POLICY_ADAPTER])  # in one pass over the weights
         delta: Tensor = layer.get_delta_weight(POLICY_ADAPTER)
         # As PEFT merges: in the base's dtype.
         return base + delta.to(base.dtype)

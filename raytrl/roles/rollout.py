@@ -15,7 +15,7 @@ from raytrl.config.ppo import RolloutConfig, SamplingConfig
 from raytrl.errors import NonFiniteError, WeightsVersionError
 from raytrl.records import Prompt, Response, chunks
 from raytrl.roles.networks import add_policy_adapter
-from raytrl.roles.weights import Weights, copy_into
+from raytrl.roles.weights import Bucket, PolicyCopy, Weights, combined
 
 
 class Tokenizer(Protocol):
@@ -38,6 +38,8 @@ class RolloutEngine(ABC):
 
     def __init__(self) -> None:
         self._version: int | None = None
+        self._loading: int | None = None  # the version that is being loaded
+        self._checksums: list[str] = []  # of its buckets so far
 
     @property
     def version(self) -> int | None:
@@ -50,10 +52,48 @@ class RolloutEngine(ABC):
         Raises:
             WeightsVersionError: they do not fit, or did not arrive whole; the engine then serves nothing.
         """
-        self._version = None
-        self._load(weights)
-        self._version = weights.version
-        return weights.checksum
+        self.begin_weights(weights.version)
+        for tensors in weights.buckets:
+            self.take_bucket(Bucket.of(tensors))
+        return self.finish_weights()
+
+    def begin_weights(self, version: int) -> None:
+        """New weights are coming, bucket by bucket; until all are proven, the engine serves nothing."""
+        self._version, self._loading, self._checksums = None, version, []
+        self._begin()
+
+    def take_bucket(self, bucket: Bucket) -> None:
+        """Load a part of them and prove it. After an error only `begin_weights` goes on.
+
+        Raises:
+            WeightsVersionError: it does not fit, or did not arrive whole.
+        """
+        version, self._loading = self._loading, None
+        if version is None:
+            raise WeightsVersionError("rollout engine: was given weights that it was not told of; found no version")
+        found = self._take(bucket)
+        if found != bucket.checksum:
+            raise WeightsVersionError(
+                f"rollout engine: weights of version {version} are not what the learner sent; found checksum {found}; "
+                f"expected {bucket.checksum}; the engine's dtype must be the one that the learner sends"
+            )
+        self._checksums.append(found)
+        self._loading = version
+
+    def finish_weights(self) -> str:
+        """All buckets were taken: serve their version; returns the checksum of all that the engine now holds.
+
+        Raises:
+            WeightsVersionError: a part is missing, or failed.
+        """
+        version, self._loading = self._loading, None
+        if version is None:
+            raise WeightsVersionError(
+                "rollout engine: weights are not whole; a bucket of them failed, or none was sent"
+            )
+        self._finish()
+        self._version = version
+        return combined(self._checksums)
 
     def generate(
         self, prompts: Sequence[Prompt], version: int, *, samples: int = 1, greedy: bool = False
@@ -95,7 +135,14 @@ class RolloutEngine(ABC):
         """Let go of threads and memory; the engine is of no use afterwards."""
 
     @abstractmethod
-    def _load(self, weights: Weights) -> None: ...
+    def _begin(self) -> None: ...
+
+    @abstractmethod
+    def _take(self, bucket: Bucket) -> str:
+        """Returns the checksum of what the engine has of it."""
+
+    @abstractmethod
+    def _finish(self) -> None: ...
 
     @abstractmethod
     def _generate(self, prompts: Sequence[Prompt], version: int, samples: int, greedy: bool) -> list[Response]: ...
@@ -143,6 +190,7 @@ class TransformersEngine(RolloutEngine):
         """`stop_token_ids` are added to the tokenizer's end token; `seed` is the run's."""
         super().__init__()
         self._model = model.eval()
+        self._copy = PolicyCopy(model)
         self._tokenizer = tokenizer
         self._sampling = sampling
         self._seed = seed
@@ -183,8 +231,14 @@ class TransformersEngine(RolloutEngine):
             chunk_prompts=rollout.chunk_prompts,
         )
 
-    def _load(self, weights: Weights) -> None:
-        copy_into(self._model, weights)
+    def _begin(self) -> None:
+        self._copy.begin()
+
+    def _take(self, bucket: Bucket) -> str:
+        return self._copy.take(bucket.tensors)
+
+    def _finish(self) -> None:
+        self._copy.finish()
 
     def _generate(self, prompts: Sequence[Prompt], version: int, samples: int, greedy: bool) -> list[Response]:
         responses: list[Response] = []

@@ -11,12 +11,12 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from raytrl.config.engines import CPU_SEQUENCES, cpu_cache_bytes, gpus_asked
 from raytrl.config.ppo import RolloutConfig, SamplingConfig
-from raytrl.errors import NonFiniteError, RunError, WeightsVersionError
+from raytrl.errors import NonFiniteError, RunError
 from raytrl.records import Prompt, Response
 from raytrl.roles.lora_merge import LoraMerge
 from raytrl.roles.rollout import RolloutEngine, Tokenizer, ending_token_ids, response_seed, response_text
 from raytrl.roles.vllm_batch import ContinuousBatch
-from raytrl.roles.weights import Weights, checksum
+from raytrl.roles.weights import Bucket, grouped
 
 # Read by vLLM when it is imported; a user's own setting wins.
 _ENVIRONMENT = {
@@ -92,25 +92,33 @@ class VllmEngine(RolloutEngine):
 
         cleanup_dist_env_and_memory()  # else its torch.distributed group outlives the engine
 
-    def _load(self, weights: Weights) -> None:
+    def _begin(self) -> None:
         if self._merge is not None:
-            self._merge.take(weights)  # proves the checksum
-        elif (found := checksum(weights.tensors)) != weights.checksum:
-            raise WeightsVersionError(
-                f"rollout engine: weights of version {weights.version} are not what the learner sent; found checksum "
-                f"{found}; expected {weights.checksum}"
-            )
-        self._batch.call(lambda engine: self._replace(engine, weights))
+            self._merge.begin()
+        else:
+            self._batch.call(self._begin_model)
 
-    def _replace(self, engine: Any, weights: Weights) -> None:
+    def _take(self, bucket: Bucket) -> str:
+        if self._merge is not None:
+            return self._merge.take(bucket.tensors)
+        return self._batch.call(lambda engine: _take_into_model(engine, bucket.tensors.items()))
+
+    def _finish(self) -> None:
+        if self._merge is not None:
+            self._merge.finish()
+        self._batch.call(self._finish_model)
+
+    def _begin_model(self, engine: Any) -> None:
         if engine.has_unfinished_requests():
             raise RunError("rollout engine: new weights while responses are sampled; this is a fault in raytrl")
-        named: Iterable[tuple[str, Tensor]] = weights.tensors.items()
+        engine.collective_rpc("raytrl_begin_weights", args=(self._merge is None,))
+
+    def _finish_model(self, engine: Any) -> None:
         if self._merge is not None:
-            named = self._merge.changed()
-        if engine.vllm_config.parallel_config.world_size > 1:
-            named = list(named)  # to processes that a generator cannot reach
-        engine.collective_rpc("raytrl_load_weights", args=(named, self._merge is None))
+            self._begin_model(engine)
+            for group in grouped(self._merge.changed()):  # merged one group after the other
+                _take_into_model(engine, group)
+        engine.collective_rpc("raytrl_finish_weights")
         if not engine.reset_prefix_cache():
             raise RunError("rollout engine: vLLM's prefix cache could not be emptied for new weights")
 
@@ -175,6 +183,14 @@ class VllmEngine(RolloutEngine):
             places = future.result().prompt_logprobs[-len(response.token_ids) :]
             sums.append(math.fsum(p[t].logprob for p, t in zip(places, response.token_ids, strict=True)))
         return sums
+
+
+def _take_into_model(engine: Any, named: Iterable[tuple[str, Tensor]]) -> str:
+    """Returns the checksum of what arrived in the model, the same in all of its processes."""
+    found = set(engine.collective_rpc("raytrl_take_weights", args=(list(named),)))
+    if len(found) != 1:
+        raise RunError(f"rollout engine: vLLM's processes were sent different weights; found checksums {sorted(found)}")
+    return str(found.pop())
 
 
 def _chosen_arguments(rollout: RolloutConfig, config: Any, dtype: torch.dtype, device: str) -> dict[str, Any]:

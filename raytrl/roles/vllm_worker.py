@@ -3,7 +3,8 @@
 Imported by vLLM inside the process, or the processes, that hold the model.
 """
 
-from collections.abc import Iterable, Iterator
+import logging
+from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -12,52 +13,111 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from raytrl.errors import WeightsVersionError
+from raytrl.roles.vllm_places import Copy, Places, check_packed
+from raytrl.roles.weights import checksum
+
+LOG = logging.getLogger("raytrl")
 
 
 class WeightLoading:
-    """New weights by Hugging Face names, each followed on its way into the layer that computes with it."""
+    """New weights by Hugging Face names: the first time layer by layer and watched, then straight to their places."""
 
     model_runner: Any
     parallel_config: Any
     model_config: Any
+    _raytrl_places: Places | str | None = None  # a string: why there are none
+    _raytrl_reload: "_LayerByLayer | None" = None  # under way
 
-    def raytrl_load_weights(self, named: Iterable[tuple[str, Tensor]], complete: bool) -> None:
-        """As vLLM's own `reload_weights`: a layer goes to new memory, is brought into its kernels' format, and replaces
-        the old one in place; then the next. On a CPU the weights of linear layers are packed, and exist in no other form.
+    def raytrl_begin_weights(self, complete: bool) -> None:
+        """The model computes nothing sensible until `raytrl_finish_weights`.
 
         Args:
-            named: consumed one by one. All or none of the weights of a layer, of layers that vLLM fuses too.
-            complete: these are all weights of the model; else the others stay as they are.
-
-        Raises:
-            WeightsVersionError: a tensor found no place or did not arrive as it is, or a parameter got none.
+            complete: all weights of the model will come; else all or none of the weights of a layer, of layers that vLLM
+                fuses too, and the same ones each time.
         """
-        model = self.model_runner.get_model()
-        expected = {name for name, _ in model.named_parameters()}
+        if self._raytrl_reload is not None:  # an update that failed; the model must be whole for the next
+            reload, self._raytrl_reload = self._raytrl_reload, None
+            reload.restore()
+        if isinstance(self._raytrl_places, Places):
+            self._raytrl_places.begin()
+            return
         # Quantised weights are other numbers than those sent, and of tensor parallel ones each process has a part.
         follows = self.model_config.quantization is None and self.parallel_config.world_size == 1
-        loading = _Loading() if follows else None
-        with torch.no_grad(), loading or nullcontext():
-            watched = named if loading is None else loading.watched(named)
-            loaded = self._layer_by_layer(model, watched)
-        _check_packed(model)
-        if loading is not None:
-            loading.check_whole()
-        left = sorted(expected - set(loaded if loaded is not None else expected))
-        if complete and left:
+        self._raytrl_reload = _LayerByLayer(self.model_runner.get_model(), self.model_config, complete, follows)
+
+    def raytrl_take_weights(self, named: Iterable[tuple[str, Tensor]]) -> str:
+        """Load these; returns the checksum of what the model then holds of them, or of what arrived where the model holds
+        it in another form.
+
+        Raises:
+            WeightsVersionError: a tensor has no place or did not arrive there as it is.
+        """
+        tensors = dict(named)
+        if self._raytrl_reload is not None:
+            self._raytrl_reload.load(tensors)
+            return checksum(tensors)
+        assert isinstance(self._raytrl_places, Places)
+        return self._raytrl_places.load(tensors)
+
+    def raytrl_finish_weights(self) -> None:
+        """All are there: the model is whole.
+
+        Raises:
+            WeightsVersionError: a tensor, or a part of it, found no place, or a parameter got none.
+        """
+        if self._raytrl_reload is None:
+            assert isinstance(self._raytrl_places, Places)
+            self._raytrl_places.check_whole()
+            return
+        reload, self._raytrl_reload = self._raytrl_reload, None
+        reload.finish()
+        if self._raytrl_places is None and reload.watching is not None:
+            self._raytrl_places = Places.learn(self.model_runner.get_model(), reload.watching.copies)
+            if isinstance(self._raytrl_places, str):
+                LOG.info("vLLM loads new weights layer by layer: %s", self._raytrl_places)
+
+
+class _LayerByLayer:
+    """vLLM's own `reload_weights`, in parts: a layer goes to new memory, is brought into its kernels' format, and replaces
+    the old one in place; then the next. On a CPU the weights of linear layers are packed, and exist in no other form."""
+
+    def __init__(self, model: Any, model_config: Any, complete: bool, follows: bool) -> None:
+        """`follows`: watch every tensor on its way into the layer that computes with it."""
+        from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
+
+        self._model, self._config, self._complete = model, model_config, complete
+        self._missing = {name for name, _ in model.named_parameters()}
+        self.watching = _Loading(model) if follows else None
+        initialize_layerwise_reload(model)
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        if self.watching is not None:
+            self.watching.watch(tensors)
+        with torch.no_grad(), self.watching or nullcontext():
+            loaded = self._model.load_weights(tensors.items())
+        self._missing -= set(self._missing if loaded is None else loaded)
+
+    def restore(self) -> None:
+        """Makes the model whole; layers that got no weights keep the ones they had."""
+        from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
+
+        with torch.no_grad(), self.watching or nullcontext():
+            finalize_layerwise_reload(self._model, self._config)
+        _pack_tied(self._model)
+
+    def finish(self) -> None:
+        self.restore()
+        for module in self._model.modules():
+            weight = getattr(module, "weight", None) if getattr(module, "cpu_linear", None) is not None else None
+            if weight is not None and weight.dim() == 2 and weight.numel():  # packed, and kept as it was too
+                check_packed(module, weight, 1)
+        if self.watching is not None:
+            self.watching.check_whole()
+        left = sorted(self._missing)
+        if self._complete and left:
             raise WeightsVersionError(
                 f"rollout engine: the learner sent no weights for {len(left)} of vLLM's parameters, first {left[0]!r}"
             )
-
-    def _layer_by_layer(self, model: Any, named: Iterable[tuple[str, Tensor]]) -> Any:
-        from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
-
-        initialize_layerwise_reload(model)
-        try:
-            return model.load_weights(named)
-        finally:  # also after an error: the model must be whole for the next weights
-            finalize_layerwise_reload(model, self.model_config)
-            _pack_tied(model)
 
 
 def _pack_tied(model: nn.Module) -> None:
@@ -71,24 +131,13 @@ def _pack_tied(model: nn.Module) -> None:
             module.quant_method.process_weights_after_loading(module)
 
 
-def _check_packed(model: nn.Module) -> None:
-    """Where packed weights and their originals both exist, they must compute the same."""
-    for name, module in model.named_modules():
-        weight, packed = getattr(module, "weight", None), getattr(module, "cpu_linear", None)
-        if packed is None or weight is None or weight.dim() != 2 or not weight.numel():
-            continue
-        probe = torch.linspace(-1, 1, weight.shape[1], dtype=weight.dtype).unsqueeze(0)
-        found, expected = packed(probe, weight, None), torch.nn.functional.linear(probe, weight)
-        scale = float(expected.abs().nan_to_num().max())
-        if not torch.allclose(found, expected, rtol=1e-3, atol=1e-3 * scale, equal_nan=True):
-            raise WeightsVersionError(f"rollout engine: vLLM computes with other weights than it was given in {name}")
-
-
 class _Loading(TorchFunctionMode):
     """Sees every `copy_` that the model's loaders do: where a tensor went, and whether it arrived as it is."""
 
-    def __init__(self) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
+        self.copies: list[Copy] = []
+        self._model = model
         self._sent: dict[int, str] = {}  # by the place of their memory, which views of a tensor share
         self._left: dict[str, int] = {}  # numbers that have not arrived
         self._alive: dict[int, Tensor] = {}  # those on their way, so that no two have the same place
@@ -102,14 +151,13 @@ class _Loading(TorchFunctionMode):
                 self._compare(name, there, source)
         return result
 
-    def watched(self, named: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        """Hands the tensors out."""
-        for name, tensor in named:
+    def watch(self, tensors: Mapping[str, Tensor]) -> None:
+        """These come next."""
+        for name, tensor in tensors.items():
             if tensor.numel():
                 self._sent[tensor.untyped_storage().data_ptr()] = name
                 self._left[name] = tensor.numel()
                 self._alive[tensor.untyped_storage().data_ptr()] = tensor
-            yield name, tensor
 
     def check_whole(self) -> None:
         """Raises where a tensor, or a part of it, was copied to nowhere."""
@@ -124,9 +172,12 @@ class _Loading(TorchFunctionMode):
         with torch._C.DisableTorchFunction():
             arrived = source.to(there)
             same = torch.equal(there, arrived) or bool(((there == arrived) | (arrived != arrived)).all())  # NaN != NaN
+            copy = Copy.seen(self._model, name, source, there)
         if not same:
             raise WeightsVersionError(f"rollout engine: vLLM does not hold what was sent as {name!r}")
+        if copy is not None:
+            self.copies.append(copy)
         self._left[name] -= source.numel()
-        if self._left[name] <= 0:  # merged tensors are made one by one, and need not stay
+        if self._left[name] <= 0:  # need not stay
             place = source.untyped_storage().data_ptr()
             del self._sent[place], self._alive[place]

@@ -19,7 +19,7 @@ from typing import Any
 
 import ray
 
-from raytrl.launch.actors import CONCURRENCY_GROUPS, CONTROL, WORK, RewardActor, RolloutActor
+from raytrl.launch.actors import CONCURRENCY_GROUPS, WEIGHTS, WORK, RewardActor, RolloutActor
 from raytrl.launch.pool import Arrivals
 from raytrl.records import Attempt, Prompt, Response, Score
 
@@ -33,6 +33,7 @@ class NoWeights:
 
     version: int
     checksum: str = "none"
+    buckets: tuple[Any, ...] = ()
 
 
 class SleepingEngine:
@@ -52,14 +53,14 @@ class SleepingEngine:
 class SleepingRollout(RolloutActor):
     """Takes weights without importing torch, so that many fit on one machine."""
 
-    @ray.method(concurrency_group=CONTROL)
-    def load_weights(self, attempt: int, packed: Any) -> tuple[int, str]:
+    @ray.method(concurrency_group=WEIGHTS)
+    def load_weights(self, attempt: Attempt, version: int, checksum: str, *buckets: Any) -> tuple[int, str]:
         self.begin(attempt)
         with self._busy("loading weights"):
             self._refuse_if_old(attempt)
             self._loaded()
-            self._held = (attempt, packed.version, packed.checksum)
-            return packed.version, packed.checksum
+            self._held = (attempt, version, checksum)
+            return version, checksum
 
 
 class ConstantSources:
@@ -127,6 +128,9 @@ class ThreadCalls:
         ticket.add_done_callback(self._arrivals.add)
         return ticket
 
+    def tell(self, actor: int, method: str, *arguments: Any) -> None:
+        self.call(actor, method, *arguments)
+
     def wait(self, tickets: Collection["Future[Any]"], timeout_s: float) -> list["Future[Any]"]:
         return self._arrivals.wait(tickets, timeout_s)
 
@@ -166,7 +170,7 @@ def measure(actors: int, latency_s: float, calls: Callable[[type, int, str, Call
         RolloutConfig(chunk_prompts=CHUNK),
         samples=1,
         attempt=Attempt("run", 1),
-        share=lambda weights: weights,  # type: ignore[arg-type, return-value]
+        share=lambda weights, tell: weights,  # type: ignore[arg-type, return-value]
     )
     scorer = RewardPool(
         Pool(rewards, "reward actors", "the simulation", 120.0),

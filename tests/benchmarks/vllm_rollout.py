@@ -7,6 +7,7 @@ One thread a process. Every line printed is a measurement; run them one after th
 
 import argparse
 import functools
+import hashlib
 import json
 import os
 import signal
@@ -149,7 +150,7 @@ def pool_of(path: str, rollout: RolloutConfig, lora: Any) -> Iterator[tuple[Any,
     from raytrl.launch.pool import Pool
     from raytrl.launch.ray_actors import RayCalls, _start
     from raytrl.launch.roles import RolloutPool, requests_in_flight
-    from raytrl.launch.transport import pack
+    from raytrl.launch.transport import send
 
     ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, object_store_memory=3 * 2**30)
     group = ray.util.placement_group([{"CPU": 1}] * rollout.actors)
@@ -174,7 +175,8 @@ def pool_of(path: str, rollout: RolloutConfig, lora: Any) -> Iterator[tuple[Any,
         window=requests_in_flight(rollout, 1),
     )
     try:
-        yield RolloutPool(pool, rollout, samples=1, attempt=Attempt("run", 1), share=lambda w: ray.put(pack(w))), actors
+        share = functools.partial(send, put=ray.put)
+        yield RolloutPool(pool, rollout, samples=1, attempt=Attempt("run", 1), share=share), actors
     finally:
         ray.shutdown()
 
@@ -217,24 +219,35 @@ def actors(path: str, options: argparse.Namespace, engine: str) -> None:
 
 
 def update(path: str, options: argparse.Namespace) -> None:
-    """New weights from a learner's model into every engine, proven; against plain copies of the same tensors."""
+    """New weights from a learner's model into every engine, proven; against plain copies of the same tensors.
+
+    `of_clone`: speed over that of copies into new memory (`Tensor.clone`), `of_copy`: into memory that was used before.
+    With LoRA the adapter travels and is merged into the model's weights, of which the engine needs new packed ones: there
+    the copies are of these, `model_bytes`.
+    """
     rollout = rollout_config(options, "vllm")
     with pool_of(path, rollout, LORA if options.lora else None) as (pool, _):
         tensors = policy_parameters(learner_model(path, options.lora))
         size = sum(t.numel() * t.element_size() for t in tensors.values())
-        whole = sum(t.numel() * t.element_size() for t in learner_model(path, False).parameters())
+        base = dict(learner_model(path, False).named_parameters())
+        changed = {name: value for name, value in base.items() if ".layers." in name} if options.lora else tensors
+        whole = sum(t.numel() * t.element_size() for t in changed.values())
+        again = {name: tensor.detach().clone() for name, tensor in changed.items()}
         for version in range(options.steps + 1):
             with torch.no_grad():
                 for tensor in tensors.values():
                     tensor += 1e-3
             began = time.perf_counter()
-            copied = {name: tensor.detach().clone() for name, tensor in tensors.items()}
-            copy_s = time.perf_counter() - began
+            copied = {name: tensor.detach().clone() for name, tensor in changed.items()}
+            clone_s = time.perf_counter() - began
             del copied
             began = time.perf_counter()
-            weights = Weights.of(version, tensors.items(), torch.float32)
-            made_s = time.perf_counter() - began
-            pool.load_weights(weights)
+            with torch.no_grad():
+                for name, tensor in changed.items():
+                    again[name].copy_(tensor)
+            copy_s = time.perf_counter() - began
+            began = time.perf_counter()
+            pool.load_weights(Weights.of(version, tensors.items(), torch.float32))
             seconds = time.perf_counter() - began
             if version:
                 say(
@@ -242,33 +255,63 @@ def update(path: str, options: argparse.Namespace) -> None:
                     bytes=size,
                     model_bytes=whole,
                     seconds=seconds,
-                    checksum_s=made_s,
-                    gb_per_s=size / seconds / 1e9,
-                    clone_gb_per_s=size / copy_s / 1e9,
-                    of_clone=copy_s / seconds,
+                    gb_per_s=whole / seconds / 1e9,
+                    clone_gb_per_s=whole / clone_s / 1e9,
+                    copy_gb_per_s=whole / copy_s / 1e9,
+                    of_clone=clone_s / seconds,
+                    of_copy=copy_s / seconds,
                 )
 
 
 def kill(path: str, options: argparse.Namespace) -> None:
-    """An engine killed in the middle of a step: nothing is lost, and the responses are those of an undisturbed step."""
+    """An engine killed in the middle of a step, and of an update: nothing is lost, and the responses are those of an
+    undisturbed step."""
     import ray
 
     rollout = rollout_config(options, "vllm")
+    prompts = some_prompts(options.rows)
     with pool_of(path, rollout, None) as (pool, handles):
-        pool.load_weights(Weights.of(0, policy_parameters(learner_model(path, False)).items(), torch.float32))
-        prompts = some_prompts(options.rows)
-        found = []
-        victim = ray.get(handles[0].pid.remote())
-        for disturbed in (False, False, True):
+        model = learner_model(path, False)
+        for death in ("none", "none", "in mid-generation", "in mid-update", "none"):
+            version = 0 if pool._version is None else pool._version + 1
+            if death == "in mid-update":
+                with torch.no_grad():
+                    for tensor in model.parameters():
+                        tensor += 1e-2 * tensor.roll(1)
+            weights = Weights.of(version, policy_parameters(model).items(), torch.float32)
+            victim = ray.get(handles[0].pid.remote())
+            share, buckets = pool._share, len(list(weights.buckets))
+            if death == "in mid-update":
+
+                def halfway(sent: Weights, tell: Any, victim: int = victim, half: int = buckets // 2) -> Any:
+                    def told(number: int, bucket: Any) -> None:
+                        tell(number, bucket)
+                        if number == half:
+                            os.kill(victim, signal.SIGKILL)
+
+                    return share(sent, told)  # noqa: B023 (of this round)
+
+                pool._share = halfway
             began = time.perf_counter()
-            chunks = pool.generate(prompts, 0, greedy=False)
-            time.sleep(0.5)  # all are being sampled by now, none is done
-            if disturbed:
+            pool.load_weights(weights)
+            update_s, up, pool._share = time.perf_counter() - began, pool.num_up, share
+            began = time.perf_counter()
+            chunks = pool.generate(prompts, version, greedy=False)
+            if death == "in mid-generation":
+                time.sleep(0.5)  # all are being sampled by now, none is done
                 os.kill(victim, signal.SIGKILL)
             responses = [response for chunk in chunks for response in chunk]
-            say(what="killed" if disturbed else "undisturbed", seconds=time.perf_counter() - began, up=pool.num_up)
-            found.append(sorted(responses, key=lambda response: response.row))
-        say(what="kill", same=found[0] == found[1] == found[2], responses=len(found[2]))
+            made = sorted((r.row, r.token_ids, r.sampling_logprobs) for r in responses)
+            say(
+                killed=death,
+                buckets=buckets,
+                update_s=update_s,
+                up=up,
+                generate_s=time.perf_counter() - began,
+                up_after=pool.num_up,
+                responses=len(made),
+                digest=hashlib.sha256(repr(made).encode()).hexdigest()[:16],
+            )
 
 
 def main() -> None:

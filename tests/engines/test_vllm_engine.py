@@ -19,7 +19,8 @@ from raytrl.records import Prompt, Response
 from raytrl.roles.folder_engine import FolderEngine
 from raytrl.roles.networks import add_policy_adapter
 from raytrl.roles.vllm_engine import VllmEngine
-from raytrl.roles.weights import Weights, policy_parameters
+from raytrl.roles.vllm_places import Places
+from raytrl.roles.weights import Bucket, Weights, policy_parameters, weights_on_disk
 from tests.ppo_files import make_policy
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
@@ -56,9 +57,11 @@ class Case:
         self.engine = VllmEngine.from_pretrained(path, path, config, seed=7, lora=LORA if lora else None)
         self.load(0)
 
+    bucket_bytes = 50_000  # so that fused layers are spread over several
+
     def weights(self, version: int) -> Weights:
         named = {name: value.clone() for name, value in policy_parameters(self.model).items()}
-        return Weights.of(version, named.items(), torch.float32)
+        return Weights.of(version, named.items(), torch.float32, bucket_bytes=self.bucket_bytes)
 
     def load(self, version: int) -> None:
         assert self.engine.load_weights(self.weights(version)) == self.weights(version).checksum
@@ -112,6 +115,69 @@ def test_logprobs_are_those_of_transformers_before_and_after_updates(case: Calla
         one.check(prompts, responses)
         seen.append([r.token_ids for r in responses])
     assert seen[0] != seen[1] != seen[2]
+
+
+def in_worker(one: Case, function: Callable[[Any], Any]) -> Any:
+    """What the function returns for vLLM's worker, which holds the model."""
+    (found,) = one.engine._batch.call(lambda engine: engine.collective_rpc(function))
+    return found
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_that_go_straight_to_their_places_are_those_of_vllms_own_way(
+    case: Callable[..., Case], kind: str
+) -> None:
+    """Bit by bit, in every response."""
+    one = case(kind, temperature=0.7)
+    one.load(9)
+    places = in_worker(one, lambda worker: worker._raytrl_places)
+    assert isinstance(places, Places), places
+    assert len(places.packed) == 8  # four linear layers in each of two blocks
+    one.change(10)
+    one.load(10)
+    straight = one.engine.generate(some_prompts(6), 10, samples=2)
+    kept = {name: value.detach().clone() for name, value in policy_parameters(one.model).items()}
+    in_worker(one, lambda worker: setattr(worker, "_raytrl_places", "not for this test"))
+    one.change(11)
+    one.load(11)
+    assert one.engine.generate(some_prompts(6), 11, samples=2) != straight
+    with torch.no_grad():
+        for name, value in policy_parameters(one.model).items():
+            value.copy_(kept[name])
+    one.load(10)
+    assert one.engine.generate(some_prompts(6), 10, samples=2) == straight
+    in_worker(one, lambda worker: setattr(worker, "_raytrl_places", None))
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "llama-lora"])
+def test_a_layer_that_computes_with_older_weights_is_found(
+    case: Callable[..., Case], kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a tied head did in vLLM 0.32. Nothing is served, and the next weights are right again."""
+    from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+    from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
+
+    one = case(kind, temperature=0.7)
+    one.load(12)
+    stale: dict[int, Any] = {}
+    heads = [UnquantizedEmbeddingMethod] if kind == "gpt2" else []  # its head is the one that is tied
+    for method in [UnquantizedLinearMethod, *heads][-1:]:
+        packs = method.process_weights_after_loading
+
+        def packs_the_first_for_good(self: Any, layer: Any, packs: Any = packs) -> None:
+            packs(self, layer)
+            layer.cpu_linear = stale.setdefault(id(layer), layer.cpu_linear)
+
+        monkeypatch.setattr(method, "process_weights_after_loading", packs_the_first_for_good)
+    one.load(12)
+    one.change(13)
+    with pytest.raises(WeightsVersionError, match="computes with other weights than it was given"):
+        one.load(13)
+    with pytest.raises(WeightsVersionError, match="found version None"):
+        one.engine.generate(some_prompts(1), 13)
+    monkeypatch.undo()
+    one.load(14)
+    one.check(some_prompts(4), one.engine.generate(some_prompts(4), 14))
 
 
 def test_logprobs_of_given_responses(case: Callable[..., Case]) -> None:
@@ -179,10 +245,12 @@ def test_weights_that_are_not_right_are_refused_and_nothing_is_served(case: Call
     one.load(4)
     with pytest.raises(WeightsVersionError, match="version 5; found version 4"):
         one.engine.generate(some_prompts(1), 5)
-    changed = one.weights(5)
-    next(iter(changed.tensors.values())).view(-1)[0] += 1
-    with pytest.raises(WeightsVersionError, match="checksum"):
-        one.engine.load_weights(changed)
+    first = next(iter(one.weights(5).buckets))
+    changed = {name: tensor.clone() for name, tensor in first.items()}
+    next(iter(changed.values())).view(-1)[0] += 1
+    one.engine.begin_weights(5)
+    with pytest.raises(WeightsVersionError, match="version 5 are not what the learner sent; found checksum"):
+        one.engine.take_bucket(Bucket(changed, Bucket.of(first).checksum))
     with pytest.raises(WeightsVersionError, match="found version None"):
         one.engine.generate(some_prompts(1), 4)
     part = Weights.of(6, list(policy_parameters(one.model).items())[:-1], torch.float32)
@@ -194,8 +262,7 @@ def test_weights_that_are_not_right_are_refused_and_nothing_is_served(case: Call
 
 def test_broken_weights_do_not_sample_nonsense(case: Callable[..., Case]) -> None:
     one = case("gpt2", max_new_tokens=4)  # an engine of its own: NaN stay in its cache, as in a run, which then ends
-    good = one.weights(20)
-    broken = {name: torch.full_like(tensor, torch.nan) for name, tensor in good.tensors.items()}
+    broken = {name: torch.full_like(tensor, torch.nan) for name, tensor in policy_parameters(one.model).items()}
     one.engine.load_weights(Weights.of(19, broken.items(), torch.float32))
     with pytest.raises(NonFiniteError):
         one.engine.generate(some_prompts(1), 19)
@@ -206,7 +273,7 @@ def test_an_evaluation_goes_from_model_to_model(folders: dict[str, str]) -> None
     engine = FolderEngine(paths, lambda v: VllmEngine.from_pretrained(paths[v], paths[v], rollout(), seed=7))
     prompts = some_prompts(3)
     for version, path in enumerate(paths):
-        engine.load_weights(Weights(version, {}, path))
+        engine.load_weights(weights_on_disk(version, path))
         assert engine.concurrent
         responses = engine.generate(prompts, version)
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64)
@@ -228,7 +295,7 @@ def test_the_engine_has_no_process_of_its_own(case: Callable[..., Case]) -> None
 
 def test_unknown_weights_are_named(case: Callable[..., Case], tmp_path: Path) -> None:
     one = case("llama", temperature=0.7)
-    tensors = {**one.weights(30).tensors, "model.layers.0.self_attn.odd.weight": torch.zeros(2, 2)}
+    tensors = {**policy_parameters(one.model), "model.layers.0.self_attn.odd.weight": torch.zeros(2, 2)}
     with pytest.raises(Exception, match="odd"):
         one.engine.load_weights(Weights.of(30, tensors.items(), torch.float32))
     one.load(31)

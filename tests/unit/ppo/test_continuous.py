@@ -6,17 +6,17 @@ from itertools import islice
 from typing import Any
 
 import torch
-from test_pools import engines
+from test_pools import all_of, engines
 from toy import gpt2, prompt_batch
 
 from raytrl.config.ppo import RolloutConfig
 from raytrl.launch.actors import RolloutActor
 from raytrl.launch.pool import Pool, Request
 from raytrl.launch.roles import RolloutPool, requests_in_flight
-from raytrl.launch.transport import pack
+from raytrl.launch.transport import send
 from raytrl.records import Attempt, Prompt, Response
 from raytrl.roles.rollout import RolloutEngine
-from raytrl.roles.weights import Weights, policy_parameters
+from raytrl.roles.weights import Bucket, Weights, policy_parameters
 
 ATTEMPT = Attempt("run", 1)
 
@@ -43,7 +43,7 @@ def test_vllm_gets_single_prompts_and_scoring_gets_whole_chunks() -> None:
     calls = engines(3)
     rollout = RolloutConfig(engine="vllm", chunk_prompts=4)
     pool = RolloutPool(
-        Pool(calls, "rollout actors", "w", 5.0, window=2), rollout, samples=2, attempt=ATTEMPT, share=pack
+        Pool(calls, "rollout actors", "w", 5.0, window=2), rollout, samples=2, attempt=ATTEMPT, share=send
     )
     pool.load_weights(weights(0))
     made = list(pool.generate(prompt_batch(0, range(14)), 0, greedy=False))
@@ -67,7 +67,13 @@ class Meeting(RolloutEngine):
         super().__init__()
         self.barrier, self.inside = threading.Barrier(3), 0
 
-    def _load(self, weights: Weights) -> None:
+    def _begin(self) -> None:
+        assert self.inside == 0
+
+    def _take(self, bucket: Bucket) -> str:
+        return bucket.checksum
+
+    def _finish(self) -> None:
         assert self.inside == 0
 
     def _generate(self, prompts: Sequence[Prompt], version: int, samples: int, greedy: bool) -> list[Response]:
@@ -82,7 +88,7 @@ class Meeting(RolloutEngine):
 
 def test_calls_share_a_batch_and_weights_wait_for_them() -> None:
     actor = RolloutActor(Meeting)
-    actor.load_weights(ATTEMPT, pack(weights(0)))
+    actor.load_weights(ATTEMPT, *all_of(weights(0)))
 
     def generate(version: int) -> None:
         actor.generate(ATTEMPT, prompt_batch(0, [0]), version, 1, False)
@@ -92,7 +98,7 @@ def test_calls_share_a_batch_and_weights_wait_for_them() -> None:
         thread.start()
     while actor.doing() == "nothing":
         pass
-    update: Any = threading.Thread(target=actor.load_weights, args=(ATTEMPT, pack(weights(1))))
+    update: Any = threading.Thread(target=actor.load_weights, args=(ATTEMPT, *all_of(weights(1))))
     assert "generating for rows 0 to 0 of step 0" in actor.doing()
     generate(0)  # the third: now all three end
     update.start()

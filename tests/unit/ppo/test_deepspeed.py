@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from test_workers import free_port, one_dropped
-from toy import LORA, LocalGenerator, LocalScorer, Log, Prompts, config, gpt2, make_engine
+from toy import LORA, LocalGenerator, LocalScorer, Log, Prompts, config, gpt2, make_engine, tensors_of
 
 from raytrl.errors import ConfigError
 from raytrl.ppo.loop import Schedule, run
@@ -41,7 +41,7 @@ def work(rank: int, port: int, stage: int | None, lora: bool, folder: str) -> No
         generator = LocalGenerator([make_engine(gpt2(width=16), lora=lora, chunk=4)], 1, chunk_prompts=4)
         log = Log(None if resume else checkpoints)
         run(Schedule(2, checkpoint_every=1), Prompts(16, rank, 2), generator, LocalScorer(one_dropped), learner, log)
-        results.append(dict(learner.weights().tensors))
+        results.append(tensors_of(learner.weights()))
     torch.save(results, Path(folder) / f"{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()

@@ -22,6 +22,7 @@ from toy import (
     make_engine,
     make_learner,
     prompt_batch,
+    tensors_of,
 )
 from transformers import AutoModelForCausalLM
 
@@ -155,7 +156,7 @@ def test_with_lora_the_reference_is_the_base(family: Any) -> None:
 
 
 def test_with_lora_only_adapters_travel() -> None:
-    names = make_learner(gpt2(width=16), config(), lora=True).weights().tensors
+    names = tensors_of(make_learner(gpt2(width=16), config(), lora=True).weights())
     assert names and all("lora_" in name and ".default." in name for name in names)
 
 

@@ -2,7 +2,10 @@
 
 import threading
 import time
+import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -15,9 +18,9 @@ from raytrl.errors import RewardError, RunError, StaleAttemptError, StalledError
 from raytrl.launch.actors import RewardActor, RolloutActor
 from raytrl.launch.pool import ActorLostError, Arrivals, Pool, Request
 from raytrl.launch.roles import RewardPool, RolloutPool
-from raytrl.launch.transport import pack, unpack
+from raytrl.launch.transport import PackedBucket, pack, send, unpack
 from raytrl.records import Attempt, Prompt, Response, Score
-from raytrl.roles.weights import Weights, policy_parameters
+from raytrl.roles.weights import Bucket, Weights, policy_parameters
 
 ROLLOUT = RolloutConfig(chunk_prompts=4)
 
@@ -50,19 +53,26 @@ class LocalCalls:
         self._calls[self._number] = (actor, method, arguments)
         return self._number
 
+    def tell(self, actor: int, method: str, *arguments: Any) -> None:
+        if actor not in self.silent:
+            self._run(actor, method, arguments)
+
+    def _run(self, actor: int, method: str, arguments: tuple[Any, ...]) -> Any:
+        if self.deaths(actor, method):
+            self.kill(actor)
+            return ActorLostError("killed")
+        self.ran.append((actor, method))
+        try:
+            return getattr(self.actors[actor], method)(*arguments)
+        except Exception as error:
+            return error
+
     def wait(self, tickets: Sequence[int], timeout_s: float) -> list[int]:
         for ticket in tickets:
             actor, method, arguments = self._calls[ticket]
             if ticket in self._results or (actor in self.silent and method != "doing"):
                 continue
-            if self.deaths(actor, method):
-                self.kill(actor)
-                continue
-            self.ran.append((actor, method))
-            try:
-                self._results[ticket] = getattr(self.actors[actor], method)(*arguments)
-            except Exception as error:
-                self._results[ticket] = error
+            self._results[ticket] = self._run(actor, method, arguments)
         ready = [ticket for ticket in tickets if ticket in self._results]
         if not ready:
             time.sleep(min(timeout_s, 0.02))
@@ -77,16 +87,29 @@ class LocalCalls:
 
 
 def weights(version: int, seed: int = 0) -> Weights:
-    return Weights.of(version, policy_parameters(gpt2(seed, width=16)).items(), torch.float32)
+    """In several buckets."""
+    return Weights.of(version, policy_parameters(gpt2(seed, width=16)).items(), torch.float32, bucket_bytes=4096)
+
+
+def all_of(sent: Weights) -> tuple[int, str, *tuple[PackedBucket, ...]]:
+    """The arguments of `RolloutActor.load_weights` after the attempt."""
+    packed = send(sent, lambda number, bucket: None)
+    return packed.version, packed.checksum, *packed.buckets
 
 
 def engines(size: int) -> LocalCalls:
     return LocalCalls(lambda: RolloutActor(lambda: make_engine(gpt2(width=16), chunk=4)), size)
 
 
-def pool_on(calls: LocalCalls, timeout_s: float = 5.0, attempt: int = 1) -> RolloutPool:
+def pool_on(
+    calls: LocalCalls,
+    timeout_s: float = 5.0,
+    attempt: int = 1,
+    put: Callable[[PackedBucket], Any] = lambda packed: packed,
+) -> RolloutPool:
     pool = Pool(calls, "rollout actors", "worker 0", timeout_s)
-    return RolloutPool(pool, ROLLOUT, samples=2, attempt=Attempt("run", attempt), share=pack)
+    share = partial(send, put=put)
+    return RolloutPool(pool, ROLLOUT, samples=2, attempt=Attempt("run", attempt), share=share)
 
 
 def responses(pool: RolloutPool, version: int, step: int = 0) -> dict[tuple[int, int], Response]:
@@ -163,13 +186,96 @@ def test_death_while_weights_are_loaded() -> None:
     assert pool.num_up == 2
 
 
+def parts(version: int, seed: int = 0) -> list[PackedBucket]:
+    _, _, *buckets = all_of(weights(version, seed))
+    assert len(buckets) > 3
+    return buckets
+
+
+def test_buckets_are_loaded_as_they_come_and_never_served_half() -> None:
+    """Whatever part of them arrives ahead, `load_weights` completes it; until then the actor refuses to answer."""
+    attempt, prompts = Attempt("run", 1), prompt_batch(1, range(4))
+    buckets = parts(1, seed=1)
+    for ahead in ([0], [0, 1, 2], list(range(len(buckets))), [1, 2], [0, 2], [0, 1, 0, 1]):
+        actor = RolloutActor(lambda: make_engine(gpt2(width=16), chunk=4))
+        actor.load_weights(attempt, *all_of(weights(0)))
+        for number in ahead:
+            actor.take_bucket(attempt, 1, number, buckets[number])
+        if 0 in ahead:
+            for version in (0, 1):
+                with pytest.raises(WeightsVersionError, match="found: None"):
+                    actor.generate(attempt, prompts, version, 2, False)
+        taken: list[Any] = []
+        take = actor._engine.take_bucket
+        actor._engine.take_bucket = lambda bucket: taken.append(bucket) or take(bucket)  # noqa: B023 (used at once)
+        assert actor.load_weights(attempt, *all_of(weights(1, seed=1))) == (1, weights(1, seed=1).checksum)
+        assert len(taken) == len(buckets) - {"0,2": 1, "1,2": 0, "0,1,0,1": 2}.get(
+            ",".join(map(str, ahead)), len(ahead)
+        )
+        made = {(r.row, r.sample): r for r in actor.generate(attempt, prompts, 1, 2, False)}
+        assert made == {key: r for key, r in expected(1, seed=1, step=1).items() if key[0] < 4}
+
+
+def test_a_bucket_that_comes_late_changes_nothing() -> None:
+    """Another learner worker's `load_weights` may overtake the one that tells of the buckets."""
+    attempt, actor = Attempt("run", 1), RolloutActor(lambda: make_engine(gpt2(width=16)))
+    actor.load_weights(attempt, *all_of(weights(1)))
+    for number, bucket in enumerate(parts(1)):
+        actor.take_bucket(attempt, 1, number, bucket)
+    assert actor.generate(attempt, prompt_batch(1, [0]), 1, 1, True)
+
+
+def test_a_failed_bucket_is_made_up_for() -> None:
+    attempt, actor = Attempt("run", 1), RolloutActor(lambda: make_engine(gpt2(width=16)))
+    buckets = parts(1)
+    actor.take_bucket(attempt, 1, 0, buckets[0])
+    with pytest.raises(WeightsVersionError, match="checksum"):
+        actor.take_bucket(attempt, 1, 1, replace(buckets[1], checksum="0" * 32))
+    with pytest.raises(WeightsVersionError, match="a bucket of them failed"):
+        actor._engine.finish_weights()
+    actor.take_bucket(attempt, 1, 2, buckets[2])
+    assert actor.load_weights(attempt, *all_of(weights(1))) == (1, weights(1).checksum)
+
+
+@pytest.mark.parametrize("number", [0, 2])
+def test_death_while_a_bucket_is_loaded(number: int) -> None:
+    calls = engines(2)
+    pool = pool_on(calls)
+    pool.load_weights(weights(0))
+    taken = 0
+
+    def dies(actor: int, method: str) -> bool:
+        nonlocal taken
+        taken += actor == 1 and method == "take_bucket"
+        return actor == 1 and method == "take_bucket" and taken == number + 1
+
+    calls.deaths = dies
+    pool.load_weights(weights(1, seed=1))
+    assert pool.num_up == 2  # the reborn one took all of them
+    assert responses(pool, 1, step=1) == expected(1, seed=1, step=1)
+
+
+def test_the_last_versions_buckets_are_let_go_before_new_ones_are_made() -> None:
+    alive: list[weakref.ref[PackedBucket]] = []
+
+    def put(packed: PackedBucket) -> PackedBucket:
+        assert sum(bucket() is not None for bucket in alive) < len(parts(0))
+        alive.append(weakref.ref(packed))
+        return packed
+
+    pool = pool_on(engines(1), put=put)
+    for version in range(4):
+        pool.load_weights(weights(version))
+    assert len(alive) == 4 * len(parts(0))
+
+
 def test_two_workers_load_once() -> None:
     calls = engines(2)
     first, second = pool_on(calls), pool_on(calls)
     first.load_weights(weights(0))
     loaded = [actor._engine for actor in calls.actors]
     for engine in loaded:
-        engine.load_weights = None  # a second load would fail
+        engine.begin_weights = None  # a second load would fail
     second.load_weights(weights(0))
     assert responses(second, 0) == expected(0)
 
@@ -189,24 +295,27 @@ def test_a_new_attempt_replaces_the_weights_of_the_old_one_and_refuses_its_reque
 
 
 def test_corrupt_weights_are_refused() -> None:
-    good = weights(0)
-    pool = pool_on(engines(1))
-    with pytest.raises(WeightsVersionError, match="checksum"):
-        pool.load_weights(Weights(0, good.tensors, "0" * 32))
+    def flipped(bucket: PackedBucket) -> PackedBucket:
+        changed = {name: replace(tensor, data=tensor.data ^ 1) for name, tensor in bucket.tensors.items()}
+        return replace(bucket, tensors=changed)
+
+    pool = pool_on(engines(1), put=flipped)
+    with pytest.raises(WeightsVersionError, match="not what the learner sent; found checksum"):
+        pool.load_weights(weights(0))
     with pytest.raises(WeightsVersionError, match="asked for responses of version 0"):
         pool.generate(prompt_batch(0, range(4)), 0, greedy=False)
 
 
 def test_an_actor_must_prove_what_it_holds() -> None:
     calls = engines(2)
-    calls.actors[1].load_weights = lambda attempt, packed: (packed.version - 1, packed.checksum)
+    calls.actors[1].load_weights = lambda attempt, version, checksum, *buckets: (version - 1, checksum)
     with pytest.raises(WeightsVersionError, match=r"actor 1 .*is not up to date.*found: \(4, .*expected: \(5, "):
         pool_on(calls).load_weights(weights(5))
 
 
 def test_weights_of_an_earlier_attempt_do_not_serve_a_new_one() -> None:
     actor = RolloutActor(lambda: make_engine(gpt2(width=16)))
-    actor.load_weights(Attempt("run", 1), pack(weights(3)))
+    actor.load_weights(Attempt("run", 1), *all_of(weights(3)))
     assert len(actor.generate(Attempt("run", 1), prompt_batch(3, [0]), 3, 1, True)) == 1
     with pytest.raises(WeightsVersionError, match="asked for attempt 2, version 3"):
         actor.generate(Attempt("run", 2), prompt_batch(3, [0]), 3, 1, True)
@@ -256,9 +365,9 @@ def test_greedy_asks_for_one_response_and_sends_no_columns() -> None:
 def test_weights_survive_the_journey_as_bytes() -> None:
     for dtype in (torch.float32, torch.bfloat16):
         tensors = {"a": torch.randn(3, 2).to(dtype), "empty": torch.empty(0, 4, dtype=dtype)}
-        sent = Weights.of(5, tensors.items(), dtype)
+        sent = Bucket.of(tensors)
         arrived = unpack(pack(sent))
-        assert arrived.checksum == sent.checksum and arrived.version == 5
+        assert arrived.checksum == sent.checksum == Bucket.of(arrived.tensors).checksum
         assert all(torch.equal(arrived.tensors[name], tensors[name]) for name in tensors)
 
 

@@ -14,7 +14,7 @@ from raytrl.errors import NonFiniteError, WeightsVersionError
 from raytrl.records import chunks
 from raytrl.roles.folder_engine import FolderEngine
 from raytrl.roles.rollout import TransformersEngine, response_seed
-from raytrl.roles.weights import Weights, policy_parameters
+from raytrl.roles.weights import Bucket, Weights, policy_parameters, weights_on_disk
 
 FAMILIES = pytest.mark.parametrize("family", [gpt2, llama])
 
@@ -147,10 +147,15 @@ def test_a_fresh_engine_and_another_version_are_refused() -> None:
 
 def test_weights_that_changed_on_the_way_are_refused_and_nothing_is_served() -> None:
     engine, weights = loaded_engine(gpt2()), weights_of(gpt2(1), version=1)
-    name = next(iter(weights.tensors))
-    weights.tensors[name].view(-1)[0] += 1
-    with pytest.raises(WeightsVersionError, match="checksum"):
-        engine.load_weights(weights)
+    (tensors,) = weights.buckets
+    changed = {name: tensor.clone() for name, tensor in tensors.items()}
+    next(iter(changed.values())).view(-1)[0] += 1
+    engine.begin_weights(1)
+    with pytest.raises(WeightsVersionError, match="version 1 are not what the learner sent; found checksum"):
+        engine.take_bucket(Bucket(changed, Bucket.of(tensors).checksum))
+    for goes_on in (lambda: engine.take_bucket(Bucket.of(tensors)), engine.finish_weights):
+        with pytest.raises(WeightsVersionError):
+            goes_on()
     with pytest.raises(WeightsVersionError, match="found version None"):
         engine.generate(prompt_batch(0, [0]), 0)
     with pytest.raises(WeightsVersionError, match="other parameters"):
@@ -198,12 +203,14 @@ def test_a_folder_engine_holds_one_model_at_a_time() -> None:
     engine = FolderEngine(["a", "b"], make)
     prompts = prompt_batch(0, range(4))
     for version, path in enumerate("ab"):
-        assert engine.load_weights(Weights(version, {}, path)) == path
+        assert engine.load_weights(weights_on_disk(version, path)) == engine.load_weights(
+            weights_on_disk(version, path)
+        )
         held = [replace(r, policy_version=0) for r in engine.generate(prompts, version)]
         assert held == loaded_engine(models[version], max_new_tokens=6).generate(prompts, 0)
     with pytest.raises(WeightsVersionError, match="asked for responses of weights version 0"):
         engine.generate(prompts, 0)
     with pytest.raises(WeightsVersionError, match="found: 'b'"):
-        engine.load_weights(Weights(1, {}, "a"))
+        engine.load_weights(weights_on_disk(1, "a"))
     with pytest.raises(WeightsVersionError):
         engine.generate(prompts, 1)

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from toy import LocalGenerator, LocalScorer, Log, Prompts, config, gpt2, make_engine, make_learner
+from toy import LocalGenerator, LocalScorer, Log, Prompts, config, gpt2, make_engine, make_learner, tensors_of
 
 from raytrl.errors import NonFiniteError
 from raytrl.ppo.loop import Schedule, run
@@ -41,7 +41,7 @@ def work(rank: int, world: int, port: int, lora: bool, folder: str) -> None:
         log = Log(Path(folder) / "checkpoints")
         schedule = Schedule(3, checkpoint_every=3, eval_every=2)
         run(schedule, Prompts(16, rank, world), generator, LocalScorer(one_dropped), learner, log)
-        torch.save((dict(learner.weights().tensors), log.metrics), Path(folder) / f"{rank}.pt")
+        torch.save((tensors_of(learner.weights()), log.metrics), Path(folder) / f"{rank}.pt")
     finally:
         dist.destroy_process_group()
 

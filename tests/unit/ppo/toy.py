@@ -96,6 +96,11 @@ class Prompts:
         return prompt_batch(step, range(4))
 
 
+def tensors_of(weights: Weights) -> dict[str, torch.Tensor]:
+    """All of them at once, copied."""
+    return {name: tensor.clone() for tensors in weights.buckets for name, tensor in tensors.items()}
+
+
 class LocalGenerator:
     """Engines in this process, taking the chunks in turn."""
 

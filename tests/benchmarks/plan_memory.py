@@ -119,7 +119,8 @@ def make_files(folder: Path) -> None:
     words = [f" {WORDS[(i * 7 + j) % len(WORDS)]}" for i in range(32) for j in range(ROW_TOKENS)]
     rows = ["".join(words[i : i + ROW_TOKENS]) for i in range(0, len(words), ROW_TOKENS)]
     write_rows(folder / "train.jsonl", [{"text": row} for row in rows])
-    part = ["".join(words[i : i + 60]) for i in range(0, len(words), 60)][:32]  # longer pairs are left out, not cut
+    # Pairs longer than max_length are left out, not cut; a word is 2.3 tokens.
+    part = ["".join(words[i : i + 27]) for i in range(0, len(words), 27)][:32]
     write_rows(folder / "pairs.jsonl", [{"prompt": row, "chosen": row, "rejected": row} for row in part])
     write_rows(folder / "prompts.jsonl", [{"prompt": row} for row in rows])
     (folder / "rule.py").write_text(RULE)
@@ -165,7 +166,7 @@ def _peak_gib(pid: int) -> float:
 def main(folder: Path, names: list[str]) -> int:
     make_files(folder)
     worst = 1.0
-    print(f"{'case':<15}{'process':<18}{'estimate':>9}{'measured':>9}{'ratio':>7}")
+    print(f"{'case':<15}{'process':<18}{'estimate':>9}{'measured':>9}{'ratio':>7}", flush=True)
     for name in names or list(CASES):
         file = CASES[name](folder)
         run = load_run(file, []).run

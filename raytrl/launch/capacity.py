@@ -12,7 +12,8 @@ from raytrl.roles.memory import GIB, Estimate, estimates
 from raytrl.roles.model_shape import ModelShape
 from raytrl.roles.shapes import read_shapes
 
-# Estimates were 0.83 to 1.09 of the peaks measured on CPUs, and none was measured on a GPU (see
+# Estimates were 0.85 to 1.09 of the peaks of learners measured on CPUs, 0.60 to 1.03 of those of small rollout and reward
+# actors (a forward pass leaves more with the allocator than it needs), and none was measured on a GPU (see
 # tests/benchmarks/plan_memory.py): what would not fit with a quarter less is refused, what fits only so is said.
 CERTAINTY = 1.25
 # The driver, Ray's own processes and its dashboard, on the node that the run is started on; measured on Linux.

@@ -40,31 +40,37 @@ def checked(loaded: LoadedRun) -> Sweep:
     return Sweep(loaded, load_base(loaded), "a test")
 
 
+def sizes(loaded: LoadedRun) -> tuple[float, float, float]:
+    """GiB that a node needs once, for each trial, and of the first what is mapped."""
+    found = largest_memory(checked(loaded), check_edges(loaded)).found
+    reward, rollout, learner = (found[key] for key in ("reward.actors", "rollout.actors", "learner.workers"))
+    own = (rollout.total + learner.total - learner.mapped) / GIB + TRIAL_GIB
+    return (reward.total + learner.mapped) / GIB + DRIVER_GIB, own, learner.mapped / GIB
+
+
 def test_as_many_as_the_memory_holds(sweep: Load, policy: dict[str, Any]) -> None:
     loaded = sweep(policy, trials=12)
-    found = largest_memory(checked(loaded), check_edges(loaded)).found
-    reward, rollout, learner = (found[f"{k}"] for k in ("reward.actors", "rollout.actors", "learner.workers"))
-    own = (rollout.total + learner.total - learner.mapped) / GIB + TRIAL_GIB
-    once = (reward.total + learner.mapped) / GIB + DRIVER_GIB
+    once, own, mapped = sizes(loaded)
     assert room(loaded, once + 12 * own + 0.01).count == 12
     few = room(loaded, once + 5 * own + 0.01)
     assert few.count == 5
     assert f"12 trials at once take about {once + 12 * own:.1f} GiB of RAM of node 0; found: " in few.notes[-1]
     assert "so 5 at once, where there are places for 12" in few.notes[-1]
     assert room(loaded, once + 5 * own - 0.01).count == 4
-    assert room(loaded, once + 2 * own + 0.01, learner.mapped / GIB + 2 * own + 0.01, cpus=5).count == 4
+    assert room(loaded, once + 2 * own + 0.01, mapped + 2 * own + 0.01, cpus=5).count == 4
 
 
 def test_what_was_asked_for_is_refused_with_the_number_that_fits(sweep: Load, policy: dict[str, Any]) -> None:
     loaded = sweep(policy, trials=12, max_concurrent=12)
-    assert room(loaded, 1000).count == 12
+    once, own, _ = sizes(loaded)
+    ram = (once + 12 * own) / 1.3
+    assert room(loaded, 1.3 * ram + 0.01).count == 12
     with pytest.raises(
-        ResourceError, match=r"max_concurrent: memory: 12 trials at once take about .* max_concurrent="
-    ) as e:
-        room(loaded, 16)
-    fits = int(str(e.value).rpartition("=")[2])
-    tight = room(sweep(policy, trials=12, max_concurrent=fits), 16)
-    assert tight.count == fits
+        ResourceError, match=r"max_concurrent: memory: 12 trials at once take about .* max_concurrent=11$"
+    ):
+        room(loaded, ram)
+    tight = room(sweep(policy, trials=12, max_concurrent=11), ram)
+    assert tight.count == 11
     assert "memory is tight: RAM of node 0" in tight.notes[-1]
 
 

@@ -37,6 +37,8 @@ class NoWeights:
 
 
 class SleepingEngine:
+    concurrent = False
+
     def __init__(self, latency_s: float) -> None:
         self._latency_s = latency_s
 

@@ -137,13 +137,18 @@ class RewardPool:
         """
         self._pool, self._section, self._attempt, self._gather = pool, section, attempt, gather
         self._start_timeout_s, self._started, self._sent = start_timeout_s, False, 0
+        self._prompts: Sequence[Prompt] = ()
+        self._by_row: dict[int, Prompt] = {}
 
     def submit(self, prompts: Sequence[Prompt], responses: Sequence[Response]) -> None:
         if not self._started:
             self._pool.prepare_all("prepare", self._attempt, timeout_s=self._start_timeout_s)
             self._started = True
-        by_row = {prompt.row: prompt for prompt in prompts}
-        pairs: list[Pair] = [(by_row[response.row], response) for response in responses]
+        if (
+            prompts is not self._prompts
+        ):  # a batch comes in many chunks: to index it for each would grow with its square
+            self._prompts, self._by_row = prompts, {prompt.row: prompt for prompt in prompts}
+        pairs: list[Pair] = [(self._by_row[response.row], response) for response in responses]
         first = responses[0]
         name = f"scores of rows {first.row} to {responses[-1].row} of step {first.step}"
         self._pool.send(Request(name, self._sent, "score", (self._attempt, pairs)))

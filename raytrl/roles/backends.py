@@ -14,7 +14,7 @@ from raytrl.errors import NonFiniteError
 from raytrl.roles.collectives import add_over_workers, copy_from_first, wait_for_all, worker_rank
 from raytrl.roles.networks import Network, Networks
 from raytrl.roles.sequences import Sequences
-from raytrl.roles.weights import grouped, policy_parameters
+from raytrl.roles.weights import BUCKET_BYTES, grouped, policy_parameters
 
 
 def schedule_factor(schedule: str, step: int, steps: int) -> float:
@@ -34,6 +34,7 @@ class Backend(ABC):
     """
 
     lockstep = False
+    bucket_bytes = BUCKET_BYTES  # of weights on their way to rollout engines
 
     def __init__(self, networks: Networks) -> None:
         self.networks = networks
@@ -110,7 +111,7 @@ class TorchBackend(Backend):
         return norm
 
     def policy_buckets(self) -> Iterator[Mapping[str, Tensor]]:
-        for group in grouped(policy_parameters(self.networks.policy).items()):
+        for group in grouped(policy_parameters(self.networks.policy).items(), self.bucket_bytes):
             yield {name: value.data for name, value in group}
 
     def save(self, folder: Path) -> None:

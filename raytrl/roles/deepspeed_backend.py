@@ -88,7 +88,7 @@ class DeepSpeedBackend(Backend):
 
     def policy_buckets(self) -> Iterator[Mapping[str, Tensor]]:
         gathers = self._engine.zero_optimization_stage() == 3
-        for group in grouped(policy_parameters(self.networks.policy).items()):
+        for group in grouped(policy_parameters(self.networks.policy).items(), self.bucket_bytes):
             with deepspeed.zero.GatheredParameters([value for _, value in group], enabled=gathers):
                 yield {name: value.data for name, value in group}
 

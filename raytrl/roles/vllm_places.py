@@ -18,18 +18,18 @@ from raytrl.roles.weights import checksum
 
 @dataclass(frozen=True)
 class Layout:
-    """A view of a tensor: sizes and strides in numbers, and where it starts."""
+    """A view of a tensor: sizes and strides in numbers, and where it starts, counted from the tensor's own start."""
 
     size: tuple[int, ...]
     stride: tuple[int, ...]
     offset: int
 
     @classmethod
-    def of(cls, tensor: Tensor) -> "Layout":
-        return cls(tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset()))
+    def of(cls, view: Tensor, tensor: Tensor) -> "Layout":
+        return cls(tuple(view.shape), view.stride(), int(view.storage_offset()) - int(tensor.storage_offset()))
 
     def view(self, tensor: Tensor) -> Tensor:
-        return tensor.as_strided(self.size, self.stride, self.offset)
+        return tensor.as_strided(self.size, self.stride, int(tensor.storage_offset()) + self.offset)
 
 
 @dataclass(frozen=True)
@@ -45,14 +45,14 @@ class Copy:
     checksum: str  # of the part
 
     @classmethod
-    def seen(cls, model: nn.Module, name: str, source: Tensor, there: Tensor) -> "Copy | None":
-        """None: `there` is not a part of any parameter."""
+    def seen(cls, model: nn.Module, name: str, sent: Tensor, source: Tensor, there: Tensor) -> "Copy | None":
+        """`source` is a view of `sent`. None: `there` is not a part of any parameter."""
         place = there.untyped_storage().data_ptr()
         for module in model.modules():
             for key, parameter in module.named_parameters(recurse=False):
                 if not parameter.is_meta and parameter.untyped_storage().data_ptr() == place:
-                    layouts = (Layout.of(source), Layout.of(parameter), Layout.of(there))
-                    return cls(name, layouts[0], module, key, *layouts[1:], checksum({"": there}))
+                    whole, part = Layout.of(parameter, parameter), Layout.of(there, parameter)
+                    return cls(name, Layout.of(source, sent), module, key, whole, part, checksum({"": there}))
         return None
 
 
@@ -80,8 +80,6 @@ class Places:
     @classmethod
     def learn(cls, model: nn.Module, copies: Iterable[Copy]) -> "Places | str":
         """From all that the loaders did, after the model is whole again; a string says why it cannot be."""
-        if unknown := _unknown_modules(model):
-            return f"{unknown[0]} may keep more than its weights"
         by_name: dict[str, list[Copy]] = {}
         by_parameter: dict[tuple[int, str], list[Copy]] = {}
         for copy in copies:
@@ -242,7 +240,7 @@ def _repacked(
     }
 
 
-def _unknown_modules(model: nn.Module) -> list[str]:
+def unknown_layers(model: nn.Module) -> list[str]:
     """Kinds of layers that may make something else from their weights, once these are loaded."""
     from vllm.model_executor.layers.attention import Attention
     from vllm.model_executor.layers.linear import UnquantizedLinearMethod

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from raytrl.errors import WeightsVersionError
-from raytrl.roles.vllm_places import Copy, Places, check_packed
+from raytrl.roles.vllm_places import Copy, Places, check_packed, unknown_layers
 from raytrl.roles.weights import checksum
 
 LOG = logging.getLogger("raytrl")
@@ -43,7 +43,14 @@ class WeightLoading:
             return
         # Quantised weights are other numbers than those sent, and of tensor parallel ones each process has a part.
         follows = self.model_config.quantization is None and self.parallel_config.world_size == 1
-        self._raytrl_reload = _LayerByLayer(self.model_runner.get_model(), self.model_config, complete, follows)
+        model = self.model_runner.get_model()
+        if follows and self._raytrl_places is None and (unknown := unknown_layers(model)):
+            self._raytrl_places = f"{unknown[0]} may keep more than its weights"
+            LOG.info("vLLM loads new weights layer by layer: %s", self._raytrl_places)
+        learns = follows and self._raytrl_places is None
+        self._raytrl_reload = _LayerByLayer(
+            model, self.model_config, complete, _Loading(model, learns) if follows else None
+        )
 
     def raytrl_take_weights(self, named: Iterable[tuple[str, Tensor]]) -> str:
         """Load these; returns the checksum of what the model then holds of them, or of what arrived where the model holds
@@ -71,7 +78,7 @@ class WeightLoading:
             return
         reload, self._raytrl_reload = self._raytrl_reload, None
         reload.finish()
-        if self._raytrl_places is None and reload.watching is not None:
+        if reload.watching is not None and reload.watching.learns:
             self._raytrl_places = Places.learn(self.model_runner.get_model(), reload.watching.copies)
             if isinstance(self._raytrl_places, str):
                 LOG.info("vLLM loads new weights layer by layer: %s", self._raytrl_places)
@@ -81,13 +88,13 @@ class _LayerByLayer:
     """vLLM's own `reload_weights`, in parts: a layer goes to new memory, is brought into its kernels' format, and replaces
     the old one in place; then the next. On a CPU the weights of linear layers are packed, and exist in no other form."""
 
-    def __init__(self, model: Any, model_config: Any, complete: bool, follows: bool) -> None:
-        """`follows`: watch every tensor on its way into the layer that computes with it."""
+    def __init__(self, model: Any, model_config: Any, complete: bool, watching: "_Loading | None") -> None:
+        """`watching`: every tensor on its way into the layer that computes with it."""
         from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
 
         self._model, self._config, self._complete = model, model_config, complete
         self._missing = {name for name, _ in model.named_parameters()}
-        self.watching = _Loading(model) if follows else None
+        self.watching = watching
         initialize_layerwise_reload(model)
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
@@ -134,10 +141,11 @@ def _pack_tied(model: nn.Module) -> None:
 class _Loading(TorchFunctionMode):
     """Sees every `copy_` that the model's loaders do: where a tensor went, and whether it arrived as it is."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, learns: bool) -> None:
+        """`learns`: keep what was copied where in `copies`."""
         super().__init__()
         self.copies: list[Copy] = []
-        self._model = model
+        self.learns, self._model = learns, model
         self._sent: dict[int, str] = {}  # by the place of their memory, which views of a tensor share
         self._left: dict[str, int] = {}  # numbers that have not arrived
         self._alive: dict[int, Tensor] = {}  # those on their way, so that no two have the same place
@@ -172,7 +180,8 @@ class _Loading(TorchFunctionMode):
         with torch._C.DisableTorchFunction():
             arrived = source.to(there)
             same = torch.equal(there, arrived) or bool(((there == arrived) | (arrived != arrived)).all())  # NaN != NaN
-            copy = Copy.seen(self._model, name, source, there)
+            sent = self._alive[source.untyped_storage().data_ptr()]
+            copy = Copy.seen(self._model, name, sent, source, there) if self.learns else None
         if not same:
             raise WeightsVersionError(f"rollout engine: vLLM does not hold what was sent as {name!r}")
         if copy is not None:

@@ -15,6 +15,7 @@ from raytrl.ppo.loop import Schedule, run
 from raytrl.roles.backends import build_backend
 from raytrl.roles.learner import PpoLearner
 from raytrl.roles.networks import assemble
+from raytrl.roles.weights import policy_parameters
 
 pytestmark = pytest.mark.slow
 
@@ -24,8 +25,19 @@ def make(stage: int | None, lora: bool) -> PpoLearner:
     # Small micro-batches: workers run out of rows at different times and must stay in lockstep.
     ppo = config(minibatches=4, max_tokens_per_microbatch=8, value_learning_rate=2e-3)
     networks = assemble(gpt2(width=16), lora=LORA if lora else None)
-    settings = None if stage is None else {"zero_optimization": {"stage": stage}}
-    return PpoLearner(build_backend(networks, ppo, deepspeed=settings), ppo, temperature=1.0, seed=0)
+    # 0: also parameters of a model as small as this one are spread over the workers.
+    settings = (
+        None if stage is None else {"zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0}}
+    )
+    backend = build_backend(networks, ppo, deepspeed=settings)
+    backend.bucket_bytes = 600
+    return PpoLearner(backend, ppo, temperature=1.0, seed=0)
+
+
+def most_gathered(learner: PpoLearner) -> tuple[int, int]:
+    """Parameters of the policy that lie whole in this process while its weights are sent: at most, and of how many."""
+    parameters = list(policy_parameters(learner._backend.networks.policy).values())
+    return max(sum(p.numel() > 0 for p in parameters) for _ in learner.weights().buckets), len(parameters)
 
 
 def work(rank: int, port: int, stage: int | None, lora: bool, folder: str) -> None:
@@ -42,6 +54,8 @@ def work(rank: int, port: int, stage: int | None, lora: bool, folder: str) -> No
         log = Log(None if resume else checkpoints)
         run(Schedule(2, checkpoint_every=1), Prompts(16, rank, 2), generator, LocalScorer(one_dropped), learner, log)
         results.append(tensors_of(learner.weights()))
+    gathered, parameters = most_gathered(learner)
+    assert gathered < parameters if stage == 3 else gathered == parameters
     torch.save(results, Path(folder) / f"{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()

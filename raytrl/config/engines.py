@@ -60,7 +60,7 @@ def engine_problems(asked: Asked) -> list[str]:
         return []
     if obstacles := vllm_obstacles(asked):
         return [f"rollout.engine: vllm cannot be taken: {obstacle}" for obstacle in obstacles]
-    return _argument_problems(asked.rollout.engine_args) + _placement_problems(asked.rollout)
+    return _argument_problems(asked.rollout) + _placement_problems(asked.rollout)
 
 
 def engine_words(asked: Asked) -> str:
@@ -95,11 +95,15 @@ def vllm_obstacles(asked: Asked) -> list[str]:
     return obstacles
 
 
-def _argument_problems(given: Mapping[str, Any]) -> list[str]:
-    where = "rollout.engine_args"
+def _argument_problems(rollout: RolloutConfig) -> list[str]:
+    where, given = "rollout.engine_args", rollout.engine_args
     known = native_fields(VLLM_ARGS)
     problems = [f"{where}.{key}: is set by {_OWNED[key]}" for key in given if key in _OWNED]
     problems += [unknown_key(where, key, known.keys() - _OWNED.keys()) for key in given if key not in known]
+    if given.get("enforce_eager") is False and not rollout.resources.get("GPU"):
+        problems.append(
+            f"{where}.enforce_eager: code that vLLM compiled for a CPU may keep old weights; found: false; leave it out"
+        )
     return problems + check_values(where, VLLM_ARGS, dict(given))
 
 

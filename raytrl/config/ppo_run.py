@@ -1,5 +1,6 @@
 """The run file of `raytrl ppo`: its sections, and what must agree between them."""
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import model_validator
@@ -106,4 +107,14 @@ class PpoRun(TrainingRun):
             problems.append(
                 f"ppo.importance_cap: does nothing with max_lag 0; found: {ppo.importance_cap}; leave it out"
             )
-        return problems
+        return problems + _idle_lora(self.lora or {})
+
+
+def _idle_lora(lora: Mapping[str, Any]) -> list[str]:
+    """Only the adapters' own matrices learn and travel, and no forward pass of PPO has dropout."""
+    idle = {"bias": "none", "modules_to_save": None, "trainable_token_indices": None, "lora_dropout": 0.0}
+    return [
+        f"lora.{key}: does nothing for ppo; found: {lora[key]!r}; leave it out"
+        for key, default in idle.items()
+        if key in lora and lora[key] != default
+    ]

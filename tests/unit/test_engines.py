@@ -55,6 +55,10 @@ def test_a_chosen_engine_stays(tmp_path: Path) -> None:
             ["rollout.engine_args={tensor_parallel_size: 4}", "rollout.resources={GPU: 2}"],
             "as many GPUs as its actor has; found: 2 and .* of 4 in all",
         ),
+        (["rollout.engine_args={enforce_eager: false}"], "engine_args.enforce_eager: .* may keep old weights"),
+        (["lora={bias: all}"], "lora.bias: does nothing for ppo; found: 'all'"),
+        (["lora={modules_to_save: [lm_head]}"], "lora.modules_to_save: does nothing for ppo"),
+        (["lora={lora_dropout: 0.1}"], "lora.lora_dropout: does nothing for ppo"),
         (["rollout.resources={GPU: 1.5}"], "a whole number, or a part of one GPU"),
     ],
 )

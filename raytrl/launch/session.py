@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from raytrl.config.runs import Run
-from raytrl.errors import ResourceError
+from raytrl.errors import ResourceError, RunError
 from raytrl.launch.packing import refuse_lost_output
 from raytrl.launch.placement import Cluster, Need, Node
 from raytrl.launch.secrets import load_secrets
@@ -245,14 +245,22 @@ def _own_sigterm_handler() -> Iterator[None]:
 def _start_local(need: Need) -> None:
     import ray
 
-    ray.init(
-        address="local",
-        num_cpus=int(max(machine_resources()["CPU"], need.total.get("CPU", 0))),
-        include_dashboard=False,
-        object_store_memory=min(need.object_store_bytes, _memory_bytes() // 3),
-        logging_level=logging.ERROR,
-        log_to_driver=False,
-    )
+    try:
+        ray.init(
+            address="local",
+            num_cpus=int(max(machine_resources()["CPU"], need.total.get("CPU", 0))),
+            include_dashboard=False,
+            object_store_memory=min(need.object_store_bytes, _memory_bytes() // 3),
+            logging_level=logging.ERROR,
+            log_to_driver=False,
+        )
+    except Exception as error:  # Ray has no class of its own for it
+        if type(error) is not Exception:
+            raise
+        raise RunError(
+            f"Ray did not start on this machine: {str(error).strip().splitlines()[0]}; its logs are below "
+            f"{os.environ.get('RAY_TMPDIR', '/tmp')}/ray; a busy machine is the usual cause: try the same command again"  # noqa: S108
+        ) from error
 
 
 def _join(address: str) -> None:

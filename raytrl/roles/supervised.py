@@ -12,7 +12,7 @@ from raytrl.config.deepspeed import with_gather
 from raytrl.config.native import native_fields
 from raytrl.config.runs import SupervisedRun
 from raytrl.data import load_data
-from raytrl.errors import NonFiniteError
+from raytrl.errors import DataError, NonFiniteError
 from raytrl.records import Progress
 from raytrl.roles.device import check_cpu, peak_memory_gib
 from raytrl.roles.job import SupervisedJob
@@ -109,16 +109,23 @@ def train(job: SupervisedJob, context: WorkerContext) -> dict[str, float]:
         arguments = config_class(**training_arguments(run, context, on_gpu))
         arguments.model_init_kwargs = _model_init(run, base, on_gpu)
         reporter = StepReporter(context)
+        rows = {"data.train": load_data(run.data.train, "data.train")}
+        if run.data.eval is not None:
+            rows["data.eval"] = load_data(run.data.eval, "data.eval")
         trainer = trainer_class(
             model=base,
             args=arguments,
-            train_dataset=load_data(run.data.train, "data.train"),
-            eval_dataset=load_data(run.data.eval, "data.eval") if run.data.eval else None,
+            train_dataset=rows["data.train"],
+            eval_dataset=rows.get("data.eval"),
             processing_class=tokenizer,
             peft_config=_lora(run),
             callbacks=[reporter],
         )
         _drop_printing(trainer)
+        if not run.training.get("packing"):  # which makes other rows of them
+            for key, given in rows.items():
+                kept = trainer.train_dataset if key == "data.train" else trainer.eval_dataset
+                _tell_left_out(key, len(given), len(kept), arguments.max_length, context)
         _phase(context, "starting")
         checkpoint = stack.enter_context(context.restored())
         if checkpoint is not None:
@@ -137,6 +144,19 @@ def _train_no_further_than_asked(trainer: Any, checkpoint: str) -> None:
     state = TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json"))
     if 0 < trainer.args.max_steps <= state.global_step:
         trainer.args.max_steps, trainer.args.num_train_epochs = -1, 0
+
+
+def _tell_left_out(key: str, given: int, kept: int, max_length: int | None, context: WorkerContext) -> None:
+    """TRL leaves out what `max_length` is too short for, and does not say so.
+
+    Raises:
+        DataError: nothing is left.
+    """
+    why = f"longer than training.max_length {max_length} allows"
+    if not kept:
+        raise DataError(f"{key}: all {given} rows are {why}; expected: a larger training.max_length, or shorter rows")
+    if kept < given and context.rank == 0:
+        context.progress(Progress("notice", text=f"{key}: {given - kept} of {given} rows are left out: {why}"))
 
 
 def _phase(context: WorkerContext, text: str) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from raytrl.errors import NonFiniteError
+from raytrl.errors import DataError, NonFiniteError
 from tests.plain import forget_engines, train_alone
 from tests.runs import pair_rows, run_file, sentence, text_rows, weights_hash, write_rows
 
@@ -215,3 +215,13 @@ def test_options_change_the_result(tmp_path: Path, override: str) -> None:
     forget_engines()
     _, changed = train_alone(file, override, "name=changed")
     assert weights_hash(changed / "model") != before
+
+
+def test_rows_that_trl_leaves_out_are_told(tmp_path: Path) -> None:
+    long = [{**row, "chosen": row["chosen"] * 40} for row in pair_rows(4, seed=2)]
+    training = {"max_steps": 1, "max_length": 64}
+    context, _ = train_alone(one_worker(tmp_path, pair_rows(16) + long, kind="reward", training=training))
+    notices = [event.text for event in context.events if event.kind == "notice"]
+    assert notices == ["data.train: 4 of 20 rows are left out: longer than training.max_length 64 allows"]
+    with pytest.raises(DataError, match=r"data.train: all 4 rows are longer than training.max_length 64 allows"):
+        train_alone(one_worker(tmp_path, long, "nothing", kind="reward", training=training))

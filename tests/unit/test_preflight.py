@@ -7,9 +7,10 @@ import pytest
 
 from raytrl.config.load import load_run
 from raytrl.config.runs import SupervisedRun
-from raytrl.errors import ConfigError, ResourceError
+from raytrl.errors import ConfigError, ResourceError, RunError
+from raytrl.launch.placement import Need
 from raytrl.launch.preflight import describe, preflight
-from raytrl.launch.session import check_one_node, joins_cluster, machine_resources, refuse_client
+from raytrl.launch.session import _start_local, check_one_node, joins_cluster, machine_resources, refuse_client
 from raytrl.roles import device
 from raytrl.rundir import RunDirectory
 from tests.runs import pair_rows, run_file, text_rows, write_rows
@@ -120,3 +121,14 @@ def test_the_plan_says_what_runs_where(tmp_path: Path, monkeypatch: pytest.Monke
     elastic = describe(run_of(tmp_path, learner={"workers": [1, 2]}), {"train": 1234})
     assert "1 to 2 x CPU 1, DDP" in elastic
     assert "8 rows a step = 4 a worker x 2 workers; fewer accumulate more" in elastic
+
+
+def test_a_ray_that_does_not_start_is_told_in_one_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    def times_out(**_: Any) -> None:
+        raise Exception("The current node timed out during startup.\nmore")  # noqa: TRY002  as Ray does
+
+    monkeypatch.setattr("ray.init", times_out)
+    with pytest.raises(
+        RunError, match=r"Ray did not start on this machine: The current node timed out during startup\.;"
+    ):
+        _start_local(Need(()))

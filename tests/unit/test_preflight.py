@@ -125,7 +125,7 @@ def test_the_plan_says_what_runs_where(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_a_ray_that_does_not_start_is_told_in_one_message(monkeypatch: pytest.MonkeyPatch) -> None:
     def times_out(**_: Any) -> None:
-        raise Exception("The current node timed out during startup.\nmore")  # noqa: TRY002  as Ray does
+        raise Exception("The current node timed out during startup.\nmore")
 
     monkeypatch.setattr("ray.init", times_out)
     with pytest.raises(

@@ -122,7 +122,9 @@ def make_files(folder: Path) -> None:
     # Pairs longer than max_length are left out, not cut; a word is 2.3 tokens.
     part = ["".join(words[i : i + 27]) for i in range(0, len(words), 27)][:32]
     write_rows(folder / "pairs.jsonl", [{"prompt": row, "chosen": row, "rejected": row} for row in part])
-    write_rows(folder / "prompts.jsonl", [{"prompt": row} for row in rows])
+    # The policy's prompts would be cut, what the reward model reads is not: both see the same 124 tokens.
+    prompts = ["".join(words[i : i + 54]) for i in range(0, len(words), 54)][:32]
+    write_rows(folder / "prompts.jsonl", [{"prompt": row} for row in prompts])
     (folder / "rule.py").write_text(RULE)
     tokenizer = train_tokenizer(iter(rows), TokenizerSpec(vocab_size=300))
     torch.manual_seed(0)

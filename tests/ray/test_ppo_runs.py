@@ -29,7 +29,7 @@ def test_a_run_raises_its_score_and_leaves_models_that_load(folder: Path) -> Non
             "batch_size": 32,
             "responses_per_prompt": 2,
             "learning_rate": 2e-2,
-            "epochs": 2,
+            "epochs": 4,
             "minibatches": 2,
             "lr_schedule": "constant",
             "kl": {"coef": 0.02},

@@ -90,7 +90,7 @@ def cluster(address: str) -> dict[str, object]:
         },
         "available_node_types": {
             "worker": worker,
-            "head": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
+            _HEAD_TYPE: {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
         },
         "head_node_type": _HEAD_TYPE,
         "max_workers": 3,

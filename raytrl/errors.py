@@ -54,5 +54,13 @@ class WeightsVersionError(RunError):
     """A rollout engine holds (or answered with) other weights than the request named."""
 
 
+class WeightsGoneError(RunError):
+    """A rollout engine has not the weights it should serve, and they are sent only once; it takes the next ones."""
+
+
+class WeightGroupError(RunError):
+    """The process group that weights travel through lost a member, or one did not come in time."""
+
+
 class StaleAttemptError(RunError):
     """A request of a learner group that has ended reached an actor; nobody waits for the answer."""

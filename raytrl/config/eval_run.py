@@ -60,7 +60,7 @@ class EvalRun(Run):
     @model_validator(mode="after")
     def _agreement(self) -> "EvalRun":
         # auto becomes a name here, so that the run file in the run directory says what a run was made with.
-        self.__dict__["rollout"] = self.rollout.with_engine(chosen_engine(self.asked))
+        self.__dict__["rollout"] = self.rollout.chosen(engine=chosen_engine(self.asked))
         model, rollout, problems = self.model, self.rollout, []
         if model.path is None:
             problems.append("model.path: missing; only a finished model can be evaluated: a Hugging Face id or folder")
@@ -76,6 +76,11 @@ class EvalRun(Run):
             problems.append(
                 f"rollout.samples: does nothing for eval, which writes every response; found: {rollout.samples}; leave "
                 f"it out"
+            )
+        if rollout.weight_transfer != "auto":
+            problems.append(
+                f"rollout.weight_transfer: does nothing for eval, whose engines read finished models; found: "
+                f"{rollout.weight_transfer}; leave it out"
             )
         if self.greedy and rollout.sampling.temperature != 1.0:
             problems.append(

@@ -65,14 +65,18 @@ class RolloutConfig(Section):
     # bits of a matrix product depend on what shares its batch, so a chunk is what makes a response and its score the
     # same however many actors there are. vLLM samples in one continuous batch an actor.
     chunk_prompts: PositiveInt = 8
+    # How new weights get from the learner to the engines. object_store: through Ray's, where an engine that was restarted
+    # finds them too. broadcast: straight from the learner, by NCCL between GPUs and gloo between CPUs; an engine that dies
+    # comes back with the next step's weights. auto: broadcast where both have whole GPUs, and two engines at least.
+    weight_transfer: Literal["auto", "object_store", "broadcast"] = "auto"
     start_timeout_s: PositiveFloat = 600.0  # for rollout and reward actors to be placed and to load their models
     timeout_s: PositiveFloat = 600.0  # without a single answer of any actor before the run fails
     samples: Annotated[int, Field(ge=0)] = 8  # responses a step that go to samples.jsonl
 
-    def with_engine(self, name: Literal["vllm", "transformers"]) -> "RolloutConfig":
+    def chosen(self, **names: str) -> "RolloutConfig":
         """A copy with auto replaced; what was written in the run file stays the only part that counts as written."""
         copy = self.model_copy()
-        copy.__dict__["engine"] = name
+        copy.__dict__.update(names)
         return copy
 
 

@@ -10,6 +10,7 @@ from raytrl.config.engines import Asked, chosen_engine, engine_problems
 from raytrl.config.ppo import EvalConfig, KlConfig, PpoConfig, ReferenceConfig, RolloutConfig, ValueModelConfig
 from raytrl.config.reward import RewardSection
 from raytrl.config.runs import TokenizerSpec, TrainingRun, or_raise
+from raytrl.config.weight_transfer import chosen_transfer, transfer_problems
 
 
 class PpoRun(TrainingRun):
@@ -52,7 +53,8 @@ class PpoRun(TrainingRun):
     @model_validator(mode="after")
     def _agreement(self) -> "PpoRun":
         # auto becomes a name here, so that the run file in the run directory says what a run was made with.
-        self.__dict__["rollout"] = self.rollout.with_engine(chosen_engine(self.asked))
+        transfer = chosen_transfer(self.rollout, self.learner, self.lora)
+        self.__dict__["rollout"] = self.rollout.chosen(engine=chosen_engine(self.asked), weight_transfer=transfer)
         or_raise(self._model_problems() + self._role_problems() + self._idle_settings(), None)
         return self
 
@@ -86,6 +88,8 @@ class PpoRun(TrainingRun):
         if learner.deepspeed is not None:
             problems += check_for_ppo(learner.deepspeed)
         problems += engine_problems(self.asked)
+        if self.rollout.weight_transfer == "broadcast":
+            problems += transfer_problems(self.rollout, self.learner)
         if any(amount <= 0 for amount in self.rollout.resources.values()) or not self.rollout.resources:
             problems.append(f"rollout.resources: found: {self.rollout.resources}; expected: amounts above 0")
         if "all" in self.report_to:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import ray
 
-from raytrl.errors import StaleAttemptError, WeightsVersionError
+from raytrl.errors import RaytrlError, StaleAttemptError, WeightGroupError, WeightsGoneError, WeightsVersionError
 from raytrl.launch.logs import LOG, set_version
 from raytrl.records import Attempt, Prompt, Response, Score
 
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from raytrl.roles.reward import RewardSources
     from raytrl.roles.reward_call import Pair
     from raytrl.roles.rollout import RolloutEngine
+    from raytrl.roles.weight_group import Announcement, Invitation, WeightGroup
+    from raytrl.roles.weights import Bucket
 
 CONTROL, STATUS, WEIGHTS, WORK = "control", "status", "weights", "work"
 MAX_IN_FLIGHT = 128  # requests that one rollout actor works on at a time
@@ -115,6 +117,9 @@ class RolloutActor(_Actor):
         self._engine: RolloutEngine | None = None
         self._held: tuple[Attempt, int, str] | None = None  # attempt, version, checksum
         self._arrived: tuple[Attempt, int, int] | None = None  # of new weights: attempt, version, buckets so far
+        self._group: WeightGroup | None = None  # for weights by broadcast
+        self._group_version: int | None = None  # its first
+        self._failure: RaytrlError | None = None  # of a bucket that came by broadcast
 
     @_in_group(CONTROL)
     def start(self) -> None:
@@ -136,14 +141,63 @@ class RolloutActor(_Actor):
             self._take(attempt, version, number, packed)
 
     @_in_group(WEIGHTS)
-    def load_weights(self, attempt: Attempt, version: int, checksum: str, *buckets: "PackedBucket") -> tuple[int, str]:
+    def join_group(self, attempt: Attempt, version: int, invitation: "Invitation") -> None:
+        """Become a member of the learner's group for weights from `version` on, instead of any that it was in."""
+        from raytrl.roles.weight_group import WeightGroup
+
+        self.begin(attempt)
+        with self._busy(f"joining the group for weights from version {version} on"):
+            self._refuse_if_old(attempt)
+            if self._group is not None:
+                self._group.close()
+                self._group = None
+            self._group, self._group_version = WeightGroup.join(invitation), version
+
+    @_in_group(WEIGHTS)
+    def can_receive(self, attempt: Attempt, version: int, group_version: int | None) -> bool:
+        """Whether it serves this attempt, and is in the group whose first version that was (None: in whichever)."""
+        self._refuse_if_old(attempt)
+        serves = self._held is not None and self._held[0] == attempt
+        return serves and group_version in (None, self._group_version)
+
+    @_in_group(WEIGHTS)
+    def receive_bucket(self, attempt: Attempt, version: int, number: int, announced: "Announcement") -> None:
+        """As `take_bucket`, with the group's next message. What it failed of, `load_weights` raises."""
+        self.begin(attempt)
+        with self._busy(f"receiving bucket {number} of weights of version {version}"):
+            self._refuse_if_old(attempt)
+            if self._group is None:
+                raise WeightGroupError("rollout actor: is in no group for weights")
+            if number == 0:
+                self._begin_weights(attempt, version)
+            bucket = self._group.receive(announced)  # also after a failure: the others wait for this one
+            try:
+                self._load(attempt, version, number, bucket)
+            except RaytrlError as error:
+                self._failure = error
+                raise
+
+    @_in_group(WEIGHTS)
+    def has_received(self, attempt: Attempt, version: int, num_buckets: int) -> bool:
+        """Whether it has all of them; answers once those that it was told of are loaded."""
+        self._refuse_if_old(attempt)
+        return self._arrived == (attempt, version, num_buckets)
+
+    @_in_group(WEIGHTS)
+    def load_weights(
+        self, attempt: Attempt, version: int, checksum: str, num_buckets: int, *buckets: "PackedBucket"
+    ) -> tuple[int, str]:
         """Take these weights, or what is missing of them, unless it holds them already.
 
         Args:
             checksum: of all buckets.
+            buckets: none, where they came by broadcast.
 
         Returns:
             Version and checksum of what the engine now holds.
+
+        Raises:
+            WeightsGoneError: they came by broadcast, when this actor was not there.
         """
         self.begin(attempt)
         with self._busy(f"loading weights of version {version}"):
@@ -152,7 +206,11 @@ class RolloutActor(_Actor):
                 arrived = (
                     self._arrived[2] if self._arrived is not None and self._arrived[:2] == (attempt, version) else 0
                 )
-                for number in range(arrived, len(buckets)):
+                if arrived < num_buckets and not buckets:
+                    raise self._failure or WeightsGoneError(
+                        f"rollout actor: weights of version {version} were sent by broadcast when this actor was not there"
+                    )
+                for number in range(arrived, num_buckets):
                     self._take(attempt, version, number, buckets[number])
                 self._arrived = None
                 self._held = (attempt, version, self._loaded().finish_weights())
@@ -164,11 +222,18 @@ class RolloutActor(_Actor):
         from raytrl.launch.transport import unpack
 
         if number == 0:
-            self._held, self._arrived = None, (attempt, version, 0)
-            self._loaded().begin_weights(version)
+            self._begin_weights(attempt, version)
+        if self._arrived == (attempt, version, number):
+            self._load(attempt, version, number, unpack(packed))
+
+    def _begin_weights(self, attempt: Attempt, version: int) -> None:
+        self._held, self._arrived, self._failure = None, (attempt, version, 0), None
+        self._loaded().begin_weights(version)
+
+    def _load(self, attempt: Attempt, version: int, number: int, bucket: "Bucket") -> None:
         if self._arrived == (attempt, version, number):
             self._arrived = None  # stays so after an error: `load_weights` then begins again
-            self._loaded().take_bucket(unpack(packed))
+            self._loaded().take_bucket(bucket)
             self._arrived = (attempt, version, number + 1)
 
     @_in_group(WORK)

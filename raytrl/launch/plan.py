@@ -176,6 +176,10 @@ def _words(run: Run, shapes: dict[str, ModelShape], rows: dict[str, int], steps:
         cache = " (key-value cache: what is left of its share of the GPU)"
         on_gpu = run.rollout.engine == "vllm" and run.rollout.resources.get("GPU")
         words.append(("rollout", engine_words(run.asked) + (cache if on_gpu else "")))
+    if isinstance(run, PpoRun):
+        by = "NCCL" if run.learner.uses_gpu else "gloo"
+        ways = {"object_store": "through the object store", "broadcast": f"by broadcast ({by}) to all engines"}
+        words.append(("weights", f"{ways[run.rollout.weight_transfer]}, at each step"))
     if isinstance(run, SupervisedRun):
         words += _supervised_words(run, rows, steps)
     elif isinstance(run, PpoRun):

@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from raytrl.errors import RunError, StalledError, WeightsVersionError
+from raytrl.errors import RunError, StalledError, WeightsGoneError, WeightsVersionError
 
 _REVIVE_PAUSE_S = 0.5
 # A request that was lost this often is taken for the cause of it.
@@ -117,6 +117,11 @@ class Pool:
         """Actors that have proved to be up to date."""
         return frozenset(self._up)
 
+    @property
+    def size(self) -> int:
+        """Actors in the pool, living or not."""
+        return len(self._calls)
+
     def prepare_all(self, method: str, *arguments: Any, expect: Any = None, timeout_s: float | None = None) -> None:
         """Bring all actors up to date; returns when at least one is, and the others are, or are down, or are far behind.
 
@@ -150,6 +155,23 @@ class Pool:
         for actor in range(len(self._calls)):
             if actor not in self._gone:
                 self._calls.tell(actor, method, *arguments)
+
+    def all_answer(self, expected: Any, method: str, *arguments: Any, timeout_s: float) -> bool:
+        """Whether each actor answers so in time; False as soon as one does not, or is lost. Not while requests fly."""
+        waiting = {self._calls.call(actor, method, *arguments) for actor in range(len(self._calls))}
+        deadline = time.monotonic() + timeout_s
+        while waiting:
+            done = self._calls.wait(waiting, max(0.01, deadline - time.monotonic()))
+            if not done and time.monotonic() > deadline:
+                return False
+            waiting.difference_update(done)
+            try:
+                if any(self._calls.result(ticket) != expected for ticket in done):
+                    return False
+            except ActorLostError as loss:
+                self._last_loss = str(loss)
+                return False
+        return True
 
     def forget(self) -> None:
         """Until `prepare_all` no actor is up to date, and nothing is kept that it was brought up to date with."""
@@ -211,6 +233,13 @@ class Pool:
             proof = self._calls.result(ticket)
         except ActorLostError as loss:
             self._lost(actor, loss)
+            return
+        except WeightsGoneError as gone:  # until the next round nothing brings it up to date
+            self._last_loss = f"actor {actor}: {gone}"
+            if not (self._up or self._preparing or self._next_try):
+                raise RunError(
+                    f"{self._who}: no {self._what} are up to date any more, nor can any be; last: {self._last_loss}"
+                ) from None
             return
         if proof != self._expect:
             raise WeightsVersionError(

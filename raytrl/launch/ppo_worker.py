@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import ray
 import ray.train.torch
 import torch
 from ray.train.collective import broadcast_from_rank_zero
@@ -20,7 +19,7 @@ from raytrl.launch.logs import LOG, set_version
 from raytrl.launch.pool import Pool
 from raytrl.launch.ray_actors import RayCalls
 from raytrl.launch.roles import RewardPool, RolloutPool, requests_in_flight, scoring_limit_s
-from raytrl.launch.transport import SentWeights, send
+from raytrl.launch.sharing import Sharing
 from raytrl.launch.worker import RayWorkerContext
 from raytrl.ppo import loop
 from raytrl.ppo.alarm import GapAlarm
@@ -36,7 +35,6 @@ from raytrl.roles.networks import Networks, build_networks
 from raytrl.roles.prompts import PromptTable, SharedPrompts
 from raytrl.roles.tokenizer import load_tokenizer
 from raytrl.roles.trackers import Trackers
-from raytrl.roles.weights import Weights
 from raytrl.rundir import RunDirectory
 
 
@@ -69,7 +67,7 @@ def train_ppo(
         run.rollout,
         samples=run.ppo.responses_per_prompt,
         attempt=attempt,
-        share=_share,
+        share=Sharing(context, backend.device, broadcasts=run.rollout.weight_transfer == "broadcast"),
     )
     scorer = RewardPool(
         Pool(
@@ -166,22 +164,6 @@ def _prompts(run: PpoRun, tokenizer: Any, context: RayWorkerContext) -> SharedPr
         rank=context.rank,
         world_size=context.world_size,
     )
-
-
-def _share(weights: Weights, tell: Callable[[int, Any], None]) -> SentWeights:
-    """Rank 0 puts the buckets into the object store, and all ranks get the references."""
-    context = ray.train.get_context()
-    if context.get_world_rank() == 0:
-        sent = send(weights, tell, ray.put)
-        parts = [sent.version, sent.checksum, *sent.buckets]
-    else:
-        for _ in weights.buckets:  # gathered by all workers together
-            pass
-        parts = []
-    if context.get_world_size() > 1:
-        parts = broadcast_from_rank_zero(parts)
-    version, checksum, *buckets = parts
-    return SentWeights(version, checksum, tuple(buckets))
 
 
 class _Phases:

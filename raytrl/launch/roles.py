@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 from raytrl.config.engines import CPU_SEQUENCES
@@ -11,14 +10,13 @@ from raytrl.config.reward import RewardSection
 from raytrl.errors import RunError, WeightsVersionError
 from raytrl.launch.actors import MAX_IN_FLIGHT
 from raytrl.launch.pool import Pool, Request
-from raytrl.launch.transport import SentWeights
+from raytrl.launch.transport import Receivers, SentWeights
 from raytrl.records import Attempt, Prompt, Response, Score, chunks
 from raytrl.roles.reward import check_dropped
 from raytrl.roles.reward_call import Pair
 from raytrl.roles.weights import Weights
 
-# Weights, and what to call with every bucket's number and place.
-Share = Callable[[Weights, Callable[[int, Any], None]], SentWeights]
+Share = Callable[[Weights, Receivers], SentWeights]
 
 
 class RolloutPool:
@@ -29,8 +27,7 @@ class RolloutPool:
         Args:
             samples: responses per prompt.
             attempt: of the learner group; the actors refuse requests of earlier ones.
-            share: puts the weights, once for all workers, where the actors can take them, and tells of every bucket,
-                by its number, on its way. Collective.
+            share: gets the weights, once for all workers, to the actors, or where they can take them. Collective.
         """
         self._pool, self._rollout, self._samples = pool, rollout, samples
         self._attempt, self._share = attempt, share
@@ -46,22 +43,31 @@ class RolloutPool:
 
         They load each bucket while the next one is on its way.
         """
-        first = self._version is None
+        first, complete = self._version is None, len(self._pool.up) == self._pool.size
         self._version = None
         if first:
             self._pool.tell_all("begin", self._attempt)  # what an earlier attempt still asks for need not be waited for
         self._pool.forget()  # the last version's buckets, so that the object store does not hold two
-        sent = self._share(weights, partial(self._pool.tell_all, "take_bucket", self._attempt, weights.version))
+        sent = self._share(weights, Receivers(self._tell, self._agree, self._pool.size, complete))
         self._pool.prepare_all(
             "load_weights",
             self._attempt,
             sent.version,
             sent.checksum,
+            sent.num_buckets,
             *sent.buckets,
             expect=(sent.version, sent.checksum),
             timeout_s=self._rollout.start_timeout_s if first else None,  # the models are still being loaded
         )
         self._version = sent.version
+
+    def _tell(self, method: str, version: int, *arguments: Any) -> None:
+        self._pool.tell_all(method, self._attempt, version, *arguments)
+
+    def _agree(self, method: str, version: int, *arguments: Any) -> bool:
+        return self._pool.all_answer(
+            True, method, self._attempt, version, *arguments, timeout_s=self._rollout.timeout_s
+        )
 
     def generate(self, prompts: Sequence[Prompt], version: int, *, greedy: bool) -> Iterable[Sequence[Response]]:
         if version != self._version:

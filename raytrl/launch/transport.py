@@ -1,4 +1,5 @@
-"""Weights on their way through the object store, bucket by bucket: plain bytes, which readers map instead of copying."""
+"""Weights on their way, bucket by bucket: as plain bytes in the object store, which readers map instead of copying, or by
+broadcast in a process group."""
 
 import math
 import warnings
@@ -10,7 +11,18 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from raytrl.roles.weight_group import Announcement, WeightGroup
 from raytrl.roles.weights import Bucket, Weights, combined
+
+
+@dataclass(frozen=True)
+class Receivers:
+    """All rollout actors, as the one who sends them weights sees them."""
+
+    tell: Callable[..., None]  # starts a call of each that nobody waits for: method, version, what else it takes
+    agree: Callable[..., bool]  # whether each answers True to such a call; False as soon as one does not, or is lost
+    count: int
+    complete: bool  # whether all of them were up to date until now
 
 
 @dataclass(frozen=True)
@@ -36,7 +48,8 @@ class SentWeights:
 
     version: int
     checksum: str
-    buckets: tuple[Any, ...]  # what `put` made of the packed buckets
+    num_buckets: int
+    buckets: tuple[Any, ...]  # what `put` made of the packed buckets; empty: they were sent to whoever was there
 
 
 def pack(bucket: Bucket) -> PackedBucket:
@@ -62,18 +75,33 @@ def unpack(packed: PackedBucket) -> Bucket:
 
 
 def send(
-    weights: Weights, tell: Callable[[int, Any], None], put: Callable[[PackedBucket], Any] = lambda packed: packed
+    weights: Weights, receivers: Receivers, put: Callable[[PackedBucket], Any] = lambda packed: packed
 ) -> SentWeights:
     """Bucket by bucket: while the actors load one, the next is on its way.
 
     Args:
-        tell: called with a bucket's number and what `put` made of it, as soon as it can be taken.
-        put: makes a copy of the bucket that all actors can reach.
+        put: makes a copy of a bucket that all actors can reach; they are told of it as soon as they can take it.
     """
     checksums, places = [], []
     for number, tensors in enumerate(weights.buckets):
-        bucket = Bucket.of(tensors)
+        bucket = Bucket.of({name: tensor.cpu() for name, tensor in tensors.items()})
         places.append(put(pack(bucket)))
         checksums.append(bucket.checksum)
-        tell(number, places[-1])
-    return SentWeights(weights.version, combined(checksums), tuple(places))
+        receivers.tell("take_bucket", weights.version, number, places[-1])
+    return SentWeights(weights.version, combined(checksums), len(places), tuple(places))
+
+
+def broadcast(weights: Weights, receivers: Receivers, group: WeightGroup) -> SentWeights:
+    """To all receivers, which are members of the group, bucket by bucket: while they load one, the next is on its way.
+
+    Raises:
+        WeightGroupError: a member was lost; the others have only a part.
+    """
+    checksums = []
+    for number, tensors in enumerate(weights.buckets):
+        bucket = Bucket.of(tensors)
+        checksums.append(bucket.checksum)
+        receivers.tell("receive_bucket", weights.version, number, Announcement.of(tensors, bucket.checksum))
+        group.send(tensors)
+    receivers.agree("has_received", weights.version, len(checksums))  # where one has not, `load_weights` says why
+    return SentWeights(weights.version, combined(checksums), len(checksums), ())

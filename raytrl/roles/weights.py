@@ -20,7 +20,7 @@ T = TypeVar("T", bound=Tensor)
 
 @dataclass(frozen=True)
 class Bucket:
-    """Some of the tensors, on the CPU, under the names of the policy's parameters, and what they must prove to be."""
+    """Some of the tensors, under the names of the policy's parameters, and what they must prove to be."""
 
     tensors: Mapping[str, Tensor]
     checksum: str
@@ -59,14 +59,14 @@ class Weights:
 
 @dataclass(frozen=True)
 class GatheredBuckets:
-    """Buckets of tensors that are asked for anew each time, moved to the CPU and to the dtype of the engines."""
+    """Buckets of tensors that are asked for anew each time, in the dtype of the engines, on the learner's device."""
 
     gather: Callable[[], Iterator[Mapping[str, Tensor]]]
     dtype: torch.dtype
 
     def __iter__(self) -> Iterator[Mapping[str, Tensor]]:
         for group in self.gather():
-            yield {name: value.detach().to("cpu", self.dtype).contiguous() for name, value in group.items()}
+            yield {name: value.detach().to(self.dtype).contiguous() for name, value in group.items()}
 
 
 def weights_on_disk(version: int, path: str) -> Weights:

@@ -33,6 +33,7 @@ class NoWeights:
 
     version: int
     checksum: str = "none"
+    num_buckets: int = 0
     buckets: tuple[Any, ...] = ()
 
 
@@ -56,7 +57,7 @@ class SleepingRollout(RolloutActor):
     """Takes weights without importing torch, so that many fit on one machine."""
 
     @ray.method(concurrency_group=WEIGHTS)
-    def load_weights(self, attempt: Attempt, version: int, checksum: str, *buckets: Any) -> tuple[int, str]:
+    def load_weights(self, attempt: Attempt, version: int, checksum: str, *rest: Any) -> tuple[int, str]:
         self.begin(attempt)
         with self._busy("loading weights"):
             self._refuse_if_old(attempt)
@@ -172,7 +173,7 @@ def measure(actors: int, latency_s: float, calls: Callable[[type, int, str, Call
         RolloutConfig(chunk_prompts=CHUNK),
         samples=1,
         attempt=Attempt("run", 1),
-        share=lambda weights, tell: weights,  # type: ignore[arg-type, return-value]
+        share=lambda weights, receivers: weights,  # type: ignore[arg-type, return-value]
     )
     scorer = RewardPool(
         Pool(rewards, "reward actors", "the simulation", 120.0),

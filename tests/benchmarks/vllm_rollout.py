@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,7 @@ def rollout_config(options: argparse.Namespace, engine: str) -> RolloutConfig:
         sampling={"max_new_tokens": options.tokens, "stop": ["e"] if options.uneven else None},
         actors=options.actors,
         engine_args={"max_num_seqs": options.sequences} if engine == "vllm" else {},
+        weight_transfer=options.transfer,
     )
 
 
@@ -139,9 +141,18 @@ def make_timed(path: str, rollout: RolloutConfig, lora: Any) -> Any:
     )
 
 
+class OnlyWorker:
+    """What `Sharing` asks of a learner worker's context."""
+
+    rank, world_size = 0, 1
+
+    def progress(self, event: Any) -> None:
+        say(notice=event.text)
+
+
 @contextmanager
 def pool_of(path: str, rollout: RolloutConfig, lora: Any) -> Iterator[tuple[Any, list[Any]]]:
-    """A `RolloutPool` on real Ray actors, as a learner worker has it."""
+    """A `RolloutPool` on real Ray actors, as the only learner worker has it."""
     prepare_environment()
     import ray
 
@@ -150,7 +161,7 @@ def pool_of(path: str, rollout: RolloutConfig, lora: Any) -> Iterator[tuple[Any,
     from raytrl.launch.pool import Pool
     from raytrl.launch.ray_actors import RayCalls, _start
     from raytrl.launch.roles import RolloutPool, requests_in_flight
-    from raytrl.launch.transport import send
+    from raytrl.launch.sharing import Sharing
 
     ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, object_store_memory=3 * 2**30)
     group = ray.util.placement_group([{"CPU": 1}] * rollout.actors)
@@ -175,7 +186,8 @@ def pool_of(path: str, rollout: RolloutConfig, lora: Any) -> Iterator[tuple[Any,
         window=requests_in_flight(rollout, 1),
     )
     try:
-        share = functools.partial(send, put=ray.put)
+        by_broadcast = rollout.weight_transfer == "broadcast"
+        share = Sharing(OnlyWorker(), torch.device("cpu"), broadcasts=by_broadcast)  # type: ignore[arg-type]
         yield RolloutPool(pool, rollout, samples=1, attempt=Attempt("run", 1), share=share), actors
     finally:
         ray.shutdown()
@@ -251,7 +263,7 @@ def update(path: str, options: argparse.Namespace) -> None:
             seconds = time.perf_counter() - began
             if version:
                 say(
-                    what=f"update, {'lora' if options.lora else 'full'}, {options.actors} actors",
+                    what=f"update by {options.transfer}, {'lora' if options.lora else 'full'}, {options.actors} actors",
                     bytes=size,
                     model_bytes=whole,
                     seconds=seconds,
@@ -283,13 +295,13 @@ def kill(path: str, options: argparse.Namespace) -> None:
             share, buckets = pool._share, len(list(weights.buckets))
             if death == "in mid-update":
 
-                def halfway(sent: Weights, tell: Any, victim: int = victim, half: int = buckets // 2) -> Any:
-                    def told(number: int, bucket: Any) -> None:
-                        tell(number, bucket)
+                def halfway(sent: Weights, receivers: Any, victim: int = victim, half: int = buckets // 2) -> Any:
+                    def told(method: str, of: int, number: int, bucket: Any) -> None:
+                        receivers.tell(method, of, number, bucket)
                         if number == half:
                             os.kill(victim, signal.SIGKILL)
 
-                    return share(sent, told)  # noqa: B023 (of this round)
+                    return share(sent, replace(receivers, tell=told))  # noqa: B023 (of this round)
 
                 pool._share = halfway
             began = time.perf_counter()
@@ -320,6 +332,7 @@ def main() -> None:
     for name, default in (("params", 5), ("actors", 1), ("rows", 128), ("tokens", 64), ("steps", 4), ("sequences", 64)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--lora", action="store_true")
+    parser.add_argument("--transfer", choices=["object_store", "broadcast"], default="object_store")
     parser.add_argument(
         "--uneven", action="store_true", help="responses end at a stop string, at very different lengths"
     )

@@ -41,6 +41,7 @@ def test_defaults(tmp_path: Path) -> None:
         ("model.revision=main", "model.revision: does nothing for eval"),
         ("model.pad_token=<p>", "model.pad_token: does nothing for eval"),
         ("rollout.samples=3", "rollout.samples: does nothing for eval"),
+        ("rollout.weight_transfer=broadcast", "rollout.weight_transfer: does nothing for eval"),
         ("rollout.resources={CPU: 0}", "rollout.resources: found"),
         ("rollout.actor=2", "rollout.actor: unknown key; nearest known key: actors"),
         ("comparee=x", "comparee: unknown key; nearest known key: compare"),

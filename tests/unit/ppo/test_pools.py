@@ -18,7 +18,7 @@ from raytrl.errors import RewardError, RunError, StaleAttemptError, StalledError
 from raytrl.launch.actors import RewardActor, RolloutActor
 from raytrl.launch.pool import ActorLostError, Arrivals, Pool, Request
 from raytrl.launch.roles import RewardPool, RolloutPool
-from raytrl.launch.transport import PackedBucket, pack, send, unpack
+from raytrl.launch.transport import PackedBucket, Receivers, pack, send, unpack
 from raytrl.records import Attempt, Prompt, Response, Score
 from raytrl.roles.weights import Bucket, Weights, policy_parameters
 
@@ -91,10 +91,10 @@ def weights(version: int, seed: int = 0) -> Weights:
     return Weights.of(version, policy_parameters(gpt2(seed, width=16)).items(), torch.float32, bucket_bytes=4096)
 
 
-def all_of(sent: Weights) -> tuple[int, str, *tuple[PackedBucket, ...]]:
+def all_of(sent: Weights) -> tuple[int, str, int, *tuple[PackedBucket, ...]]:
     """The arguments of `RolloutActor.load_weights` after the attempt."""
-    packed = send(sent, lambda number, bucket: None)
-    return packed.version, packed.checksum, *packed.buckets
+    packed = send(sent, Receivers(lambda *told: None, lambda *told: True, 1, False))
+    return packed.version, packed.checksum, packed.num_buckets, *packed.buckets
 
 
 def engines(size: int) -> LocalCalls:
@@ -187,7 +187,7 @@ def test_death_while_weights_are_loaded() -> None:
 
 
 def parts(version: int, seed: int = 0) -> list[PackedBucket]:
-    _, _, *buckets = all_of(weights(version, seed))
+    _, _, _, *buckets = all_of(weights(version, seed))
     assert len(buckets) > 3
     return buckets
 
@@ -308,7 +308,7 @@ def test_corrupt_weights_are_refused() -> None:
 
 def test_an_actor_must_prove_what_it_holds() -> None:
     calls = engines(2)
-    calls.actors[1].load_weights = lambda attempt, version, checksum, *buckets: (version - 1, checksum)
+    calls.actors[1].load_weights = lambda attempt, version, checksum, *rest: (version - 1, checksum)
     with pytest.raises(WeightsVersionError, match=r"actor 1 .*is not up to date.*found: \(4, .*expected: \(5, "):
         pool_on(calls).load_weights(weights(5))
 

@@ -1,0 +1,80 @@
+"""How new weights get from the learner's workers to the rollout actors: once for all workers."""
+
+from functools import partial
+
+import ray
+import torch
+from ray.train.collective import broadcast_from_rank_zero
+
+from raytrl.errors import WeightGroupError
+from raytrl.launch.logs import LOG
+from raytrl.launch.transport import Receivers, SentWeights, broadcast, send
+from raytrl.launch.worker import RayWorkerContext
+from raytrl.records import Progress
+from raytrl.roles.weight_group import WeightGroup
+from raytrl.roles.weights import Weights
+
+_LIMIT_S = 60.0  # for a message, or for the members to come; all are idle by then
+
+
+class Sharing:
+    """`launch.roles.Share`, one in each learner worker.
+
+    By broadcast while all actors are there. Through the object store for an attempt's first weights, which the actors may
+    still be too young for, after an actor was lost, and where a broadcast fails: then whoever comes late finds them too.
+    """
+
+    def __init__(self, context: RayWorkerContext, device: torch.device, *, broadcasts: bool) -> None:
+        self._context, self._device, self._broadcasts = context, device, broadcasts
+        self._group: WeightGroup | None = None
+        self._group_version: int | None = None  # the first that went through it
+
+    def __call__(self, weights: Weights, receivers: Receivers) -> SentWeights:
+        sent = self._round(weights, receivers, by_broadcast=self._broadcasts and receivers.complete)
+        if sent is None:
+            sent = self._round(weights, receivers, by_broadcast=False)
+        assert sent is not None
+        return sent
+
+    def _round(self, weights: Weights, receivers: Receivers, by_broadcast: bool) -> SentWeights | None:
+        """None: they have to be sent again. Rank 0 decides, and all ranks get the references."""
+        sent: SentWeights | None = None
+        if self._context.rank != 0:
+            for _ in weights.buckets:  # gathered by all workers together
+                pass
+        elif by_broadcast:
+            sent = self._broadcast(weights, receivers)
+        else:
+            self._leave()  # an actor that is lost or new is not in it
+            sent = send(weights, receivers, ray.put)
+        return broadcast_from_rank_zero(sent) if self._context.world_size > 1 else sent
+
+    def _broadcast(self, weights: Weights, receivers: Receivers) -> SentWeights | None:
+        buckets = iter(weights.buckets)
+        try:
+            # No message is started, from which NCCL has no way back, while an actor may be lost.
+            if not receivers.agree("can_receive", weights.version, self._group_version):
+                raise WeightGroupError("weights by broadcast: a rollout actor was lost, or does not answer")
+            if self._group is None:
+                self._group = self._gathered(weights.version, receivers)
+            return broadcast(Weights(weights.version, buckets), receivers, self._group)
+        except WeightGroupError as error:
+            self._leave()
+            text = f"weights of version {weights.version} go through the object store: {error}"
+            self._context.progress(Progress("notice", weights.version, text=text))
+            for _ in buckets:  # the other workers gather them all
+                pass
+            return None
+
+    def _gathered(self, version: int, receivers: Receivers) -> WeightGroup:
+        invite = partial(receivers.tell, "join_group", version)
+        host = ray.util.get_node_ip_address()
+        group = WeightGroup.lead(host, receivers.count + 1, self._device, _LIMIT_S, invite)
+        self._group_version = version
+        LOG.info("weights go by broadcast from version %d on, to %d rollout actors", version, receivers.count)
+        return group
+
+    def _leave(self) -> None:
+        if self._group is not None:
+            self._group.close()
+            self._group = self._group_version = None

@@ -61,9 +61,9 @@ class RolloutConfig(Section):
     sampling: SamplingConfig = SamplingConfig()
     max_prompt_length: PositiveInt = 512  # tokens
     long_prompts: Literal["cut", "refuse"] = "cut"  # cut: a longer prompt loses its beginning
-    # Prompts whose responses are scored together and, by transformers, sampled together, whichever actor does it: the
-    # bits of a matrix product depend on what shares its batch, so a chunk is what makes a response and its score the
-    # same however many actors there are. vLLM samples in one continuous batch an actor.
+    # Prompts that go to an actor together, and whose responses are scored together and, by transformers, sampled together:
+    # the bits of a matrix product depend on what shares its batch, so a chunk is what makes a response and its score the
+    # same however many actors there are. vLLM samples all its chunks in one continuous batch.
     chunk_prompts: PositiveInt = 8
     # How new weights get from the learner to the engines. object_store: through Ray's, where an engine that was restarted
     # finds them too. broadcast: straight from the learner, by NCCL between GPUs and gloo between CPUs; an engine that dies

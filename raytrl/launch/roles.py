@@ -73,21 +73,17 @@ class RolloutPool:
         if version != self._version:
             raise WeightsVersionError(f"asked for responses of version {version}; the actors have {self._version}")
         samples = 1 if greedy else self._samples
-        together = chunks(prompts, self._rollout.chunk_prompts)
-        # What an engine samples as one batch is one request; vLLM's batch is continuous, so each prompt is one.
-        asked = [[prompt] for chunk in together for prompt in chunk] if self._rollout.engine == "vllm" else together
-        for place, part in enumerate(asked):
-            bare = [replace(prompt, columns={}) for prompt in part]  # the columns are for reward functions
-            rows = f"row {bare[0].row}" if len(bare) == 1 else f"rows {bare[0].row} to {bare[-1].row}"
+        for chunk in chunks(prompts, self._rollout.chunk_prompts):
+            bare = [replace(prompt, columns={}) for prompt in chunk]  # the columns are for reward functions
             self._pool.send(
                 Request(
-                    name=f"{rows} of step {bare[0].step}",
-                    place=prompts[0].row // self._rollout.chunk_prompts + place,
+                    name=f"rows {bare[0].row} to {bare[-1].row} of step {bare[0].step}",
+                    place=bare[0].row // self._rollout.chunk_prompts,
                     method="generate",
                     arguments=(self._attempt, bare, version, samples, greedy),
                 )
             )
-        return self._responses(together)
+        return self._responses()
 
     def logprobs(
         self, prompts: Sequence[Prompt], responses: Sequence[Response], version: int
@@ -108,21 +104,14 @@ class RolloutPool:
                 found[response.row, response.sample] = value
         return found
 
-    def _responses(self, together: Sequence[Sequence[Prompt]]) -> Iterator[Sequence[Response]]:
-        """Chunks of responses, each when it is complete: what scores them sees the same batches in every run."""
-        chunk_of = {prompt.row: i for i, chunk in enumerate(together) for prompt in chunk}
-        missing = [len(chunk) for chunk in together]
-        made: dict[int, list[Response]] = {}
+    def _responses(self) -> Iterator[Sequence[Response]]:
+        """Whole chunks, each when it is done: what scores them sees the same batches in every run."""
         for request, responses in self._pool.answers():
             _, prompts, version, samples, _ = request.arguments
             wanted = [(prompt.step, prompt.row, sample, version) for prompt in prompts for sample in range(samples)]
             if [(r.step, r.row, r.sample, r.policy_version) for r in responses] != wanted:
                 raise RunError(f"rollout actors: the answer to {request.name} is not what was asked for; please report")
-            i = chunk_of[prompts[0].row]
-            made.setdefault(i, []).extend(responses)
-            missing[i] -= len(prompts)
-            if not missing[i]:
-                yield sorted(made.pop(i), key=lambda response: (response.row, response.sample))
+            yield responses
 
 
 class RewardPool:
@@ -168,11 +157,14 @@ class RewardPool:
 
 
 def requests_in_flight(rollout: RolloutConfig, samples: int) -> int:
-    """What a rollout actor should have at a time: one at work and one that waits, or enough to fill vLLM's batch."""
+    """Chunks that a rollout actor should have at a time: one at work and one that waits, or enough to fill vLLM's batch.
+
+    Half as many again as its batch holds: of those at work some responses have ended already.
+    """
     if rollout.engine != "vllm":
         return 2
     sequences = rollout.engine_args.get("max_num_seqs") or (1024 if rollout.resources.get("GPU") else CPU_SEQUENCES)
-    return min(MAX_IN_FLIGHT, -(-sequences // samples) + 1)
+    return min(MAX_IN_FLIGHT, -(-3 * sequences // (2 * samples * rollout.chunk_prompts)) + 1)
 
 
 def scoring_limit_s(rollout: RolloutConfig, reward: RewardSection, responses_per_prompt: int) -> float:

@@ -70,7 +70,10 @@ def rollout_config(options: argparse.Namespace, engine: str) -> RolloutConfig:
     return RolloutConfig(
         engine=engine,
         max_prompt_length=32,
-        sampling={"max_new_tokens": options.tokens, "stop": ["e"] if options.uneven else None},
+        sampling={
+            "max_new_tokens": options.tokens,
+            "stop": list("abcdefghijklmnopqrstuvwxyz") if options.uneven else None,
+        },
         actors=options.actors,
         engine_args={"max_num_seqs": options.sequences} if engine == "vllm" else {},
         weight_transfer=options.transfer,
@@ -235,7 +238,7 @@ def update(path: str, options: argparse.Namespace) -> None:
 
     `of_clone`: speed over that of copies into new memory (`Tensor.clone`), `of_copy`: into memory that was used before.
     With LoRA the adapter travels and is merged into the model's weights, of which the engine needs new packed ones: there
-    the copies are of these, `model_bytes`.
+    the copies are of these, `model_bytes`. The first few updates are slower (no `warm`): the object store's memory is new.
     """
     rollout = rollout_config(options, "vllm")
     with pool_of(path, rollout, LORA if options.lora else None) as (pool, _):
@@ -264,6 +267,7 @@ def update(path: str, options: argparse.Namespace) -> None:
             if version:
                 say(
                     what=f"update by {options.transfer}, {'lora' if options.lora else 'full'}, {options.actors} actors",
+                    warm=version > 4,
                     bytes=size,
                     model_bytes=whole,
                     seconds=seconds,
@@ -334,7 +338,7 @@ def main() -> None:
     parser.add_argument("--lora", action="store_true")
     parser.add_argument("--transfer", choices=["object_store", "broadcast"], default="object_store")
     parser.add_argument(
-        "--uneven", action="store_true", help="responses end at a stop string, at very different lengths"
+        "--uneven", action="store_true", help="responses end at the first letter, at very different lengths"
     )
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

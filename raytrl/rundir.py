@@ -32,7 +32,10 @@ class RunDirectory:
             self.filesystem, self.path = _from_uri(self.uri)
 
     def __str__(self) -> str:
-        return os.path.relpath(self.path) if self.is_local else self.uri.partition("?")[0]
+        if not self.is_local:
+            return self.uri.partition("?")[0]
+        inside = self.path.startswith(os.getcwd() + os.sep)  # a job's working directory is a copy somewhere in /tmp
+        return os.path.relpath(self.path) if inside else self.path
 
     def at(self, name: str) -> str:
         """The path of a file within the run's filesystem."""

@@ -64,6 +64,7 @@ RENAMED_PPO = {
     "score_clip": "ppo.reward_clip",
     "lr_scheduler_type": "ppo.lr_schedule",
     "num_sample_generations": "rollout.samples",
+    "lora_dropout": "nothing: no forward pass of PPO has dropout",
     "sft_model_path": "model.path",
     "reward_model_path": "reward.sources (a list of {name, model})",
     "reward_model": "reward.sources (a list of {name, model})",

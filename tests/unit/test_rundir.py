@@ -23,6 +23,13 @@ def test_a_local_path_and_a_file_uri_are_one_place(tmp_path: Path) -> None:
     assert by_uri.uri == str(tmp_path / "a")
 
 
+def test_shown_from_where_one_stands_or_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert str(RunDirectory("runs", "a")) == "runs/a"
+    assert str(RunDirectory(str(tmp_path / "there"), "a")) == str(tmp_path / "there" / "a")
+
+
 def test_a_tilde_is_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/somewhere")
     assert RunDirectory("~/runs", "a").path == "/somewhere/runs/a"

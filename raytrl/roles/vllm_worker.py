@@ -41,16 +41,24 @@ class WeightLoading:
         if isinstance(self._raytrl_places, Places):
             self._raytrl_places.begin()
             return
-        # Quantised weights are other numbers than those sent, and of tensor parallel ones each process has a part.
-        follows = self.model_config.quantization is None and self.parallel_config.world_size == 1
         model = self.model_runner.get_model()
-        if follows and self._raytrl_places is None and (unknown := unknown_layers(model)):
-            self._raytrl_places = f"{unknown[0]} may keep more than its weights"
-            LOG.info("vLLM loads new weights layer by layer: %s", self._raytrl_places)
-        learns = follows and self._raytrl_places is None
+        follows = self.model_config.quantization is None and self.parallel_config.world_size == 1
+        if self._raytrl_places is None and (obstacle := self._raytrl_obstacle(model)):
+            self._raytrl_places = obstacle
+            LOG.info("vLLM loads new weights layer by layer: %s", obstacle)
+        learns = self._raytrl_places is None
         self._raytrl_reload = _LayerByLayer(
             model, self.model_config, complete, _Loading(model, learns) if follows else None
         )
+
+    def _raytrl_obstacle(self, model: nn.Module) -> str | None:
+        """Why new weights cannot be put straight to their places."""
+        if self.model_config.quantization is not None:
+            return "quantised, they are other numbers than those sent"
+        if self.parallel_config.world_size > 1:
+            return "each of the engine's processes holds a part of them"
+        unknown = unknown_layers(model)
+        return f"{unknown[0]} may keep more than its weights" if unknown else None
 
     def raytrl_take_weights(self, named: Iterable[tuple[str, Tensor]]) -> str:
         """Load these; returns the checksum of what the model then holds of them, or of what arrived where the model holds

@@ -11,6 +11,7 @@ from ray.tune import Callback, Stopper
 
 from raytrl.config.tune import TuneRun
 from raytrl.errors import RunError
+from raytrl.launch.left_places import free_left_places
 from raytrl.launch.trials import TrialBook, folder_below
 from raytrl.launch.tune_search import TrialSearcher
 from raytrl.launch.tune_trial import run_trial, trial_resources
@@ -88,6 +89,7 @@ class SweepWatch:
         thread.start()
         while thread.is_alive():
             thread.join(self._poll_s)
+            free_left_places()
             for trial in self._book.all:
                 if trial.state == "running":
                     self._book.look(trial.name)

@@ -28,6 +28,7 @@ _OPERATIONAL = (
     "rollout.resources",
     "rollout.placement",
     "rollout.labels",
+    "rollout.weight_transfer",
     "rollout.start_timeout_s",
     "rollout.timeout_s",
     "rollout.samples",

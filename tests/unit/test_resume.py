@@ -8,10 +8,11 @@ import pytest
 import yaml
 
 from raytrl.config.load import load_run
-from raytrl.config.runs import SupervisedRun
+from raytrl.config.runs import Run, SupervisedRun
 from raytrl.errors import ConfigError
 from raytrl.launch.resume import Standing, inspect_run
 from raytrl.rundir import RunDirectory
+from tests.ppo_files import ppo_file
 from tests.runs import run_file
 
 
@@ -21,7 +22,7 @@ def run_of(tmp_path: Path, **sections: Any) -> SupervisedRun:
     return run
 
 
-def started(run: SupervisedRun, state: str = "running") -> RunDirectory:
+def started(run: Run, state: str = "running") -> RunDirectory:
     """The run directory as a start of this run leaves it."""
     run_dir = RunDirectory(run.output_dir, run.name)
     run_dir.write("config.yaml", yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False))
@@ -170,3 +171,16 @@ def test_another_number_of_workers_under_deepspeed_is_refused_with_both_numbers(
         ConfigError, match=r"learner\.workers: .*step 4 .*2 workers under ZeRO-2.*found: 3; expected: 2"
     ):
         inspect_run(run_of(tmp_path, learner={"workers": 3, "deepspeed": zero}), run_dir)
+
+
+def test_how_ppos_weights_travel_may_change(tmp_path: Path) -> None:
+    (tmp_path / "policy").mkdir()
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "a"}\n')
+    file = ppo_file(tmp_path, "travel")
+    run = load_run(file, []).run
+    run_dir = started(run)
+    commit(run_dir, [4], world_size=2)
+    changed = load_run(file, ["rollout.weight_transfer=broadcast", "rollout.actors=3"]).run
+    standing = inspect_run(changed, run_dir)
+    assert standing.state == "continue"
+    assert "rollout.weight_transfer was 'object_store', now 'broadcast'" in str(standing.notices)

@@ -1,12 +1,13 @@
 """Weights by broadcast, over real gloo: actors in threads of this process, deaths, rebirths, limits."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+import torch.multiprocessing as mp
 from test_pools import ROLLOUT, expected, responses, weights
 from toy import gpt2, make_engine
 
@@ -92,11 +93,20 @@ class Sharing:
             self.group = self.group_version = None
 
 
-@pytest.fixture
-def sharing() -> Iterator[Sharing]:
-    made = Sharing(10.0)
-    yield made
-    made.close()
+def alone(test: Callable[[Sharing], None]) -> Callable[[], None]:
+    """Runs a test in a process of its own: other tests fork, and gloo's threads do not outlive a fork."""
+
+    def run() -> None:
+        mp.start_processes(_with_sharing, (test,), nprocs=1, start_method="fork")
+
+    run.__doc__ = test.__doc__
+    return run
+
+
+def _with_sharing(rank: int, test: Callable[[Sharing], None]) -> None:
+    sharing = Sharing(10.0)
+    test(sharing)
+    sharing.close()
 
 
 def pool_on(calls: ThreadCalls, sharing: Sharing) -> RolloutPool:
@@ -104,6 +114,7 @@ def pool_on(calls: ThreadCalls, sharing: Sharing) -> RolloutPool:
     return RolloutPool(pool, ROLLOUT, samples=2, attempt=Attempt("run", 1), share=sharing)
 
 
+@alone
 def test_broadcast_weights_make_the_same_responses(sharing: Sharing) -> None:
     calls = ThreadCalls(3)
     pool = pool_on(calls, sharing)
@@ -114,6 +125,7 @@ def test_broadcast_weights_make_the_same_responses(sharing: Sharing) -> None:
     assert sum(method == "take_bucket" for _, method in calls.ran) == 3 * len(list(weights(0).buckets))
 
 
+@alone
 def test_an_actor_that_was_lost_waits_for_the_next_weights(sharing: Sharing) -> None:
     """Nobody has the weights for it; the others do its work. The next ones go through the object store, to all."""
     calls = ThreadCalls(2)
@@ -130,6 +142,7 @@ def test_an_actor_that_was_lost_waits_for_the_next_weights(sharing: Sharing) -> 
     assert sharing.ways == ["broadcast"] * 2
 
 
+@alone
 def test_none_that_has_the_weights(sharing: Sharing) -> None:
     calls = ThreadCalls(2)
     pool = pool_on(calls, sharing)
@@ -141,6 +154,7 @@ def test_none_that_has_the_weights(sharing: Sharing) -> None:
         responses(pool, 1)
 
 
+@alone
 def test_a_member_that_was_reborn_unnoticed(sharing: Sharing) -> None:
     """It is in no group: the weights go through the object store to all."""
     calls = ThreadCalls(2)
@@ -154,6 +168,7 @@ def test_a_member_that_was_reborn_unnoticed(sharing: Sharing) -> None:
     assert sharing.ways == ["broadcast", "not all can"]
 
 
+@alone
 def test_a_member_that_is_lost_on_the_way(sharing: Sharing) -> None:
     """And does not even close its end, as when its node is lost. (A process that dies: tests/chaos.)"""
     sharing.limit_s = 1.0
@@ -178,6 +193,7 @@ def test_a_member_that_is_lost_on_the_way(sharing: Sharing) -> None:
     assert "no end within 1 s" in sharing.ways[1]
 
 
+@alone
 def test_a_bucket_that_does_not_fit_is_an_error(sharing: Sharing) -> None:
     """And the other member is not left waiting."""
     calls = ThreadCalls(2)

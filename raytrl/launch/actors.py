@@ -118,7 +118,6 @@ class RolloutActor(_Actor):
         self._held: tuple[Attempt, int, str] | None = None  # attempt, version, checksum
         self._arrived: tuple[Attempt, int, int] | None = None  # of new weights: attempt, version, buckets so far
         self._group: WeightGroup | None = None  # for weights by broadcast
-        self._group_version: int | None = None  # its first
         self._failure: RaytrlError | None = None  # of a bucket that came by broadcast
 
     @_in_group(CONTROL)
@@ -151,14 +150,15 @@ class RolloutActor(_Actor):
             if self._group is not None:
                 self._group.close()
                 self._group = None
-            self._group, self._group_version = WeightGroup.join(invitation), version
+            self._group = WeightGroup.join(invitation)
 
     @_in_group(WEIGHTS)
     def can_receive(self, attempt: Attempt, version: int, group_version: int | None) -> bool:
         """Whether it serves this attempt, and is in the group whose first version that was (None: in whichever)."""
         self._refuse_if_old(attempt)
         serves = self._held is not None and self._held[0] == attempt
-        return serves and group_version in (None, self._group_version)
+        is_member = self._group is not None and self._group.first_version == group_version
+        return serves and (group_version is None or is_member)
 
     @_in_group(WEIGHTS)
     def receive_bucket(self, attempt: Attempt, version: int, number: int, announced: "Announcement") -> None:

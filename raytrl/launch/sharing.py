@@ -1,6 +1,8 @@
 """How new weights get from the learner's workers to the rollout actors: once for all workers."""
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import ray
 import torch
@@ -8,7 +10,7 @@ from ray.train.collective import broadcast_from_rank_zero
 
 from raytrl.errors import WeightGroupError
 from raytrl.launch.logs import LOG
-from raytrl.launch.transport import Receivers, SentWeights, broadcast, send
+from raytrl.launch.transport import PackedBucket, Receivers, SentWeights, broadcast, send
 from raytrl.launch.worker import RayWorkerContext
 from raytrl.records import Progress
 from raytrl.roles.weight_group import WeightGroup
@@ -24,10 +26,18 @@ class Sharing:
     still be too young for, after an actor was lost, and where a broadcast fails: then whoever comes late finds them too.
     """
 
-    def __init__(self, context: RayWorkerContext, device: torch.device, *, broadcasts: bool) -> None:
+    def __init__(
+        self,
+        context: RayWorkerContext,
+        device: torch.device,
+        *,
+        broadcasts: bool,
+        put: Callable[[PackedBucket], Any] = ray.put,
+        limit_s: float = _LIMIT_S,
+    ) -> None:
         self._context, self._device, self._broadcasts = context, device, broadcasts
+        self._put, self._limit_s = put, limit_s
         self._group: WeightGroup | None = None
-        self._group_version: int | None = None  # the first that went through it
 
     def __call__(self, weights: Weights, receivers: Receivers) -> SentWeights:
         sent = self._round(weights, receivers, by_broadcast=self._broadcasts and receivers.complete)
@@ -45,21 +55,22 @@ class Sharing:
         elif by_broadcast:
             sent = self._broadcast(weights, receivers)
         else:
-            self._leave()  # an actor that is lost or new is not in it
-            sent = send(weights, receivers, ray.put)
+            self.close()  # an actor that is lost or new is not in it
+            sent = send(weights, receivers, self._put)
         return broadcast_from_rank_zero(sent) if self._context.world_size > 1 else sent
 
     def _broadcast(self, weights: Weights, receivers: Receivers) -> SentWeights | None:
         buckets = iter(weights.buckets)
         try:
             # No message is started, from which NCCL has no way back, while an actor may be lost.
-            if not receivers.agree("can_receive", weights.version, self._group_version):
+            group_version = None if self._group is None else self._group.first_version
+            if not receivers.agree("can_receive", weights.version, group_version):
                 raise WeightGroupError("weights by broadcast: a rollout actor was lost, or does not answer")
             if self._group is None:
                 self._group = self._gathered(weights.version, receivers)
             return broadcast(Weights(weights.version, buckets), receivers, self._group)
         except WeightGroupError as error:
-            self._leave()
+            self.close()
             text = f"weights of version {weights.version} go through the object store: {error}"
             self._context.progress(Progress("notice", weights.version, text=text))
             for _ in buckets:  # the other workers gather them all
@@ -69,12 +80,12 @@ class Sharing:
     def _gathered(self, version: int, receivers: Receivers) -> WeightGroup:
         invite = partial(receivers.tell, "join_group", version)
         host = ray.util.get_node_ip_address()
-        group = WeightGroup.lead(host, receivers.count + 1, self._device, _LIMIT_S, invite)
-        self._group_version = version
+        group = WeightGroup.lead(version, host, receivers.count + 1, self._device, self._limit_s, invite)
         LOG.info("weights go by broadcast from version %d on, to %d rollout actors", version, receivers.count)
         return group
 
-    def _leave(self) -> None:
+    def close(self) -> None:
+        """Leaves the group; the next broadcast makes another."""
         if self._group is not None:
             self._group.close()
-            self._group = self._group_version = None
+            self._group = None

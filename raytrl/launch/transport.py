@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 
 from raytrl.roles.weight_group import Announcement, WeightGroup
-from raytrl.roles.weights import Bucket, Weights, combined
+from raytrl.roles.weights import Bucket, Weights, as_bytes, combined
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class SentWeights:
 def pack(bucket: Bucket) -> PackedBucket:
     """Shares the tensors' memory."""
     packed = {
-        name: PackedTensor(tensor.reshape(-1).view(torch.uint8).numpy(), tensor.dtype, tuple(tensor.shape))
+        name: PackedTensor(as_bytes(tensor).numpy(), tensor.dtype, tuple(tensor.shape))
         for name, tensor in bucket.tensors.items()
     }
     return PackedBucket(packed, bucket.checksum)

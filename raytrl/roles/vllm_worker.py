@@ -42,23 +42,22 @@ class WeightLoading:
             self._raytrl_places.begin()
             return
         model = self.model_runner.get_model()
-        follows = self.model_config.quantization is None and self.parallel_config.world_size == 1
-        if self._raytrl_places is None and (obstacle := self._raytrl_obstacle(model)):
+        hidden = self._raytrl_hidden()
+        if self._raytrl_places is None and (obstacle := hidden or _keeps_more(model)):
             self._raytrl_places = obstacle
             LOG.info("vLLM loads new weights layer by layer: %s", obstacle)
         learns = self._raytrl_places is None
         self._raytrl_reload = _LayerByLayer(
-            model, self.model_config, complete, _Loading(model, learns) if follows else None
+            model, self.model_config, complete, _Loading(model, learns) if hidden is None else None
         )
 
-    def _raytrl_obstacle(self, model: nn.Module) -> str | None:
-        """Why new weights cannot be put straight to their places."""
+    def _raytrl_hidden(self) -> str | None:
+        """Why weights cannot be followed to their places."""
         if self.model_config.quantization is not None:
             return "quantised, they are other numbers than those sent"
         if self.parallel_config.world_size > 1:
             return "each of the engine's processes holds a part of them"
-        unknown = unknown_layers(model)
-        return f"{unknown[0]} may keep more than its weights" if unknown else None
+        return None
 
     def raytrl_take_weights(self, named: Iterable[tuple[str, Tensor]]) -> str:
         """Load these; returns the checksum of what the model then holds of them, or of what arrived where the model holds
@@ -90,6 +89,12 @@ class WeightLoading:
             self._raytrl_places = Places.learn(self.model_runner.get_model(), reload.watching.copies)
             if isinstance(self._raytrl_places, str):
                 LOG.info("vLLM loads new weights layer by layer: %s", self._raytrl_places)
+
+
+def _keeps_more(model: nn.Module) -> str | None:
+    """Why weights that were put to their places would not be all that the model computes with."""
+    unknown = unknown_layers(model)
+    return f"{unknown[0]} may keep more than its weights" if unknown else None
 
 
 class _LayerByLayer:

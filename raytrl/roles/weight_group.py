@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from raytrl.errors import WeightGroupError
-from raytrl.roles.weights import Bucket
+from raytrl.roles.weights import Bucket, as_bytes
 
 LEADER = 0  # rank 0 of the learner; the engines are the ranks from 1 on
 _POLL_S = 2e-4
@@ -22,6 +22,7 @@ _POLL_S = 2e-4
 class Invitation:
     """What a rollout actor needs in order to join."""
 
+    first_version: int  # of the weights that go through the group
     host: str
     port: int
     size: int  # members, the leader included
@@ -53,6 +54,7 @@ class WeightGroup:
 
     def __init__(self, store: Any, rank: int, invitation: Invitation, device: torch.device) -> None:
         """With gloo it returns when all members are there; with NCCL they meet at the first message."""
+        self.first_version = invitation.first_version
         self._store, self._device, self._timeout_s = store, device, invitation.timeout_s  # the store lives as long
         limit = timedelta(seconds=invitation.timeout_s)
         with _failures("a member did not come"):
@@ -66,11 +68,18 @@ class WeightGroup:
 
     @classmethod
     def lead(
-        cls, host: str, size: int, device: torch.device, timeout_s: float, invite: Callable[[Invitation], None]
+        cls,
+        first_version: int,
+        host: str,
+        size: int,
+        device: torch.device,
+        timeout_s: float,
+        invite: Callable[[Invitation], None],
     ) -> "WeightGroup":
         """The leader's end.
 
         Args:
+            first_version: of the weights that go through the group, by which its members know it.
             host: an address of this machine that the members can reach.
             invite: called once; must get the invitation to all members without waiting for them.
 
@@ -78,7 +87,7 @@ class WeightGroup:
             WeightGroupError: not all came in time.
         """
         store = _store(host, 0, timeout_s, is_master=True)
-        invitation = Invitation(host, store.port, size, device.type, timeout_s)
+        invitation = Invitation(first_version, host, store.port, size, device.type, timeout_s)
         invite(invitation)
         return cls(store, LEADER, invitation, device)
 
@@ -92,7 +101,7 @@ class WeightGroup:
 
     def send(self, tensors: Mapping[str, Tensor]) -> None:
         """The leader's: one message that all members receive; raises WeightGroupError."""
-        self._broadcast(torch.cat([_bytes(tensor.to(self._device)) for tensor in tensors.values()]))
+        self._broadcast(torch.cat([as_bytes(tensor.to(self._device)) for tensor in tensors.values()]))
 
     def receive(self, announced: Announcement) -> Bucket:
         """A member's; raises WeightGroupError."""
@@ -138,7 +147,3 @@ def _failures(what: str) -> Iterator[None]:
         yield
     except RuntimeError as error:
         raise WeightGroupError(f"weights by broadcast: {what}: {str(error).splitlines()[0][:200]}") from None
-
-
-def _bytes(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().view(-1).view(torch.uint8)

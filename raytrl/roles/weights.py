@@ -96,9 +96,13 @@ def checksum(tensors: Mapping[str, Tensor]) -> str:
     for name in sorted(tensors):
         value = tensors[name].detach().cpu().contiguous()
         digest.update(f"{name}|{value.dtype}|{tuple(value.shape)}|".encode())
-        # numpy knows no bfloat16; bytes are bytes.
-        digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
+        digest.update(as_bytes(value).numpy().data)
     return digest.hexdigest()
+
+
+def as_bytes(tensor: Tensor) -> Tensor:
+    """One row of uint8, on the same memory where that is contiguous: numpy knows no bfloat16, and bytes are bytes."""
+    return tensor.reshape(-1).view(torch.uint8)
 
 
 def combined(checksums: Sequence[str]) -> str:

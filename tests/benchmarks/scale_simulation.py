@@ -11,8 +11,7 @@ without Ray's. One JSON object a size.
 import argparse
 import json
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +19,8 @@ from typing import Any
 import ray
 
 from raytrl.launch.actors import CONCURRENCY_GROUPS, WEIGHTS, WORK, RewardActor, RolloutActor
-from raytrl.launch.pool import Arrivals
 from raytrl.records import Attempt, Prompt, Response, Score
+from tests.thread_calls import ThreadCalls
 
 CHUNK, CHUNKS_AN_ACTOR, TOKENS, PROMPT_TOKENS = 8, 2, 48, 64
 STEPS, WARM_UP = 6, 2  # the first ones start processes
@@ -113,32 +112,6 @@ class Measured:
         now = time.process_time()
         self.rows.append({**metrics, "cpu_s": now - self._cpu})
         self._cpu = now
-
-
-class ThreadCalls:
-    """`pool.Calls` on objects in this process, with one thread an actor and one for what does not queue."""
-
-    def __init__(self, actors: Sequence[Any]) -> None:
-        self._actors = actors
-        self._threads = [ThreadPoolExecutor(1) for _ in actors]
-        self._arrivals = Arrivals()
-
-    def __len__(self) -> int:
-        return len(self._actors)
-
-    def call(self, actor: int, method: str, *arguments: Any) -> "Future[Any]":
-        ticket = self._threads[actor].submit(getattr(self._actors[actor], method), *arguments)
-        ticket.add_done_callback(self._arrivals.add)
-        return ticket
-
-    def tell(self, actor: int, method: str, *arguments: Any) -> None:
-        self.call(actor, method, *arguments)
-
-    def wait(self, tickets: Collection["Future[Any]"], timeout_s: float) -> list["Future[Any]"]:
-        return self._arrivals.wait(tickets, timeout_s)
-
-    def result(self, ticket: "Future[Any]") -> Any:
-        return ticket.result()
 
 
 def ray_calls(kind: type, count: int, role: str, make: Callable[[], Any]) -> Any:

@@ -1,6 +1,6 @@
 """Weights by broadcast, over real gloo: actors in threads of this process, deaths, rebirths, limits."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
@@ -11,31 +11,29 @@ import torch.multiprocessing as mp
 from test_pools import ROLLOUT, expected, responses, weights
 from toy import gpt2, make_engine
 
-from raytrl.errors import RunError, WeightGroupError, WeightsVersionError
+from raytrl.errors import RunError, WeightsVersionError
 from raytrl.launch.actors import RolloutActor
-from raytrl.launch.pool import Arrivals, Pool
+from raytrl.launch.pool import Pool
 from raytrl.launch.roles import RolloutPool
-from raytrl.launch.transport import Receivers, SentWeights, broadcast, send
-from raytrl.records import Attempt
-from raytrl.roles.weight_group import Announcement, WeightGroup
+from raytrl.launch.sharing import Sharing
+from raytrl.launch.transport import Receivers, SentWeights
+from raytrl.records import Attempt, Progress
+from raytrl.roles.weight_group import Announcement
 from raytrl.roles.weights import Weights
+from tests.thread_calls import ThreadCalls
 
 CPU = torch.device("cpu")
+LIMIT_S = 3.0  # a busy machine gets its group together in it; one test waits for its end
 
 
-class ThreadCalls:
-    """`pool.Calls` on objects in this process, with one thread an actor."""
+class Actors(ThreadCalls):
+    """Rollout actors in threads."""
 
     def __init__(self, size: int) -> None:
-        self.actors: list[Any] = [None] * size
-        self.threads: list[Any] = [None] * size
+        super().__init__([None] * size)
         self.ran: list[tuple[int, str]] = []
-        self._arrivals = Arrivals()
         for actor in range(size):
             self.kill(actor)
-
-    def __len__(self) -> int:
-        return len(self.actors)
 
     def kill(self, actor: int) -> None:
         """A new one takes its place, which answers what the old one was asked."""
@@ -44,56 +42,37 @@ class ThreadCalls:
 
     def call(self, actor: int, method: str, *arguments: Any) -> "Future[Any]":
         self.ran.append((actor, method))
-        ticket = self.threads[actor].submit(getattr(self.actors[actor], method), *arguments)
-        ticket.add_done_callback(self._arrivals.add)
-        return ticket
-
-    def tell(self, actor: int, method: str, *arguments: Any) -> None:
-        self.call(actor, method, *arguments)
-
-    def wait(self, tickets: Collection[Any], timeout_s: float) -> list[Any]:
-        return self._arrivals.wait(tickets, timeout_s)
-
-    def result(self, ticket: Any) -> Any:
-        return ticket.result()
+        return super().call(actor, method, *arguments)
 
 
-class Sharing:
-    """As `launch.sharing.Sharing` has it, of one learner worker and without Ray."""
+class OnlyWorker:
+    """What `Sharing` asks of a learner worker's context."""
+
+    rank, world_size = 0, 1
+
+    def __init__(self) -> None:
+        self.notices: list[str] = []
+
+    def progress(self, event: Progress) -> None:
+        self.notices.append(event.text)
+
+
+class NotedSharing(Sharing):
+    """Without Ray, and notes how each version went: "broadcast", or why not."""
 
     def __init__(self, limit_s: float) -> None:
-        self.group: WeightGroup | None = None
-        self.group_version: int | None = None
-        self.limit_s = limit_s
-        self.ways: list[str] = []
+        worker = OnlyWorker()
+        super().__init__(worker, CPU, broadcasts=True, put=lambda packed: packed, limit_s=limit_s)  # type: ignore[arg-type]
+        self.ways = worker.notices
 
     def __call__(self, sent: Weights, receivers: Receivers) -> SentWeights:
-        if receivers.complete:
-            try:
-                if not receivers.agree("can_receive", sent.version, self.group_version):
-                    raise WeightGroupError("not all can")
-                if self.group is None:
-                    self.group_version = sent.version
-
-                    def invite(invitation: Any) -> None:
-                        receivers.tell("join_group", sent.version, invitation)
-
-                    self.group = WeightGroup.lead("127.0.0.1", receivers.count + 1, CPU, self.limit_s, invite)
-                found = broadcast(sent, receivers, self.group)
-                self.ways.append("broadcast")
-                return found
-            except WeightGroupError as error:
-                self.ways.append(str(error))
-        self.close()
-        return send(sent, receivers)
-
-    def close(self) -> None:
-        if self.group is not None:
-            self.group.close()
-            self.group = self.group_version = None
+        found = super().__call__(sent, receivers)
+        if not found.buckets:
+            self.ways.append("broadcast")
+        return found
 
 
-def alone(test: Callable[[Sharing], None]) -> Callable[[], None]:
+def alone(test: Callable[[NotedSharing], None]) -> Callable[[], None]:
     """Runs a test in a process of its own: other tests fork, and gloo's threads do not outlive a fork."""
 
     def run() -> None:
@@ -103,20 +82,29 @@ def alone(test: Callable[[Sharing], None]) -> Callable[[], None]:
     return run
 
 
-def _with_sharing(rank: int, test: Callable[[Sharing], None]) -> None:
-    sharing = Sharing(10.0)
+def _with_sharing(rank: int, test: Callable[[NotedSharing], None]) -> None:
+    sharing = NotedSharing(LIMIT_S)
     test(sharing)
     sharing.close()
 
 
-def pool_on(calls: ThreadCalls, sharing: Sharing) -> RolloutPool:
+def pool_on(calls: Actors, sharing: NotedSharing) -> RolloutPool:
     pool = Pool(calls, "rollout actors", "worker 0", 20.0)
     return RolloutPool(pool, ROLLOUT, samples=2, attempt=Attempt("run", 1), share=sharing)
 
 
+def two_with_broadcast_weights(sharing: NotedSharing) -> tuple[Actors, RolloutPool]:
+    """Two actors that hold version 1, which came by broadcast."""
+    calls = Actors(2)
+    pool = pool_on(calls, sharing)
+    for version in range(2):
+        pool.load_weights(weights(version, seed=version))
+    return calls, pool
+
+
 @alone
-def test_broadcast_weights_make_the_same_responses(sharing: Sharing) -> None:
-    calls = ThreadCalls(3)
+def test_broadcast_weights_make_the_same_responses(sharing: NotedSharing) -> None:
+    calls = Actors(3)
     pool = pool_on(calls, sharing)
     for version in range(4):
         pool.load_weights(weights(version, seed=version))
@@ -126,12 +114,9 @@ def test_broadcast_weights_make_the_same_responses(sharing: Sharing) -> None:
 
 
 @alone
-def test_an_actor_that_was_lost_waits_for_the_next_weights(sharing: Sharing) -> None:
+def test_an_actor_that_was_lost_waits_for_the_next_weights(sharing: NotedSharing) -> None:
     """Nobody has the weights for it; the others do its work. The next ones go through the object store, to all."""
-    calls = ThreadCalls(2)
-    pool = pool_on(calls, sharing)
-    for version in range(2):
-        pool.load_weights(weights(version, seed=version))
+    calls, pool = two_with_broadcast_weights(sharing)
     calls.kill(1)
     assert responses(pool, 1) == expected(1, seed=1)
     assert pool.num_up == 1
@@ -143,11 +128,8 @@ def test_an_actor_that_was_lost_waits_for_the_next_weights(sharing: Sharing) -> 
 
 
 @alone
-def test_none_that_has_the_weights(sharing: Sharing) -> None:
-    calls = ThreadCalls(2)
-    pool = pool_on(calls, sharing)
-    for version in range(2):
-        pool.load_weights(weights(version))
+def test_none_that_has_the_weights(sharing: NotedSharing) -> None:
+    calls, pool = two_with_broadcast_weights(sharing)
     calls.kill(0)
     calls.kill(1)
     with pytest.raises(RunError, match=r"no rollout actors are up to date.*version 1 were sent by broadcast"):
@@ -155,27 +137,22 @@ def test_none_that_has_the_weights(sharing: Sharing) -> None:
 
 
 @alone
-def test_a_member_that_was_reborn_unnoticed(sharing: Sharing) -> None:
+def test_a_member_that_was_reborn_unnoticed(sharing: NotedSharing) -> None:
     """It is in no group: the weights go through the object store to all."""
-    calls = ThreadCalls(2)
-    pool = pool_on(calls, sharing)
-    for version in range(2):
-        pool.load_weights(weights(version))
+    calls, pool = two_with_broadcast_weights(sharing)
     calls.kill(0)
     pool.load_weights(weights(2, seed=2))
     assert pool.num_up == 2
     assert responses(pool, 2) == expected(2, seed=2)
-    assert sharing.ways == ["broadcast", "not all can"]
+    assert len(sharing.ways) == 2
+    assert sharing.ways[1].startswith("weights of version 2 go through the object store: ")
+    assert "a rollout actor was lost" in sharing.ways[1]
 
 
 @alone
-def test_a_member_that_is_lost_on_the_way(sharing: Sharing) -> None:
+def test_a_member_that_is_lost_on_the_way(sharing: NotedSharing) -> None:
     """And does not even close its end, as when its node is lost. (A process that dies: tests/chaos.)"""
-    sharing.limit_s = 3.0
-    calls = ThreadCalls(2)
-    pool = pool_on(calls, sharing)
-    for version in range(2):
-        pool.load_weights(weights(version))
+    calls, pool = two_with_broadcast_weights(sharing)
     receive, received = calls.actors[1].receive_bucket, []
 
     def dies(attempt: Attempt, version: int, number: int, announced: Announcement) -> None:
@@ -194,9 +171,9 @@ def test_a_member_that_is_lost_on_the_way(sharing: Sharing) -> None:
 
 
 @alone
-def test_a_bucket_that_does_not_fit_is_an_error(sharing: Sharing) -> None:
+def test_a_bucket_that_does_not_fit_is_an_error(sharing: NotedSharing) -> None:
     """And the other member is not left waiting."""
-    calls = ThreadCalls(2)
+    calls = Actors(2)
     pool = pool_on(calls, sharing)
     pool.load_weights(weights(0))
     receive = calls.actors[1].receive_bucket

@@ -98,10 +98,11 @@ def _plan(file: str, overrides: list[str], cluster: list[str], models: str) -> N
     from raytrl.config.load import load_run
 
     loaded = load_run(file, overrides)
-    from raytrl.launch.plan import RULE, plan
+    from raytrl.launch.session import planned_cluster
+    from raytrl.plan.plan import RULE, plan
     from raytrl.report.plan import plan_view
 
-    out.print(plan_view(plan(loaded, cluster, models)))
+    out.print(plan_view(plan(loaded.run, planned_cluster(loaded.run, cluster), models)))
     out.print(f"[dim]{RULE}[/]")
 
 

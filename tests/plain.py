@@ -11,7 +11,7 @@ import torch.distributed
 
 from raytrl.config.load import load_run
 from raytrl.config.runs import SupervisedRun
-from raytrl.launch.preflight import preflight
+from raytrl.plan.checks.supervised import preflight
 from raytrl.records import Progress
 from raytrl.roles.job import SupervisedJob
 from raytrl.rundir import RunDirectory

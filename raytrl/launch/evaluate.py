@@ -7,19 +7,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from raytrl.config.engines import engine_words
 from raytrl.config.eval_run import EvalRun
 from raytrl.config.load import LoadedRun
-from raytrl.errors import ConfigError, DataError
-from raytrl.launch.capacity import Room
-from raytrl.launch.placement import Group, Need, amounts
-from raytrl.launch.ppo_preflight import check_prompt_data, check_sources
-from raytrl.launch.preflight import check_model_path
 from raytrl.launch.resume import inspect_run
-from raytrl.launch.session import check_output_dir, cluster_of, joins_cluster, prepare_environment, ray_session
+from raytrl.launch.session import check_output_dir, cluster_of, prepare_environment, ray_session
 from raytrl.launch.train import failure_noted, write_start
+from raytrl.plan.capacity import Room
 from raytrl.records import Attempt, Progress, Prompt, Response, Score, sample_row
-from raytrl.roles.device import check_cpu
 from raytrl.roles.evaluation import compare, summarize
 from raytrl.rundir import RunDirectory, now
 
@@ -27,6 +21,9 @@ if TYPE_CHECKING:
     from raytrl.launch.roles import RewardPool, RolloutPool
     from raytrl.roles.folder_engine import FolderEngine
     from raytrl.roles.rollout import RolloutEngine
+from raytrl.plan.checks.evaluation import check_eval
+from raytrl.plan.need import need_of
+from raytrl.plan.words import describe_eval
 
 
 @dataclass
@@ -55,7 +52,7 @@ def evaluate(loaded: LoadedRun, command: str, fresh: bool, show: Callable[[Progr
     check_output_dir(run)
     started = time.time()
     run_dir = RunDirectory(run.output_dir, run.name)
-    need = eval_need(run)
+    need = need_of(run)
     with run_dir.locked():
         already = not fresh and inspect_run(run, run_dir).state == "done"
         if not already:
@@ -65,7 +62,7 @@ def evaluate(loaded: LoadedRun, command: str, fresh: bool, show: Callable[[Progr
                 memory, notes = room.memory(run)
                 for note in notes:
                     show(Progress("notice", text=note))
-                show(Progress("plan", text=_describe(run, run_dir, prompts) + memory))
+                show(Progress("plan", text=describe_eval(run, run_dir, prompts) + memory))
                 run_dir.clear()
                 write_start(loaded, run_dir, command)
                 with failure_noted(run_dir), ray_session(run, need):
@@ -78,73 +75,6 @@ def evaluate(loaded: LoadedRun, command: str, fresh: bool, show: Callable[[Progr
             "results": results,
             "samples": run_dir.rows("samples.jsonl"),
         }
-
-
-def eval_need(run: EvalRun) -> Need:
-    """What an evaluation's actors take."""
-    return Need(
-        (
-            Group.of("rollout.actors", run.rollout.actors, run.rollout),
-            Group.of("reward.actors", run.reward.actors, run.reward),
-        )
-    )
-
-
-def check_eval(run: EvalRun) -> str:
-    """Checks models, tokenizers, reward sources and every prompt; returns words about the prompts.
-
-    Raises:
-        ConfigError: something is missing, or does not fit together.
-    """
-    for key, path in {
-        "model.path": run.model.path,
-        "compare": run.compare,
-        "reference.path": run.reference.path,
-    }.items():
-        if path is not None:
-            check_model_path(path, key)
-    check_sources(run.reward)
-    if not run.uses_gpu and not joins_cluster(run):
-        check_cpu(run)
-    words = ""
-    for key, (path, tokenizer) in reversed(run.models.items()):
-        own = run.model_copy(update={"model": run.model.model_copy(update={"path": path, "tokenizer": tokenizer})})
-        try:
-            words = check_prompt_data(own, run.data.eval, "data.eval")
-        except DataError:
-            raise  # names the row already
-        except ConfigError as error:
-            raise ConfigError(f"{key}: {error}" if key != "model" else str(error)) from None
-    if run.reference.path is not None:
-        from raytrl.roles.tokenizer import load_tokenizer
-
-        trust = run.model.trust_remote_code
-        reference = load_tokenizer(run.reference.path, None, trust).get_vocab()
-        for key, (_, tokenizer_path) in run.models.items():
-            if load_tokenizer(tokenizer_path, None, trust).get_vocab() != reference:
-                raise ConfigError(
-                    f"reference.path: a KL needs the same token ids on both sides; found: another vocabulary in "
-                    f"{run.reference.path!r} than in that of {key}, {tokenizer_path!r}; expected: a model with the same "
-                    f"tokenizer, or no reference"
-                )
-    return words
-
-
-def _describe(run: EvalRun, run_dir: RunDirectory, prompts: str) -> str:
-    sources = [f"{source.weight:g} x {source.name}" for source in run.reward.sources]
-    rows = "all rows" if run.rows is None else f"the first {run.rows} rows"
-    how = "greedy" if run.greedy else f"sampled at temperature {run.rollout.sampling.temperature:g}"
-    lines = [
-        *(f"{key:<9}{path}" for key, (path, _) in run.models.items()),
-        f"data     {rows} of {prompts}; {how}",
-        f"reward   {' + '.join(sources)}",
-        f"rollout  {run.rollout.actors} x {amounts(run.rollout.resources)}, {engine_words(run.asked)}",
-        f"scoring  {run.reward.actors} x {amounts(run.reward.resources)}",
-        f"output   {run_dir}",
-    ]
-    if run.reference.path is not None:
-        lines.insert(-1, f"KL to    {run.reference.path}")
-    return "\n".join(lines)
 
 
 def _on_actors(run: EvalRun, show: Callable[[Progress], None]) -> dict[str, Answers]:

@@ -13,7 +13,8 @@ from raytrl.config.kinds import RUNS
 from raytrl.config.load import LoadedRun, load_run
 from raytrl.errors import ConfigError, ResourceError, RunError
 from raytrl.launch import secrets
-from raytrl.launch.packing import Package, check_files, package_of, refuse_lost_output
+from raytrl.launch.packing import Package, check_files, package_of
+from raytrl.plan.where import refuse_lost_output
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient

@@ -9,6 +9,8 @@ from raytrl.config.load import LoadedRun
 from raytrl.errors import ConfigError
 
 MIB = 2**20
+
+
 _SHOWN = 5
 
 
@@ -92,16 +94,3 @@ def _problem(name: str, key: str, package: Package) -> str | None:
         f"{where}{name!r} is not sent with the job: .gitignore or .rayignore leaves it out; expected: an absolute path on "
         f"storage that all nodes see"
     )
-
-
-def refuse_lost_output(output_dir: str) -> None:
-    """Refuses a run directory inside the job's copy of the working directory, which Ray deletes after the job.
-
-    Raises:
-        ConfigError: the path is relative.
-    """
-    if "://" not in output_dir and not os.path.isabs(os.path.expanduser(output_dir)):
-        raise ConfigError(
-            f"output_dir: would be lost: a job runs in a copy of the working directory that Ray deletes afterwards; found: "
-            f"{output_dir!r}; expected: a path on storage that all nodes see, or a URI; add output_dir=/shared/runs"
-        )

@@ -4,13 +4,12 @@ import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raytrl.config.eval_run import EvalRun
 from raytrl.config.ppo_run import PpoRun
-from raytrl.launch.placement import Group, Need
-from raytrl.launch.ppo_preflight import check_ppo, describe_ppo
+from raytrl.plan.checks.ppo import check_ppo
+from raytrl.plan.words import describe_ppo
 from raytrl.roles.job import PpoJob
 from raytrl.rundir import RunDirectory
 
@@ -33,22 +32,7 @@ class PpoKind:
     def __init__(self, run: PpoRun, lent: Lent | None = None) -> None:
         self._run, self._lent = run, lent
         self._rewards = lent.reward_actors if lent else None
-
-    @property
-    def need(self) -> Need:
-        run = self._run
-        rollout = Group.of("rollout.actors", run.rollout.actors, run.rollout)
-        reward = Group.of("reward.actors", run.reward.actors, run.reward)
-        learner = Group.of("learner.workers", run.learner.max_workers, run.learner)
-        groups = (rollout, reward, learner) if self._rewards is None else (rollout, learner)
-        # Two versions of the weights, in float32 at most, are there while actors change from one to the next.
-        return Need(groups, Need.object_store_bytes + 4 * self._travelling_bytes())
-
-    def _travelling_bytes(self) -> int:
-        """Size on disk of what goes to the rollout actors at every step; little with LoRA, unknown for a hub id."""
-        if self._run.lora is not None:
-            return 0
-        return sum(file.stat().st_size for file in Path(str(self._run.model.path)).glob("*.safetensors"))
+        self.reward_shared = self._rewards is not None
 
     def check(self, run_dir: RunDirectory) -> str:
         return "checked by the sweep" if self._lent else describe_ppo(self._run, check_ppo(self._run))

@@ -13,9 +13,9 @@ from typing import Any
 
 from raytrl.config.runs import Run
 from raytrl.errors import ResourceError, RunError
-from raytrl.launch.packing import refuse_lost_output
-from raytrl.launch.placement import Cluster, Need, Node
 from raytrl.launch.secrets import load_secrets
+from raytrl.plan.cluster import Cluster, Need, Node, described_nodes
+from raytrl.plan.where import THIS_MACHINE, check_one_node, joins_cluster, refuse_lost_output
 
 # Read by Ray when it is imported or started, so set before that. A user's own setting wins.
 _DEFAULTS = {
@@ -27,6 +27,8 @@ _DEFAULTS = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_DEDUP_LOGS": "0",
 }
+
+
 QUIET_LIBRARIES = {
     "HF_HUB_DISABLE_TELEMETRY": "1",  # TRL pings the hub whenever a trainer is built
     "TOKENIZERS_PARALLELISM": "false",
@@ -34,8 +36,10 @@ QUIET_LIBRARIES = {
     "DS_ACCELERATOR_LOG_LEVEL": "error",
 }
 
-THIS_MACHINE = "this machine"
+
 _ASK_S = 120.0  # for a process to start on a busy cluster
+
+
 _NO_KIND = re.compile("node_[0-9a-f]{56}")  # what Ray calls a node that no autoscaler keeps
 
 
@@ -65,11 +69,6 @@ def work_in(folder: str) -> None:
     """
     if os.path.isdir(folder):
         os.chdir(folder)
-
-
-def joins_cluster(run: Run) -> bool:
-    """Whether the run joins a Ray that exists: `cluster.address` says so, or it runs inside a Ray job."""
-    return run.cluster.address is not None or "RAY_ADDRESS" in os.environ
 
 
 def machine_resources() -> dict[str, float]:
@@ -172,41 +171,6 @@ def check_address(run: Run) -> None:
         ) from None
 
 
-def refuse_client(run: Run) -> None:
-    """Refuses a sweep from outside of the cluster: Ray Tune moves itself there, away from what watches it here.
-
-    Raises:
-        ResourceError: the address is `ray://…`.
-    """
-    if (run.cluster.address or "").startswith("ray://"):
-        raise ResourceError(
-            f"cluster.address: Ray Tune would run in a process of the cluster, where nothing of this sweep is watched; "
-            f"found: {run.cluster.address!r}; expected: raytrl submit -- tune …, or host:port on one of its nodes"
-        )
-
-
-def check_one_node(run: Run) -> None:
-    """Refuses placement that a local Ray, one node without labels, could never give.
-
-    Raises:
-        ResourceError: naming the key.
-    """
-    for role, key in (("learner", "max_workers"), ("rollout", "actors"), ("reward", "actors")):
-        section = getattr(run, role, None)
-        if section is None:
-            continue
-        if section.labels:
-            raise ResourceError(
-                f"{role}.labels: a local Ray is one node without labels; found: {section.labels}; expected: "
-                f"cluster.address or a Ray job, or no labels"
-            )
-        if section.placement == "strict_spread" and getattr(section, key) > 1:
-            raise ResourceError(
-                f"{role}.placement: strict_spread puts each process on a node of its own; found: {getattr(section, key)} "
-                f"processes and a local Ray, which is one node; expected: cluster.address or a Ray job, or spread"
-            )
-
-
 def _memory_bytes() -> int:
     """RAM of this machine, or the limit of the container."""
     from ray._common.utils import get_system_memory
@@ -297,6 +261,20 @@ def cluster_of(run: Run) -> Iterator[Cluster]:
         return
     with _joined(run):
         yield Cluster(cluster_nodes(), f"the cluster at {run.cluster.address or 'auto'!r}", _is_autoscaled())
+
+
+def planned_cluster(run: Run, described: Sequence[str] = ()) -> Cluster:
+    """The nodes to plan for: those described, as `--cluster` does, else those that the run would have.
+
+    Raises:
+        ConfigError: a description cannot be read.
+        ResourceError: there is no cluster at the address.
+    """
+    if described:
+        return Cluster(described_nodes(described), "the described cluster")
+    prepare_environment()
+    with cluster_of(run) as found:  # asked once: what follows needs no cluster
+        return found
 
 
 @contextmanager

@@ -5,8 +5,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from raytrl.config.runs import SupervisedRun
-from raytrl.launch.placement import Group, Need
-from raytrl.launch.preflight import describe, preflight
+from raytrl.plan.checks.supervised import preflight
+from raytrl.plan.words import describe
 from raytrl.roles.job import SupervisedJob
 from raytrl.rundir import RunDirectory
 
@@ -14,14 +14,11 @@ from raytrl.rundir import RunDirectory
 class SupervisedKind:
     """`train.Kind` of a TRL trainer: workers alone."""
 
+    reward_shared = False
+
     def __init__(self, run: SupervisedRun) -> None:
         self._run = run
         self._has_tokenizer = False
-
-    @property
-    def need(self) -> Need:
-        learner = self._run.learner
-        return Need((Group.of("learner.workers", learner.min_workers, learner),))
 
     def check(self, run_dir: RunDirectory) -> str:
         rows, self._has_tokenizer = preflight(self._run, run_dir)

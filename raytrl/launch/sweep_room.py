@@ -10,12 +10,13 @@ from raytrl.config.runs import TrainingRun
 from raytrl.config.search import Edge, trial_run
 from raytrl.config.tune import TuneRun
 from raytrl.errors import ConfigError, ResourceError
-from raytrl.launch.capacity import CERTAINTY, Load, Room, check_memory, loads
-from raytrl.launch.placement import Cluster, Group, Need, Node, Placement, amounts, place_trials
-from raytrl.launch.train import kind_of
-from raytrl.roles.memory import GIB, Estimate, estimates
-from raytrl.roles.model_shape import ModelShape
-from raytrl.roles.shapes import read_shapes
+from raytrl.plan.capacity import CERTAINTY, Load, Room, check_memory, loads
+from raytrl.plan.cluster import Cluster, Group, Need, Node, amounts
+from raytrl.plan.config_shapes import ModelShape
+from raytrl.plan.memory import GIB, Estimate, estimates
+from raytrl.plan.need import need_of
+from raytrl.plan.placement import Placement, place_trials
+from raytrl.plan.shapes import read_shapes
 
 # A trial's own process (0.35), Ray Train's controller (0.24) and three helpers (0.11 each), and the board (0.06): what each
 # had for itself in a PPO run, measured on Linux.
@@ -48,13 +49,7 @@ class Sweep:
         return Need((Group.of("reward.actors", reward.actors, reward),))
 
     def trial_need(self, loaded: LoadedRun) -> Need:
-        from raytrl.launch.ppo import Lent, PpoKind
-
-        run = loaded.run
-        assert isinstance(run, TrainingRun)
-        return (
-            PpoKind(run, Lent(None, ())).need if self.shares_reward and isinstance(run, PpoRun) else kind_of(run).need
-        )
+        return need_of(loaded.run, reward_shared=self.shares_reward)
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,11 @@ from raytrl.config.load import LoadedRun
 from raytrl.config.ppo_run import PpoRun
 from raytrl.config.runs import SupervisedRun, TrainingRun
 from raytrl.errors import RaytrlError
-from raytrl.launch.capacity import Room
-from raytrl.launch.placement import Need
 from raytrl.launch.resume import Standing, inspect_run, sweep
 from raytrl.launch.session import check_output_dir, cluster_of, prepare_environment, ray_session
+from raytrl.plan.capacity import Room
+from raytrl.plan.cluster import Need
+from raytrl.plan.need import need_of
 from raytrl.records import Progress
 from raytrl.rundir import RunDirectory, now
 
@@ -29,10 +30,7 @@ Worker = Callable[[dict[str, Any]], dict[str, float]]
 class Kind(Protocol):
     """What differs between the kinds of run."""
 
-    @property
-    def need(self) -> Need:
-        """What all processes of the run take together."""
-        ...
+    reward_shared: bool  # whether its reward actors are a sweep's
 
     def check(self, run_dir: RunDirectory) -> str:
         """Everything that can be checked before Ray starts; returns what will run where, for people.
@@ -94,6 +92,7 @@ def train(
     started = time.time()
     run_dir = RunDirectory(run.output_dir, run.name)
     kind = kind or kind_of(run)
+    need = need_of(run, reward_shared=kind.reward_shared)
     with run_dir.locked():
         standing = Standing("fresh") if fresh else inspect_run(run, run_dir)
         if standing.state == "done":
@@ -101,7 +100,7 @@ def train(
         for notice in standing.notices:
             show(Progress("notice", text=notice))
         with cluster_of(run) as cluster:
-            room = Room.on(cluster, kind.need)
+            room = Room.on(cluster, need)
             with (
                 tempfile.TemporaryDirectory() as staging
             ):  # nothing of an earlier run is touched before all checks passed
@@ -122,7 +121,7 @@ def train(
             show(Progress("plan", text=plan))
             write_start(loaded, run_dir, command)
             with failure_noted(run_dir):
-                metrics = _run_on_ray(run, kind, run_dir, command, clock, show)
+                metrics = _run_on_ray(run, kind, need, run_dir, command, clock, show)
         run_dir.update_manifest(state="done", finished=now(), model=f"{run_dir}/model", metrics=metrics, startup=clock)
         sweep(run_dir)
         return run_dir.manifest()
@@ -172,6 +171,7 @@ def write_start(loaded: LoadedRun, run_dir: RunDirectory, command: str) -> None:
 def _run_on_ray(
     run: TrainingRun,
     kind: Kind,
+    need: Need,
     run_dir: RunDirectory,
     command: str,
     clock: dict[str, float],
@@ -184,7 +184,7 @@ def _run_on_ray(
     importer = threading.Thread(target=_import_train, daemon=True)
     importer.start()
     mark = time.time()
-    with ray_session(run, kind.need):
+    with ray_session(run, need):
         importer.join()
         clock["ray_s"] = time.time() - mark
         from raytrl.launch.storage import check_storage

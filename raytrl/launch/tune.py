@@ -13,21 +13,14 @@ from raytrl.config.runs import TrainingRun
 from raytrl.config.search import Edge, check_edges, load_base
 from raytrl.config.tune import TuneRun
 from raytrl.errors import ConfigError, RunError
-from raytrl.launch.placement import Cluster, Need
 from raytrl.launch.resume import refuse_changes
-from raytrl.launch.session import (
-    check_one_node,
-    check_output_dir,
-    cluster_of,
-    joins_cluster,
-    prepare_environment,
-    ray_session,
-    refuse_client,
-)
+from raytrl.launch.session import check_output_dir, cluster_of, prepare_environment, ray_session
 from raytrl.launch.sweep_end import write_end
 from raytrl.launch.sweep_room import AtOnce, Sweep, concurrent_trials
 from raytrl.launch.train import failure_noted, kind_of, write_start
 from raytrl.launch.trials import TrialBook, best_trial, trials_folder
+from raytrl.plan.cluster import Cluster, Need
+from raytrl.plan.where import check_one_node, joins_cluster, refuse_client
 from raytrl.records import Progress, Trial
 from raytrl.rundir import RunDirectory, now
 

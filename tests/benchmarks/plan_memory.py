@@ -16,8 +16,8 @@ from typing import Any
 import psutil
 
 from raytrl.config.load import load_run
-from raytrl.roles.memory import GIB, estimates
-from raytrl.roles.shapes import read_shapes
+from raytrl.plan.memory import GIB, estimates
+from raytrl.plan.shapes import read_shapes
 from tests.ppo_files import RULE, ppo_file
 from tests.runs import WORDS, run_file, start, write_rows
 

@@ -5,8 +5,9 @@ from typing import Any
 import pytest
 
 from raytrl.errors import ConfigError, ResourceError
-from raytrl.launch.capacity import Room
-from raytrl.launch.placement import Cluster, Group, Need, Node, check_placement, described_nodes, place
+from raytrl.plan.capacity import Room
+from raytrl.plan.cluster import Cluster, Group, Need, Node, described_nodes
+from raytrl.plan.placement import check_placement, place
 
 
 def needed(parts: list[tuple[str, int, dict[str, float]]], strategy: Any = "pack", **labels: str) -> Need:

@@ -9,7 +9,8 @@ from rich.console import Console
 
 from raytrl.config.load import load_run
 from raytrl.errors import ConfigError, ResourceError
-from raytrl.launch.plan import plan
+from raytrl.launch.session import planned_cluster
+from raytrl.plan.plan import plan
 from raytrl.records import Plan
 from raytrl.report.plan import plan_view
 from tests.ppo_files import make_files, ppo_file
@@ -34,7 +35,8 @@ def no_job(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def planned(file: str, *overrides: str, cluster: list[str] | None = None, models: str = "") -> Plan:
-    return plan(load_run(file, list(overrides)), cluster or [], models)
+    run = load_run(file, list(overrides)).run
+    return plan(run, planned_cluster(run, cluster or ()), models)
 
 
 def sft(tmp_path: Path, **sections: Any) -> str:

@@ -8,9 +8,11 @@ import pytest
 from raytrl.config.load import load_run
 from raytrl.config.runs import SupervisedRun
 from raytrl.errors import ConfigError, ResourceError, RunError
-from raytrl.launch.placement import Need
-from raytrl.launch.preflight import describe, preflight
-from raytrl.launch.session import _start_local, check_one_node, joins_cluster, machine_resources, refuse_client
+from raytrl.launch.session import _start_local, machine_resources
+from raytrl.plan.checks.supervised import preflight
+from raytrl.plan.cluster import Need
+from raytrl.plan.where import check_one_node, joins_cluster, refuse_client
+from raytrl.plan.words import describe
 from raytrl.roles import device
 from raytrl.rundir import RunDirectory
 from tests.runs import pair_rows, run_file, text_rows, write_rows

@@ -12,9 +12,9 @@ from transformers import AutoConfig
 
 from raytrl.config.load import load_run
 from raytrl.errors import ConfigError
-from raytrl.roles.memory import estimates
-from raytrl.roles.model_shape import shape_of_values
-from raytrl.roles.shapes import _shape, lora_parameters, read_shapes, shape_of_config, shape_of_path
+from raytrl.plan.config_shapes import shape_of_values
+from raytrl.plan.memory import estimates
+from raytrl.plan.shapes import _shape, lora_parameters, read_shapes, shape_of_config, shape_of_path
 from tests.ppo_files import make_policy, ppo_file
 from tests.runs import TINY_LLAMA, run_file
 
@@ -62,7 +62,7 @@ def test_what_is_counted_from_the_file_alone_is_what_the_meta_device_counts(
 def test_the_models_of_the_run_files_are_counted_without_torch() -> None:
     code = (
         "import sys\n"
-        "from raytrl.roles.shapes import shape_of_path\n"
+        "from raytrl.plan.shapes import shape_of_path\n"
         "for path in ('Qwen/Qwen3-8B', 'openai-community/gpt2', 'Skywork/Skywork-Reward-V2-Llama-3.1-8B'):\n"
         "    print(shape_of_path(path, 'model.path', 'causal', models='configs/models').parameters)\n"
         "assert not {'torch', 'transformers'} & sys.modules.keys()\n"

@@ -14,12 +14,12 @@ from ray.tune.search import Searcher
 
 from raytrl.config.load import LoadedRun, load_run
 from raytrl.config.tune import TuneRun
-from raytrl.launch import placement
-from raytrl.launch.placement import Group, Need, Node
 from raytrl.launch.sweep_end import best_yaml, results_csv, write_end
 from raytrl.launch.trials import LimitWatch, TrialBook, best_trial, last_values, over_limit
 from raytrl.launch.tune_search import TrialSearcher, first_trials, make_optuna, make_scheduler, replay
 from raytrl.launch.tune_trial import TrialReports
+from raytrl.plan import placement
+from raytrl.plan.cluster import Group, Need, Node
 from raytrl.records import Progress, Trial
 from raytrl.report.sweep_page import frontier, sweep_page
 from raytrl.rundir import RunDirectory

@@ -1,140 +1,58 @@
-"""`raytrl plan`: what a run file would run where, whether it fits, and how large a step is. Starts nothing."""
+"""A run in words: what would run, how large a step is, how many steps there are."""
 
-import os
 import statistics
-from collections.abc import Sequence
 
 from raytrl.config.deepspeed import zero_stage
 from raytrl.config.engines import engine_words
 from raytrl.config.eval_run import EvalRun
-from raytrl.config.load import LoadedRun
 from raytrl.config.ppo_run import PpoRun
-from raytrl.config.runs import DataSource, Run, SupervisedRun, TrainingRun
-from raytrl.errors import ConfigError, DataError
-from raytrl.launch.capacity import CERTAINTY, Load, Room, check_memory
-from raytrl.launch.evaluate import eval_need
-from raytrl.launch.idle import idle_settings
-from raytrl.launch.placement import ADDED, Cluster, Need, Node, amounts, described_nodes
-from raytrl.launch.session import THIS_MACHINE, cluster_of, prepare_environment
-from raytrl.launch.train import kind_of
-from raytrl.records import Plan, PlannedRole
-from raytrl.roles.memory import GIB, Estimate, estimates, microbatch_tokens
-from raytrl.roles.model_shape import ModelShape
-from raytrl.roles.shapes import read_shapes
+from raytrl.config.runs import Run, SupervisedRun, TrainingRun
+from raytrl.plan.cluster import amounts
+from raytrl.plan.config_shapes import ModelShape
+from raytrl.plan.memory import microbatch_tokens
+from raytrl.plan.where import joins_cluster
 from raytrl.rundir import RunDirectory
 
 
-def plan(loaded: LoadedRun, cluster: Sequence[str], models: str) -> Plan:
-    """Works out the plan of a run.
-
-    Args:
-        cluster: descriptions of nodes (`placement.described_nodes`); empty: the cluster that the run would join is
-            asked, or this machine is looked at.
-        models: a folder that holds `<path>/config.json` of models that are not on this machine.
-
-    Raises:
-        ConfigError: it cannot run there; the message has the numbers and the nearest change that would fit.
-    """
-    run = loaded.run
-    prepare_environment()
-    need = need_of(run)
-    room = Room.on(_cluster(run, cluster), need)
-    shapes, problems = read_shapes(run, models)
-    rows, missing = _rows(run)
-    problems += missing
-    if problems and room.where == THIS_MACHINE:
-        raise ConfigError("\n".join(problems))
-    notes = [f"not known here, so not checked: {problem}" for problem in problems]
-    found, tight = check_memory(run, room, shapes)
-    steps = total_steps(run, rows)
-    if isinstance(run, TrainingRun) and run.learner.min_workers < run.learner.max_workers:
-        least, most = run.learner.min_workers, run.learner.max_workers
-        notes.append(f"learner.workers: {least} is the least that is needed; up to {most} where there is room")
-    notes += [*tight, *room.awaited(run), *(f"does nothing: {line}" for line in idle_settings(run, steps))]
-    return Plan(
-        where=f"{room.where}: {_sum_of([node for node in room.nodes if not node.name.startswith(ADDED)])}",
-        roles=tuple(_roles(room, estimates(run, shapes))),
-        words=tuple(_words(run, shapes, rows, steps)),
-        shared=tuple(_shared(found)),
-        notes=tuple(notes),
-    )
+def describe(run: SupervisedRun, rows: dict[str, int]) -> str:
+    """The table of what will run where, and how large a step is, in words."""
+    stage = zero_stage(run.learner.deepspeed)
+    workers = run.learner.workers
+    how = "one process" if workers == 1 and stage is None else "DDP" if stage is None else f"DeepSpeed ZeRO-{stage}"
+    batch, accumulate = run.rows_a_pass, run.accumulated
+    where = run.cluster.address or ("the Ray job's cluster" if joins_cluster(run) else "a local Ray on this machine")
+    least, most = run.learner.min_workers, run.learner.max_workers
+    lines = [
+        f"model    {run.model.path or 'a new ' + str((run.model.config or {}).get('model_type'))}"
+        f"{', LoRA r=' + str(run.lora.get('r', 8)) if run.lora is not None else ', full fine-tuning'}",
+        f"data     {rows['train']:,} rows" + (f", {rows['eval']:,} to evaluate on" if "eval" in rows else ""),
+        f"workers  {workers if least == most else f'{least} to {most}'} x {amounts(run.learner.resources)}, {how}, on {where}",
+        f"batch    {batch * accumulate * most} rows a step = {batch} a worker"
+        f"{f' x {accumulate} accumulated' if accumulate > 1 else ''} x {most} workers"
+        f"{'' if least == most else '; fewer accumulate more'}",
+    ]
+    return "\n".join(lines)
 
 
-def _cluster(run: Run, described: Sequence[str]) -> Cluster:
-    if described:
-        return Cluster(described_nodes(described), "the described cluster")
-    with cluster_of(run) as found:  # asked once: what follows needs no cluster
-        return found
-
-
-def need_of(run: Run) -> Need:
-    """What all processes of a run take."""
-    if isinstance(run, TrainingRun):
-        return kind_of(run).need
-    if isinstance(run, EvalRun):
-        return eval_need(run)
-    base = getattr(run, "base", "")
-    raise ConfigError(
-        f"kind: a {run.kind} run is planned by what it runs; found: {run.kind!r}; expected: raytrl plan {base}"
-    )
-
-
-def _sum_of(nodes: Sequence[Node]) -> str:
-    kinds: dict[str, int] = {}
-    for node in nodes:
-        parts = [amounts({n: a for n, a in node.resources.items() if a and n in ("CPU", "GPU")})]
-        parts += [f"{node.gpu_gib:.0f} GiB a GPU"] if node.gpu_gib and node.resources.get("GPU") else []
-        parts += [f"{node.ram_gib:.0f} GiB RAM"] if node.ram_gib else []
-        kinds[", ".join(parts)] = kinds.get(", ".join(parts), 0) + 1
-    return "; ".join(f"{count} x {text}" for text, count in kinds.items())
-
-
-def _roles(room: Room, found: dict[str, Estimate]) -> list[PlannedRole]:
-    by_name, roles = {node.name: node for node in room.nodes}, []
-    for group in room.need.groups:
-        estimate, places = found.get(group.key), room.placement.places.get(group.key, {})
-        gpus = group.resources.get("GPU", 0.0)
-        there = [by_name[name].gpu_gib if gpus else by_name[name].ram_gib for name in places]
-        known = [size for size in there if size is not None]
-        share = (estimate.share if estimate is not None and gpus else 0.0) or 1.0
-        roles.append(
-            PlannedRole(
-                key=group.key,
-                count=group.count,
-                each=amounts(group.resources),
-                nodes=places,
-                memory_gib={} if estimate is None else {n: size / GIB for n, size in estimate.parts.items()},
-                device="GPU" if gpus else "RAM",
-                room_gib=min(known) * share if known and len(known) == len(there) else None,
-                host_gib=0.0 if estimate is None else estimate.host / GIB,
-            )
-        )
-    return roles
-
-
-def _shared(found: Sequence[Load]) -> list[tuple[str, float, float | None]]:
-    """What all processes of a node take together: of its RAM, and of GPUs that they share."""
-    together = [load for load in found if not load.what.startswith("each of ")]
-    return [(load.what.removeprefix("all processes on the "), load.taken, load.there) for load in together]
-
-
-def _rows(run: Run) -> tuple[dict[str, int], list[str]]:
-    """Rows of each local dataset by its key, and what is missing; nothing is downloaded to count it."""
-    data = getattr(run, "data", None)
-    rows, problems = dict[str, int](), list[str]()
-    for name in ("train", "eval"):
-        source: DataSource | None = getattr(data, name, None)
-        if source is None:
-            continue
-        if source.data_files is None and source.data_dir is None and not os.path.isdir(source.path):
-            continue  # a hub id: to count its rows is to download them
-        from raytrl.data import load_data  # datasets: 1.3 s
-
-        try:
-            rows[f"data.{name}"] = len(load_data(source, f"data.{name}"))
-        except DataError as error:
-            problems.append(str(error))
-    return rows, problems
+def describe_ppo(run: PpoRun, data: dict[str, str]) -> str:
+    """The table of what will run where, and how large a step is, in words."""
+    learner, stage = run.learner, zero_stage(run.learner.deepspeed)
+    workers = learner.max_workers
+    how = f"DeepSpeed ZeRO-{stage}" if stage else "one process" if workers == 1 else "data parallel"
+    where = run.cluster.address or ("the Ray job's cluster" if joins_cluster(run) else "a local Ray on this machine")
+    sources = [f"{source.weight:g} x {source.name}" for source in run.reward.sources]
+    ppo, tuning = run.ppo, "full fine-tuning" if run.lora is None else f"LoRA r={run.lora.get('r', 8)}"
+    kl = f"KL coefficient {ppo.kl.coef:g}" + (f", target {ppo.kl.target:g}" if ppo.kl.target else "")
+    lines = [
+        f"model    {run.model.path}, {tuning}",
+        f"data     {data['data.train']}" + (f"; evaluation: {data['data.eval']}" if "data.eval" in data else ""),
+        f"reward   {' + '.join(sources)}",
+        f"learner  {workers} x {amounts(learner.resources)}, {how}, on {where}",
+        f"rollout  {run.rollout.actors} x {amounts(run.rollout.resources)}, {engine_words(run.asked)}",
+        f"scoring  {run.reward.actors} x {amounts(run.reward.resources)}",
+        f"step     {ppo.batch_size} responses, {ppo.epochs} epochs of {ppo.minibatches} minibatches; {ppo.steps} steps; {kl}",
+    ]
+    return "\n".join(lines)
 
 
 def total_steps(run: Run, rows: dict[str, int]) -> int | None:
@@ -163,7 +81,7 @@ def _steps_per_epoch(run: SupervisedRun, rows: dict[str, int]) -> int | None:
     return max(1, -(-batches // run.accumulated))
 
 
-def _words(run: Run, shapes: dict[str, ModelShape], rows: dict[str, int], steps: int | None) -> list[tuple[str, str]]:
+def words_of(run: Run, shapes: dict[str, ModelShape], rows: dict[str, int], steps: int | None) -> list[tuple[str, str]]:
     words = []
     for key, shape in shapes.items():
         name = "model" if key == "model.path" else key
@@ -277,7 +195,18 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
-RULE = (
-    f"Memory is estimated for rows as long as the file allows, and is refused only where {1 / CERTAINTY:.0%} of the "
-    f"estimate would not fit."
-)
+def describe_eval(run: EvalRun, run_dir: RunDirectory, prompts: str) -> str:
+    sources = [f"{source.weight:g} x {source.name}" for source in run.reward.sources]
+    rows = "all rows" if run.rows is None else f"the first {run.rows} rows"
+    how = "greedy" if run.greedy else f"sampled at temperature {run.rollout.sampling.temperature:g}"
+    lines = [
+        *(f"{key:<9}{path}" for key, (path, _) in run.models.items()),
+        f"data     {rows} of {prompts}; {how}",
+        f"reward   {' + '.join(sources)}",
+        f"rollout  {run.rollout.actors} x {amounts(run.rollout.resources)}, {engine_words(run.asked)}",
+        f"scoring  {run.reward.actors} x {amounts(run.reward.resources)}",
+        f"output   {run_dir}",
+    ]
+    if run.reference.path is not None:
+        lines.insert(-1, f"KL to    {run.reference.path}")
+    return "\n".join(lines)

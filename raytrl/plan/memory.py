@@ -14,8 +14,8 @@ from raytrl.config.engines import cpu_cache_bytes
 from raytrl.config.eval_run import EvalRun
 from raytrl.config.ppo_run import PpoRun
 from raytrl.config.runs import Run, SupervisedRun
-from raytrl.roles.model_shape import ModelShape
-from raytrl.roles.shapes import lora_parameters
+from raytrl.plan.config_shapes import ModelShape
+from raytrl.plan.shapes import lora_parameters
 
 # Resident memory of a process that has loaded its libraries and no model yet, measured on Linux (GiB).
 LIBRARIES_GIB = {

@@ -7,10 +7,11 @@ from typing import Any
 from raytrl.config.ppo_run import PpoRun
 from raytrl.config.runs import Run, SupervisedRun, TrainingRun
 from raytrl.errors import ResourceError
-from raytrl.launch.placement import ADDED, Cluster, Group, Need, Node, Placement, check_placement
-from raytrl.roles.memory import GIB, Estimate, estimates
-from raytrl.roles.model_shape import ModelShape
-from raytrl.roles.shapes import read_shapes
+from raytrl.plan.cluster import ADDED, Cluster, Group, Need, Node
+from raytrl.plan.config_shapes import ModelShape
+from raytrl.plan.memory import GIB, Estimate, estimates
+from raytrl.plan.placement import Placement, check_placement
+from raytrl.plan.shapes import read_shapes
 
 # Estimates were 0.85 to 1.09 of the peaks of learners measured on CPUs, 0.60 to 1.03 of those of small rollout and reward
 # actors (a forward pass leaves more with the allocator than it needs), and none was measured on a GPU (see

@@ -11,7 +11,7 @@ from raytrl.config.eval_run import EvalRun
 from raytrl.config.ppo_run import PpoRun
 from raytrl.config.runs import ModelSection, Run, TokenizerSpec, TrainingRun
 from raytrl.errors import ConfigError
-from raytrl.roles.model_shape import Head, Linear, ModelShape, shape_of_values
+from raytrl.plan.config_shapes import Head, Linear, ModelShape, shape_of_values
 
 
 def shape_of_path(

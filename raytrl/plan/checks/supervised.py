@@ -1,0 +1,51 @@
+"""What is checked before anything is started, and what is then going to run where."""
+
+import tempfile
+
+from raytrl.config.runs import SupervisedRun, TokenizerSpec
+from raytrl.errors import ConfigError
+from raytrl.plan.checks.common import check_model_path, check_trackers
+from raytrl.plan.where import joins_cluster
+from raytrl.roles.device import check_cpu
+from raytrl.rundir import RunDirectory
+
+
+def preflight(run: SupervisedRun, run_dir: RunDirectory) -> tuple[dict[str, int], bool]:
+    """Checks data, tokenizer and model before anything is started, and trains the tokenizer where one is asked for.
+
+    Returns:
+        Rows by split, and whether a trained tokenizer lies in the run directory.
+    """
+    from raytrl.data import check_columns, conversation_of, load_data, texts_of  # datasets: 1.3 s
+
+    check_trackers(run)
+    if run.model.path is not None:
+        check_model_path(run.model.path, "model.path", run.model.revision)
+    train_rows = load_data(run.data.train, "data.train")
+    columns = check_columns(train_rows, run, "data.train")
+    rows = {"train": len(train_rows)}
+    if run.data.eval is not None:
+        eval_rows = load_data(run.data.eval, "data.eval")
+        check_columns(eval_rows, run, "data.eval")
+        rows["eval"] = len(eval_rows)
+    from raytrl.roles.tokenizer import check_tokenizer, load_tokenizer, train_tokenizer
+
+    spec = run.model.tokenizer
+    if isinstance(spec, TokenizerSpec):
+        if run_dir.exists("tokenizer/tokenizer_config.json"):
+            with run_dir.local_copy("tokenizer") as folder:
+                tokenizer = load_tokenizer(folder, None, False)
+        else:
+            tokenizer = train_tokenizer(texts_of(train_rows, columns), spec)
+            with tempfile.TemporaryDirectory() as folder:
+                tokenizer.save_pretrained(f"{folder}/tokenizer")
+                run_dir.store(f"{folder}/tokenizer", "tokenizer")
+    else:
+        try:
+            tokenizer = load_tokenizer(spec or str(run.model.path), run.model.revision, run.model.trust_remote_code)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"model.tokenizer: cannot be loaded: {str(error).splitlines()[0]}") from None
+    check_tokenizer(tokenizer, run, conversation_of(train_rows, columns))
+    if not run.learner.uses_gpu and not joins_cluster(run):
+        check_cpu(run)
+    return rows, isinstance(spec, TokenizerSpec)

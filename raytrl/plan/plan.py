@@ -1,0 +1,112 @@
+"""`raytrl plan`: what a run file would run where, whether it fits, and how large a step is. Starts nothing."""
+
+import os
+from collections.abc import Sequence
+
+from raytrl.config.runs import DataSource, Run, TrainingRun
+from raytrl.errors import ConfigError, DataError
+from raytrl.plan.capacity import CERTAINTY, Load, Room, check_memory
+from raytrl.plan.cluster import ADDED, Cluster, Node, amounts
+from raytrl.plan.idle import idle_settings
+from raytrl.plan.memory import GIB, Estimate, estimates
+from raytrl.plan.need import need_of
+from raytrl.plan.shapes import read_shapes
+from raytrl.plan.where import THIS_MACHINE
+from raytrl.plan.words import total_steps, words_of
+from raytrl.records import Plan, PlannedRole
+
+
+def plan(run: Run, cluster: Cluster, models: str = "") -> Plan:
+    """Works out the plan of a run.
+
+    Args:
+        cluster: the nodes that the run would have: asked for by the session, or described by the user.
+        models: a folder that holds `<path>/config.json` of models that are not on this machine.
+
+    Raises:
+        ConfigError: it cannot run there; the message has the numbers and the nearest change that would fit.
+    """
+    room = Room.on(cluster, need_of(run))
+    shapes, problems = read_shapes(run, models)
+    rows, missing = _rows(run)
+    problems += missing
+    if problems and room.where == THIS_MACHINE:
+        raise ConfigError("\n".join(problems))
+    notes = [f"not known here, so not checked: {problem}" for problem in problems]
+    found, tight = check_memory(run, room, shapes)
+    steps = total_steps(run, rows)
+    if isinstance(run, TrainingRun) and run.learner.min_workers < run.learner.max_workers:
+        least, most = run.learner.min_workers, run.learner.max_workers
+        notes.append(f"learner.workers: {least} is the least that is needed; up to {most} where there is room")
+    notes += [*tight, *room.awaited(run), *(f"does nothing: {line}" for line in idle_settings(run, steps))]
+    return Plan(
+        where=f"{room.where}: {_sum_of([node for node in room.nodes if not node.name.startswith(ADDED)])}",
+        roles=tuple(_roles(room, estimates(run, shapes))),
+        words=tuple(words_of(run, shapes, rows, steps)),
+        shared=tuple(_shared(found)),
+        notes=tuple(notes),
+    )
+
+
+def _sum_of(nodes: Sequence[Node]) -> str:
+    kinds: dict[str, int] = {}
+    for node in nodes:
+        parts = [amounts({n: a for n, a in node.resources.items() if a and n in ("CPU", "GPU")})]
+        parts += [f"{node.gpu_gib:.0f} GiB a GPU"] if node.gpu_gib and node.resources.get("GPU") else []
+        parts += [f"{node.ram_gib:.0f} GiB RAM"] if node.ram_gib else []
+        kinds[", ".join(parts)] = kinds.get(", ".join(parts), 0) + 1
+    return "; ".join(f"{count} x {text}" for text, count in kinds.items())
+
+
+def _roles(room: Room, found: dict[str, Estimate]) -> list[PlannedRole]:
+    by_name, roles = {node.name: node for node in room.nodes}, []
+    for group in room.need.groups:
+        estimate, places = found.get(group.key), room.placement.places.get(group.key, {})
+        gpus = group.resources.get("GPU", 0.0)
+        there = [by_name[name].gpu_gib if gpus else by_name[name].ram_gib for name in places]
+        known = [size for size in there if size is not None]
+        share = (estimate.share if estimate is not None and gpus else 0.0) or 1.0
+        roles.append(
+            PlannedRole(
+                key=group.key,
+                count=group.count,
+                each=amounts(group.resources),
+                nodes=places,
+                memory_gib={} if estimate is None else {n: size / GIB for n, size in estimate.parts.items()},
+                device="GPU" if gpus else "RAM",
+                room_gib=min(known) * share if known and len(known) == len(there) else None,
+                host_gib=0.0 if estimate is None else estimate.host / GIB,
+            )
+        )
+    return roles
+
+
+def _shared(found: Sequence[Load]) -> list[tuple[str, float, float | None]]:
+    """What all processes of a node take together: of its RAM, and of GPUs that they share."""
+    together = [load for load in found if not load.what.startswith("each of ")]
+    return [(load.what.removeprefix("all processes on the "), load.taken, load.there) for load in together]
+
+
+def _rows(run: Run) -> tuple[dict[str, int], list[str]]:
+    """Rows of each local dataset by its key, and what is missing; nothing is downloaded to count it."""
+    data = getattr(run, "data", None)
+    rows, problems = dict[str, int](), list[str]()
+    for name in ("train", "eval"):
+        source: DataSource | None = getattr(data, name, None)
+        if source is None:
+            continue
+        if source.data_files is None and source.data_dir is None and not os.path.isdir(source.path):
+            continue  # a hub id: to count its rows is to download them
+        from raytrl.data import load_data  # datasets: 1.3 s
+
+        try:
+            rows[f"data.{name}"] = len(load_data(source, f"data.{name}"))
+        except DataError as error:
+            problems.append(str(error))
+    return rows, problems
+
+
+RULE = (
+    f"Memory is estimated for rows as long as the file allows, and is refused only where {1 / CERTAINTY:.0%} of the "
+    f"estimate would not fit."
+)

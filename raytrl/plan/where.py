@@ -1,0 +1,61 @@
+"""Where a run would be: on a local Ray or in a cluster, and what each of them refuses."""
+
+import os
+
+from raytrl.config.runs import Run
+from raytrl.errors import ConfigError, ResourceError
+
+THIS_MACHINE = "this machine"
+
+
+def joins_cluster(run: Run) -> bool:
+    """Whether the run joins a Ray that exists: `cluster.address` says so, or it runs inside a Ray job."""
+    return run.cluster.address is not None or "RAY_ADDRESS" in os.environ
+
+
+def refuse_client(run: Run) -> None:
+    """Refuses a sweep from outside of the cluster: Ray Tune moves itself there, away from what watches it here.
+
+    Raises:
+        ResourceError: the address is `ray://…`.
+    """
+    if (run.cluster.address or "").startswith("ray://"):
+        raise ResourceError(
+            f"cluster.address: Ray Tune would run in a process of the cluster, where nothing of this sweep is watched; "
+            f"found: {run.cluster.address!r}; expected: raytrl submit -- tune …, or host:port on one of its nodes"
+        )
+
+
+def check_one_node(run: Run) -> None:
+    """Refuses placement that a local Ray, one node without labels, could never give.
+
+    Raises:
+        ResourceError: naming the key.
+    """
+    for role, key in (("learner", "max_workers"), ("rollout", "actors"), ("reward", "actors")):
+        section = getattr(run, role, None)
+        if section is None:
+            continue
+        if section.labels:
+            raise ResourceError(
+                f"{role}.labels: a local Ray is one node without labels; found: {section.labels}; expected: "
+                f"cluster.address or a Ray job, or no labels"
+            )
+        if section.placement == "strict_spread" and getattr(section, key) > 1:
+            raise ResourceError(
+                f"{role}.placement: strict_spread puts each process on a node of its own; found: {getattr(section, key)} "
+                f"processes and a local Ray, which is one node; expected: cluster.address or a Ray job, or spread"
+            )
+
+
+def refuse_lost_output(output_dir: str) -> None:
+    """Refuses a run directory inside the job's copy of the working directory, which Ray deletes after the job.
+
+    Raises:
+        ConfigError: the path is relative.
+    """
+    if "://" not in output_dir and not os.path.isabs(os.path.expanduser(output_dir)):
+        raise ConfigError(
+            f"output_dir: would be lost: a job runs in a copy of the working directory that Ray deletes afterwards; found: "
+            f"{output_dir!r}; expected: a path on storage that all nodes see, or a URI; add output_dir=/shared/runs"
+        )

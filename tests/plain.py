@@ -68,7 +68,7 @@ def job_of(file: str, *overrides: str) -> SupervisedJob:
 
 def train_alone(file: str, *overrides: str, die_after: int | None = None) -> tuple[PlainContext, Path]:
     """One worker in this process; returns its context and the run directory."""
-    from raytrl.roles.supervised import train
+    from raytrl.roles.supervised.trainer import train
 
     job = job_of(file, *overrides)
     folder = Path(RunDirectory(job.run.output_dir, job.run.name).path)

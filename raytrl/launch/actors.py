@@ -21,11 +21,11 @@ from raytrl.records import Attempt, Prompt, Response, Score
 
 if TYPE_CHECKING:
     from raytrl.launch.transport import PackedBucket
-    from raytrl.roles.reward import RewardSources
-    from raytrl.roles.reward_call import Pair
-    from raytrl.roles.rollout import RolloutEngine
-    from raytrl.roles.weight_group import Announcement, Invitation, WeightGroup
-    from raytrl.roles.weights import Bucket
+    from raytrl.roles.reward.call import Pair
+    from raytrl.roles.reward.sources import RewardSources
+    from raytrl.roles.rollout.engine import RolloutEngine
+    from raytrl.roles.weights.buckets import Bucket
+    from raytrl.roles.weights.group import Announcement, Invitation, WeightGroup
 
 CONTROL, STATUS, WEIGHTS, WORK = "control", "status", "weights", "work"
 MAX_IN_FLIGHT = 128  # requests that one rollout actor works on at a time
@@ -142,7 +142,7 @@ class RolloutActor(_Actor):
     @_in_group(WEIGHTS)
     def join_group(self, attempt: Attempt, version: int, invitation: "Invitation") -> None:
         """Become a member of the learner's group for weights from `version` on, instead of any that it was in."""
-        from raytrl.roles.weight_group import WeightGroup
+        from raytrl.roles.weights.group import WeightGroup
 
         self.begin(attempt)
         with self._busy(f"joining the group for weights from version {version} on"):

@@ -14,13 +14,13 @@ from raytrl.launch.session import check_output_dir, cluster_of, prepare_environm
 from raytrl.launch.train import failure_noted, write_start
 from raytrl.plan.capacity import Room
 from raytrl.records import Attempt, Progress, Prompt, Response, Score, sample_row
-from raytrl.roles.evaluation import compare, summarize
+from raytrl.roles.reward.summary import compare, summarize
 from raytrl.rundir import RunDirectory, now
 
 if TYPE_CHECKING:
     from raytrl.launch.roles import RewardPool, RolloutPool
-    from raytrl.roles.folder_engine import FolderEngine
-    from raytrl.roles.rollout import RolloutEngine
+    from raytrl.roles.rollout.engine import RolloutEngine
+    from raytrl.roles.rollout.folder import FolderEngine
 from raytrl.plan.checks.evaluation import check_eval
 from raytrl.plan.need import need_of
 from raytrl.plan.words import describe_eval
@@ -85,7 +85,7 @@ def _on_actors(run: EvalRun, show: Callable[[Progress], None]) -> dict[str, Answ
     from raytrl.launch.ray_actors import RayCalls, started_actors
     from raytrl.launch.roles import RewardPool, RolloutPool, requests_in_flight, scoring_limit_s
     from raytrl.launch.transport import send
-    from raytrl.roles.weights import weights_on_disk
+    from raytrl.roles.weights.buckets import weights_on_disk
 
     show(Progress("phase", text="starting actors"))
     who, limit_s = "the evaluation", scoring_limit_s(run.rollout, run.reward, 1)
@@ -139,8 +139,8 @@ def _answers(
 
 def _prompts(run: EvalRun, key: str) -> list[Prompt]:
     from raytrl.data import load_data
+    from raytrl.roles.models.tokenizer import load_tokenizer
     from raytrl.roles.prompts import PromptTable
-    from raytrl.roles.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(run.models[key][1], None, run.model.trust_remote_code)
     table = PromptTable(load_data(run.data.eval, "data.eval"), tokenizer, run.rollout, "data.eval")
@@ -155,9 +155,9 @@ def _paths(run: EvalRun) -> list[str]:
 
 def make_engine(run: EvalRun) -> "FolderEngine":
     """The engine of one rollout actor."""
-    from raytrl.roles.engines import engine_class
-    from raytrl.roles.folder_engine import FolderEngine
-    from raytrl.roles.models import torch_dtype
+    from raytrl.roles.models.base import torch_dtype
+    from raytrl.roles.rollout.engines import engine_class
+    from raytrl.roles.rollout.folder import FolderEngine
 
     engine = engine_class(run.rollout.engine)
     paths = _paths(run)

@@ -14,8 +14,8 @@ from raytrl.roles.job import PpoJob
 from raytrl.rundir import RunDirectory
 
 if TYPE_CHECKING:
-    from raytrl.roles.reward import RewardSources
-    from raytrl.roles.rollout import RolloutEngine
+    from raytrl.roles.reward.sources import RewardSources
+    from raytrl.roles.rollout.engine import RolloutEngine
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,8 @@ class PpoKind:
 
 def make_engine(run: PpoRun) -> "RolloutEngine":
     """The engine of one rollout actor; its weights are the learners', in their dtype."""
-    from raytrl.roles.engines import engine_class
-    from raytrl.roles.models import torch_dtype
+    from raytrl.roles.models.base import torch_dtype
+    from raytrl.roles.rollout.engines import engine_class
 
     return engine_class(run.rollout.engine).from_pretrained(
         str(run.model.path),
@@ -72,7 +72,7 @@ def make_engine(run: PpoRun) -> "RolloutEngine":
 
 def make_sources(run: PpoRun | EvalRun) -> "RewardSources":
     """The sources of one reward actor. It sees parts of a batch, so how many may be dropped is judged by the learner."""
-    from raytrl.roles.reward import RewardSources
+    from raytrl.roles.reward.sources import RewardSources
 
     section = run.reward
     if section.on_error == "drop":

@@ -25,15 +25,16 @@ from raytrl.ppo import loop
 from raytrl.ppo.alarm import GapAlarm
 from raytrl.ppo.protocols import Rollout
 from raytrl.records import Attempt, Progress, sample_row
-from raytrl.roles.backends import Backend, build_backend
-from raytrl.roles.collectives import gather_over_workers, worker_rank
 from raytrl.roles.job import PpoJob
-from raytrl.roles.learner import PpoLearner
-from raytrl.roles.model_card import write_model_card
-from raytrl.roles.models import torch_dtype
-from raytrl.roles.networks import Networks, build_networks
+from raytrl.roles.learner.backend import Backend
+from raytrl.roles.learner.build import build_backend, build_networks
+from raytrl.roles.learner.collectives import gather_over_workers, worker_rank
+from raytrl.roles.learner.learner import PpoLearner
+from raytrl.roles.learner.networks import Networks
+from raytrl.roles.models.base import torch_dtype
+from raytrl.roles.models.card import write_model_card
+from raytrl.roles.models.tokenizer import load_tokenizer
 from raytrl.roles.prompts import PromptTable, SharedPrompts
-from raytrl.roles.tokenizer import load_tokenizer
 from raytrl.roles.trackers import Trackers
 from raytrl.rundir import RunDirectory
 

@@ -12,9 +12,9 @@ from raytrl.launch.actors import MAX_IN_FLIGHT
 from raytrl.launch.pool import Pool, Request
 from raytrl.launch.transport import Receivers, SentWeights
 from raytrl.records import Attempt, Prompt, Response, Score, chunks
-from raytrl.roles.reward import check_dropped
-from raytrl.roles.reward_call import Pair
-from raytrl.roles.weights import Weights
+from raytrl.roles.reward.call import Pair
+from raytrl.roles.reward.sources import check_dropped
+from raytrl.roles.weights.buckets import Weights
 
 Share = Callable[[Weights, Receivers], SentWeights]
 

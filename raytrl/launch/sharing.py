@@ -13,8 +13,8 @@ from raytrl.launch.logs import LOG
 from raytrl.launch.transport import PackedBucket, Receivers, SentWeights, broadcast, send
 from raytrl.launch.worker import RayWorkerContext
 from raytrl.records import Progress
-from raytrl.roles.weight_group import WeightGroup
-from raytrl.roles.weights import Weights
+from raytrl.roles.weights.buckets import Weights
+from raytrl.roles.weights.group import WeightGroup
 
 _LIMIT_S = 60.0  # for a message, or for the members to come; all are idle by then
 

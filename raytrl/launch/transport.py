@@ -11,8 +11,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from raytrl.roles.weight_group import Announcement, WeightGroup
-from raytrl.roles.weights import Bucket, Weights, as_bytes, combined
+from raytrl.roles.weights.buckets import Bucket, Weights, as_bytes, combined
+from raytrl.roles.weights.group import Announcement, WeightGroup
 
 
 @dataclass(frozen=True)

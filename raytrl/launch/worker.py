@@ -35,7 +35,7 @@ _PROGRESS, _KEPT = "progress.json", 256
 
 
 class RayWorkerContext:
-    """`roles.worker.WorkerContext` on Ray Train."""
+    """`roles.context.WorkerContext` on Ray Train."""
 
     def __init__(self, board: Any, scratch: str) -> None:
         context = ray.train.get_context()
@@ -106,7 +106,7 @@ def supervised_worker(config: dict[str, Any]) -> dict[str, float]:
     """The train function that Ray Train runs in each worker of a supervised run."""
 
     def work(context: RayWorkerContext) -> dict[str, float]:
-        from raytrl.roles.supervised import train
+        from raytrl.roles.supervised.trainer import train
 
         return train(config["job"], context)
 

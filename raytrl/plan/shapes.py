@@ -167,7 +167,7 @@ def read_shapes(run: Run, models: str = "") -> tuple[dict[str, ModelShape], list
 def _vocabulary(model: ModelSection) -> int:
     if isinstance(model.tokenizer, TokenizerSpec):
         return model.tokenizer.vocab_size
-    from raytrl.roles.tokenizer import load_tokenizer
+    from raytrl.roles.models.tokenizer import load_tokenizer
 
     return len(load_tokenizer(str(model.tokenizer), model.revision, model.trust_remote_code))
 

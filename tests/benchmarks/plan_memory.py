@@ -113,7 +113,7 @@ def make_files(folder: Path) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
     from raytrl.config.runs import TokenizerSpec
-    from raytrl.roles.tokenizer import train_tokenizer
+    from raytrl.roles.models.tokenizer import train_tokenizer
 
     folder.mkdir(parents=True, exist_ok=True)
     words = [f" {WORDS[(i * 7 + j) % len(WORDS)]}" for i in range(32) for j in range(ROW_TOKENS)]

@@ -14,7 +14,7 @@ from toy import LocalGenerator, LocalScorer, Log, Prompts, config, gpt2, make_en
 
 from raytrl.algo.kl import kl_estimate
 from raytrl.ppo.loop import Schedule, run
-from raytrl.roles import experience, learner, sequences
+from raytrl.roles.learner import experience, learner, sequences
 
 pytestmark = pytest.mark.slow
 

@@ -28,8 +28,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from raytrl.config.ppo import RolloutConfig
 from raytrl.launch.session import prepare_environment
 from raytrl.records import Attempt, Prompt
-from raytrl.roles.networks import add_policy_adapter
-from raytrl.roles.weights import Weights, policy_parameters
+from raytrl.roles.models.adapters import add_policy_adapter, policy_parameters
+from raytrl.roles.weights.buckets import Weights
 from tests.ppo_files import make_policy
 
 SHAPES = {
@@ -137,7 +137,7 @@ class Timed:
 
 
 def make_timed(path: str, rollout: RolloutConfig, lora: Any) -> Any:
-    from raytrl.roles.engines import engine_class
+    from raytrl.roles.rollout.engines import engine_class
 
     return Timed(
         lambda: engine_class(rollout.engine).from_pretrained(path, path, rollout, seed=0, lora=lora)  # type: ignore[arg-type]

@@ -23,7 +23,7 @@ VARIANTS: dict[str, dict[str, Any] | None] = {
 
 
 def _train_all(rank: int, files: dict[str, str], port: int, out: str) -> None:
-    from raytrl.roles.supervised import train
+    from raytrl.roles.supervised.trainer import train
 
     join_group(rank, 2, port)
     losses = {}

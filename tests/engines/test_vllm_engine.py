@@ -16,11 +16,11 @@ from raytrl.algo.logprobs import token_logprobs
 from raytrl.config.ppo import RolloutConfig
 from raytrl.errors import NonFiniteError, WeightsVersionError
 from raytrl.records import Prompt, Response
-from raytrl.roles.folder_engine import FolderEngine
-from raytrl.roles.networks import add_policy_adapter
-from raytrl.roles.vllm_engine import VllmEngine
-from raytrl.roles.vllm_places import Places
-from raytrl.roles.weights import Bucket, Weights, policy_parameters, weights_on_disk
+from raytrl.roles.models.adapters import add_policy_adapter, policy_parameters
+from raytrl.roles.rollout.folder import FolderEngine
+from raytrl.roles.rollout.vllm.engine import VllmEngine
+from raytrl.roles.rollout.vllm.places import Places
+from raytrl.roles.weights.buckets import Bucket, Weights, weights_on_disk
 from tests.ppo_files import make_policy
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}

@@ -9,7 +9,7 @@ from huggingface_hub import ModelCard
 
 from raytrl.config.load import load_run
 from raytrl.config.runs import SupervisedRun
-from raytrl.roles.model_card import write_model_card
+from raytrl.roles.models.card import write_model_card
 from tests.runs import run_file
 
 

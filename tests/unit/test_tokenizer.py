@@ -8,7 +8,7 @@ import pytest
 from raytrl.config.kinds import RUNS
 from raytrl.config.runs import SupervisedRun, TokenizerSpec
 from raytrl.errors import ConfigError
-from raytrl.roles.tokenizer import check_tokenizer, load_tokenizer, train_tokenizer
+from raytrl.roles.models.tokenizer import check_tokenizer, load_tokenizer, train_tokenizer
 from tests.runs import text_rows
 
 CONVERSATION = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello there"}]

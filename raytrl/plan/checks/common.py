@@ -8,7 +8,7 @@ from raytrl.config.ppo_run import PpoRun
 from raytrl.config.reward import RewardSection
 from raytrl.config.runs import DataSource, TrainingRun
 from raytrl.errors import ConfigError
-from raytrl.roles.reward_function import FunctionSource
+from raytrl.roles.reward.function import FunctionSource
 
 
 def check_trackers(run: TrainingRun) -> None:
@@ -67,8 +67,8 @@ def check_sources(section: RewardSection) -> None:
 def check_prompt_data(run: PpoRun | EvalRun, source: DataSource, where: str) -> str:
     """Goes through every prompt; returns words about them."""
     from raytrl.data import check_columns, load_data  # datasets: 1.3 s
+    from raytrl.roles.models.tokenizer import load_tokenizer
     from raytrl.roles.prompts import PromptTable, check_prompts, max_positions
-    from raytrl.roles.tokenizer import load_tokenizer
 
     dataset = load_data(source, where)
     check_columns(dataset, run, where)

@@ -1,15 +1,10 @@
 """What is checked before an evaluation starts."""
 
-from typing import TYPE_CHECKING
-
 from raytrl.config.eval_run import EvalRun
 from raytrl.errors import ConfigError, DataError
 from raytrl.plan.checks.common import check_model_path, check_prompt_data, check_sources
 from raytrl.plan.where import joins_cluster
 from raytrl.roles.device import check_cpu
-
-if TYPE_CHECKING:
-    pass
 
 
 def check_eval(run: EvalRun) -> str:
@@ -38,7 +33,7 @@ def check_eval(run: EvalRun) -> str:
         except ConfigError as error:
             raise ConfigError(f"{key}: {error}" if key != "model" else str(error)) from None
     if run.reference.path is not None:
-        from raytrl.roles.tokenizer import load_tokenizer
+        from raytrl.roles.models.tokenizer import load_tokenizer
 
         trust = run.model.trust_remote_code
         reference = load_tokenizer(run.reference.path, None, trust).get_vocab()

@@ -28,7 +28,7 @@ def preflight(run: SupervisedRun, run_dir: RunDirectory) -> tuple[dict[str, int]
         eval_rows = load_data(run.data.eval, "data.eval")
         check_columns(eval_rows, run, "data.eval")
         rows["eval"] = len(eval_rows)
-    from raytrl.roles.tokenizer import check_tokenizer, load_tokenizer, train_tokenizer
+    from raytrl.roles.models.tokenizer import check_tokenizer, load_tokenizer, train_tokenizer
 
     spec = run.model.tokenizer
     if isinstance(spec, TokenizerSpec):

@@ -17,11 +17,11 @@ FOLDER = Path(os.environ.get("RAYTRL_TEST_PAUSES", "/nonexistent"))
 PAUSE_S = 2.0
 # Module, class, method, phase, whether the pause comes after the method has done its work.
 PLACES = [
-    ("raytrl.roles.rollout", "TransformersEngine", "_sample", "generate", False),
-    ("raytrl.roles.rollout", "TransformersEngine", "_take", "sync", True),
-    ("raytrl.roles.reward", "RewardSources", "score", "score", False),
-    ("raytrl.roles.learner", "PpoLearner", "_minibatch", "update", True),
-    ("raytrl.roles.learner", "PpoLearner", "save", "checkpoint", True),  # written, not yet committed
+    ("raytrl.roles.rollout.transformers_engine", "TransformersEngine", "_sample", "generate", False),
+    ("raytrl.roles.rollout.transformers_engine", "TransformersEngine", "_take", "sync", True),
+    ("raytrl.roles.reward.sources", "RewardSources", "score", "score", False),
+    ("raytrl.roles.learner.learner", "PpoLearner", "_minibatch", "update", True),
+    ("raytrl.roles.learner.learner", "PpoLearner", "save", "checkpoint", True),  # written, not yet committed
 ]
 
 

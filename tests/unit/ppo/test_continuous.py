@@ -15,8 +15,9 @@ from raytrl.launch.pool import Pool, Request
 from raytrl.launch.roles import RolloutPool, requests_in_flight
 from raytrl.launch.transport import send
 from raytrl.records import Attempt, Prompt, Response
-from raytrl.roles.rollout import RolloutEngine
-from raytrl.roles.weights import Bucket, Weights, policy_parameters
+from raytrl.roles.models.adapters import policy_parameters
+from raytrl.roles.rollout.engine import RolloutEngine
+from raytrl.roles.weights.buckets import Bucket, Weights
 
 ATTEMPT = Attempt("run", 1)
 

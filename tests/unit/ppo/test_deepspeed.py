@@ -12,10 +12,9 @@ from toy import LORA, LocalGenerator, LocalScorer, Log, Prompts, config, gpt2, m
 
 from raytrl.errors import ConfigError
 from raytrl.ppo.loop import Schedule, run
-from raytrl.roles.backends import build_backend
-from raytrl.roles.learner import PpoLearner
-from raytrl.roles.networks import assemble
-from raytrl.roles.weights import policy_parameters
+from raytrl.roles.learner.build import assemble, build_backend
+from raytrl.roles.learner.learner import PpoLearner
+from raytrl.roles.models.adapters import policy_parameters
 
 pytestmark = pytest.mark.slow
 

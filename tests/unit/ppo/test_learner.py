@@ -30,11 +30,11 @@ from raytrl.errors import NonFiniteError, RewardError, RunError, WeightsVersionE
 from raytrl.ppo.loop import Schedule, run
 from raytrl.ppo.protocols import Rollout
 from raytrl.records import Response
-from raytrl.roles.backends import build_backend
-from raytrl.roles.learner import PpoLearner
-from raytrl.roles.networks import Networks, assemble, build_networks
-from raytrl.roles.sequences import Sequences
-from raytrl.roles.weights import checksum
+from raytrl.roles.learner.build import assemble, build_backend, build_networks
+from raytrl.roles.learner.learner import PpoLearner
+from raytrl.roles.learner.networks import Networks
+from raytrl.roles.learner.sequences import Sequences
+from raytrl.roles.weights.buckets import checksum
 
 CPU = torch.device("cpu")
 

@@ -13,8 +13,8 @@ from transformers import PreTrainedTokenizerFast
 
 from raytrl.config.ppo import RolloutConfig
 from raytrl.ppo.loop import Schedule, run
-from raytrl.roles.rollout import RolloutEngine
-from raytrl.roles.vllm_engine import VllmEngine
+from raytrl.roles.rollout.engine import RolloutEngine
+from raytrl.roles.rollout.vllm.engine import VllmEngine
 
 WIDTH = 64  # vLLM's attention on CPUs has heads of 32 and more
 

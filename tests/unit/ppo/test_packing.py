@@ -19,9 +19,9 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from raytrl.roles.networks import assemble
-from raytrl.roles.packing import Layout, is_packed, make_packed
-from raytrl.roles.sequences import Sequences
+from raytrl.roles.learner.build import assemble
+from raytrl.roles.learner.sequences import Sequences
+from raytrl.roles.learner.unpadded import Layout, is_packed, make_packed
 from tests.unit.ppo.toy import LORA, VOCABULARY, gpt2, llama
 
 SMALL: dict[str, Any] = {

@@ -20,7 +20,8 @@ from raytrl.launch.pool import ActorLostError, Arrivals, Pool, Request
 from raytrl.launch.roles import RewardPool, RolloutPool
 from raytrl.launch.transport import PackedBucket, Receivers, pack, send, unpack
 from raytrl.records import Attempt, Prompt, Response, Score
-from raytrl.roles.weights import Bucket, Weights, policy_parameters
+from raytrl.roles.models.adapters import policy_parameters
+from raytrl.roles.weights.buckets import Bucket, Weights
 
 ROLLOUT = RolloutConfig(chunk_prompts=4)
 

@@ -12,8 +12,8 @@ from raytrl.config.runs import TokenizerSpec
 from raytrl.data import check_columns
 from raytrl.errors import ConfigError, DataError
 from raytrl.records import chunks
+from raytrl.roles.models.tokenizer import load_tokenizer, train_tokenizer
 from raytrl.roles.prompts import PromptOrder, PromptTable, SharedPrompts, check_prompts
-from raytrl.roles.tokenizer import load_tokenizer, train_tokenizer
 
 RUN = PpoRun(
     name="a",

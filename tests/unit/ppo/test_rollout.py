@@ -12,9 +12,11 @@ from toy import EOS, PROMPTS, LocalGenerator, gpt2, llama, make_engine, prompt_b
 from raytrl.algo.logprobs import token_logprobs
 from raytrl.errors import NonFiniteError, WeightsVersionError
 from raytrl.records import chunks
-from raytrl.roles.folder_engine import FolderEngine
-from raytrl.roles.rollout import TransformersEngine, response_seed
-from raytrl.roles.weights import Bucket, Weights, policy_parameters, weights_on_disk
+from raytrl.roles.models.adapters import policy_parameters
+from raytrl.roles.rollout.engine import response_seed
+from raytrl.roles.rollout.folder import FolderEngine
+from raytrl.roles.rollout.transformers_engine import TransformersEngine
+from raytrl.roles.weights.buckets import Bucket, Weights, weights_on_disk
 
 FAMILIES = pytest.mark.parametrize("family", [gpt2, llama])
 

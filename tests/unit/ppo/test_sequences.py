@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from raytrl.roles.sequences import Sequences, minibatch_rows, pack
+from raytrl.roles.learner.sequences import Sequences, minibatch_rows, pack
 
 CPU = torch.device("cpu")
 

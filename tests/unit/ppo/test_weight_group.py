@@ -18,8 +18,8 @@ from raytrl.launch.roles import RolloutPool
 from raytrl.launch.sharing import Sharing
 from raytrl.launch.transport import Receivers, SentWeights
 from raytrl.records import Attempt, Progress
-from raytrl.roles.weight_group import Announcement
-from raytrl.roles.weights import Weights
+from raytrl.roles.weights.buckets import Weights
+from raytrl.roles.weights.group import Announcement
 from tests.thread_calls import ThreadCalls
 
 CPU = torch.device("cpu")

@@ -16,7 +16,7 @@ from raytrl.errors import NonFiniteError
 from raytrl.ppo.loop import Schedule, run
 from raytrl.ppo.protocols import Rollout
 from raytrl.records import Prompt, Response
-from raytrl.roles.collectives import add_over_workers
+from raytrl.roles.learner.collectives import add_over_workers
 
 
 def free_port() -> int:

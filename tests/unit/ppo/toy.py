@@ -11,11 +11,12 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from raytrl.config.ppo import PpoConfig, SamplingConfig
 from raytrl.ppo.protocols import Rollout
 from raytrl.records import Prompt, Response, Score, chunks
-from raytrl.roles.backends import build_backend
-from raytrl.roles.learner import PpoLearner
-from raytrl.roles.networks import add_policy_adapter, assemble
-from raytrl.roles.rollout import RolloutEngine, TransformersEngine
-from raytrl.roles.weights import Weights
+from raytrl.roles.learner.build import assemble, build_backend
+from raytrl.roles.learner.learner import PpoLearner
+from raytrl.roles.models.adapters import add_policy_adapter
+from raytrl.roles.rollout.engine import RolloutEngine
+from raytrl.roles.rollout.transformers_engine import TransformersEngine
+from raytrl.roles.weights.buckets import Weights
 
 VOCABULARY, EOS = 8, 7
 PROMPTS = [(1,), (2, 3), (4, 5, 6), (3, 1)]

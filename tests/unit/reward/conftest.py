@@ -25,7 +25,7 @@ CHAT_TEMPLATE = (
 
 @pytest.fixture(autouse=True)
 def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("raytrl.roles.reward_call._FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr("raytrl.roles.reward.call._FIRST_PAUSE_S", 0.01)
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from raytrl.records import Score
-from raytrl.roles.evaluation import compare, spread, summarize
+from raytrl.roles.reward.summary import compare, spread, summarize
 
 
 def _scores(*values: float | None) -> list[Score]:

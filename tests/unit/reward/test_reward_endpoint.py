@@ -11,8 +11,8 @@ import pytest
 
 from raytrl.config.reward import SourceSection
 from raytrl.errors import ConfigError
-from raytrl.roles.reward_call import Failure, ask
-from raytrl.roles.reward_http import EndpointSource
+from raytrl.roles.reward.call import Failure, ask
+from raytrl.roles.reward.endpoint import EndpointSource
 
 Answer = Callable[[BaseHTTPRequestHandler, dict[str, Any], int], tuple[int, bytes] | None]
 

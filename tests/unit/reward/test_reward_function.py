@@ -10,8 +10,8 @@ import pytest
 
 from raytrl.config.reward import SourceSection
 from raytrl.errors import ConfigError
-from raytrl.roles.reward_call import Failure, Outcome, ask
-from raytrl.roles.reward_function import FunctionSource
+from raytrl.roles.reward.call import Failure, Outcome, ask
+from raytrl.roles.reward.function import FunctionSource
 
 FUNCTIONS = """
 import asyncio, os, signal, time

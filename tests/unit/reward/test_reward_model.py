@@ -17,8 +17,8 @@ from transformers import (
 
 from raytrl.config.reward import SourceSection
 from raytrl.errors import ConfigError
-from raytrl.roles.reward_call import Failure, ask
-from raytrl.roles.reward_model import ModelSource
+from raytrl.roles.reward.call import Failure, ask
+from raytrl.roles.reward.model import ModelSource
 
 TEXTS = ["x", " was moving, and the plot felt clumsy.", " boring", " rather charming and clever and dull and moving"]
 PROMPT = "The music of this western"

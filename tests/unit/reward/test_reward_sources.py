@@ -9,7 +9,7 @@ import pytest
 from raytrl.config.reward import RewardSection
 from raytrl.errors import ConfigError, RewardError
 from raytrl.records import Score
-from raytrl.roles.reward import RewardSources, check_dropped
+from raytrl.roles.reward.sources import RewardSources, check_dropped
 
 FUNCTIONS = """
 def length(completions, **kwargs):

@@ -14,12 +14,13 @@ from raytrl.config.runs import SupervisedRun
 from raytrl.data import load_data
 from raytrl.errors import DataError, NonFiniteError
 from raytrl.records import Progress
+from raytrl.roles.context import WorkerContext
 from raytrl.roles.device import check_cpu, peak_memory_gib
 from raytrl.roles.job import SupervisedJob
-from raytrl.roles.model_card import write_model_card
-from raytrl.roles.models import make_base, merge_adapter, needs_base, torch_dtype
-from raytrl.roles.tokenizer import load_tokenizer
-from raytrl.roles.worker import WorkerContext
+from raytrl.roles.models.adapters import merge_adapter
+from raytrl.roles.models.base import make_base, needs_base, torch_dtype
+from raytrl.roles.models.card import write_model_card
+from raytrl.roles.models.tokenizer import load_tokenizer
 from raytrl.rundir import RunDirectory
 
 _TRAINERS = {

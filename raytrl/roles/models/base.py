@@ -1,6 +1,5 @@
 """The base model of a run: a folder that exists, or one made from a config before training starts."""
 
-import os
 from typing import Any
 
 import torch
@@ -53,7 +52,7 @@ def make_base(run: SupervisedRun, tokenizer: Any, folder: str) -> None:
     else:
         assert run.model.path is not None
         model = auto_class(run.kind).from_pretrained(
-            run.model.path, revision=run.model.revision, trust_remote_code=run.model.trust_remote_code, **_labels(run)
+            run.model.path, revision=run.model.revision, trust_remote_code=run.model.trust_remote_code, **labels_of(run)
         )
         if len(tokenizer) > model.get_input_embeddings().num_embeddings:
             model.resize_token_embeddings(len(tokenizer))
@@ -62,24 +61,6 @@ def make_base(run: SupervisedRun, tokenizer: Any, folder: str) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def _labels(run: SupervisedRun) -> dict[str, Any]:
+def labels_of(run: SupervisedRun) -> dict[str, Any]:
+    """What `from_pretrained` is told of the outputs: a reward model has one."""
     return {"num_labels": 1} if run.kind == "reward" else {}
-
-
-def merge_adapter(run: SupervisedRun, base: str, adapter: str, tokenizer: Any, folder: str) -> None:
-    """Writes the base model with the adapter's weights folded in, as a plain Hugging Face folder."""
-    from peft import PeftModel  # 5 s to import: only where there is an adapter
-    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-
-    unset_hf_deepspeed_config()  # else, under ZeRO-3, this rank alone would wait for all to partition the model
-
-    model = auto_class(run.kind).from_pretrained(
-        base, dtype="auto", trust_remote_code=run.model.trust_remote_code, **_labels(run)
-    )
-    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-        model.resize_token_embeddings(len(tokenizer))
-    model.config.pad_token_id = tokenizer.pad_token_id
-    merged = PeftModel.from_pretrained(model, adapter).merge_and_unload()
-    os.makedirs(folder, exist_ok=True)
-    merged.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from raytrl.errors import ConfigError, NonFiniteError, RunError
-from raytrl.roles.backends import Backend
-from raytrl.roles.collectives import num_workers, wait_for_all
-from raytrl.roles.networks import Network, Networks
-from raytrl.roles.sequences import Sequences
-from raytrl.roles.weights import grouped, policy_parameters
+from raytrl.roles.learner.backend import Backend
+from raytrl.roles.learner.collectives import num_workers, wait_for_all
+from raytrl.roles.learner.networks import Network, Networks
+from raytrl.roles.learner.sequences import Sequences
+from raytrl.roles.models.adapters import policy_parameters
+from raytrl.roles.weights.buckets import grouped
 
 TAG = "deepspeed"
 

@@ -1,4 +1,4 @@
-"""The process in which a reward function runs: `python -m raytrl.roles.reward_function_process FD PARENT_PID`.
+"""The process in which a reward function runs: `python -m raytrl.roles.reward.function_process FD PARENT_PID`.
 
 Over the pipe FD it first receives the function's name and answers (True, []) once it is loaded; then, for each
 dictionary of keywords, it answers (True, values) or (False, description of the error). It ends when the pipe closes or

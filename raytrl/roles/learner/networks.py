@@ -4,25 +4,25 @@ Full fine-tuning: three models. LoRA: one base; the policy is an adapter, the va
 head, the reference the base with adapters off.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.activations import GELUTanh, NewGELUActivation
 
-from raytrl.errors import ConfigError
-from raytrl.roles import packing
-from raytrl.roles.mapped import MappedFiles
-from raytrl.roles.sequences import Sequences
-from raytrl.roles.weights import POLICY_ADAPTER
+from raytrl.roles.learner import unpadded
+from raytrl.roles.learner.mapped import MappedFiles
+from raytrl.roles.learner.sequences import Sequences
+from raytrl.roles.models.adapters import POLICY_ADAPTER
 
 VALUE_ADAPTER = "value_function"  # "value" is what some attention layers call a projection
+
+
 Network = Literal["policy", "reference", "value"]
 
 
@@ -73,12 +73,12 @@ class Networks(nn.Module):
                     model.train()  # transformers checkpoints only then; no dropout is left that it could turn on
 
     def pack(self) -> None:
-        """Let every network that can work without padding do so, see `packing`; `packed` says whether all can.
+        """Let every network that can work without padding do so, see `unpadded`; `packed` says whether all can.
 
         To be called once, on the device that they stay on, before anything wraps them.
         """
         models = [model for model in (self.policy, self.value, self.reference) if model is not None]
-        packed = [packing.make_packed(_plain(model)) for model in models]
+        packed = [unpadded.make_packed(_plain(model)) for model in models]
         self.packed = all(packed)
 
     def forward(self, network: Network, batch: Sequences) -> Tensor:
@@ -135,10 +135,10 @@ class Networks(nn.Module):
 
     @staticmethod
     def _run(model: nn.Module, batch: Sequences) -> Tensor:
-        if packing.is_packed(_plain(model)):
-            logits_1NV: Tensor = model(**packing.inputs(batch), logits_to_keep=packing.predicting(batch)).logits
+        if unpadded.is_packed(_plain(model)):
+            logits_1NV: Tensor = model(**unpadded.inputs(batch), logits_to_keep=unpadded.predicting(batch)).logits
             return logits_1NV[0]
-        out = model(**packing.padded_inputs(batch), logits_to_keep=batch.response_width + 1)
+        out = model(**unpadded.padded_inputs(batch), logits_to_keep=batch.response_width + 1)
         return batch.at_tokens(out.logits[:, :-1])  # the last one predicts a token that nobody sampled
 
     def _values(self, batch: Sequences) -> Tensor:
@@ -148,11 +148,11 @@ class Networks(nn.Module):
             self._activate(VALUE_ADAPTER)
             assert isinstance(self.policy, PeftModel) and self.value_head is not None
             model, head = self.policy.get_base_model(), self.value_head
-        if packing.is_packed(model):
-            hidden_1TD = _backbone(model)(**packing.inputs(batch)).last_hidden_state
-            hidden_ND = hidden_1TD[0, packing.predicting(batch)]
+        if unpadded.is_packed(model):
+            hidden_1TD = backbone(model)(**unpadded.inputs(batch)).last_hidden_state
+            hidden_ND = hidden_1TD[0, unpadded.predicting(batch)]
         else:
-            hidden_BTD = _backbone(model)(**packing.padded_inputs(batch)).last_hidden_state
+            hidden_BTD = backbone(model)(**unpadded.padded_inputs(batch)).last_hidden_state
             hidden_ND = batch.at_tokens(hidden_BTD[:, batch.prompt_width - 1 : -1])
         values_N: Tensor = head(hidden_ND).squeeze(-1).float()  # type: ignore[operator]
         return values_N
@@ -178,96 +178,6 @@ class Networks(nn.Module):
         if isinstance(self.policy, PeftModel):
             for name, parameter in self.policy.named_parameters():
                 parameter.requires_grad_("lora_" in name)
-
-
-def build_networks(
-    model_path: str,
-    *,
-    lora: Mapping[str, Any] | None = None,
-    value_init: str | None = None,
-    reference_path: str | None = None,
-    dtype: torch.dtype = torch.float32,
-    trust_remote_code: bool = False,
-    seed: int = 0,
-    gradient_checkpointing: bool = False,
-) -> Networks:
-    """The networks of one learner worker from folders or hub ids.
-
-    Args:
-        lora: PEFT `LoraConfig` fields; None is full fine-tuning.
-        value_init: a model to start the value function from, e.g. a reward model, whose score head is kept; None:
-            with LoRA an adapter and head on the base, else a copy of the policy with a zero head.
-        reference_path: None is the starting policy.
-        seed: of the adapters' initial weights, so that every worker starts from the same.
-        gradient_checkpointing: see `Networks`.
-    """
-
-    def causal(path: str) -> nn.Module:
-        model: nn.Module = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=trust_remote_code)
-        return model
-
-    torch.manual_seed(seed)
-    policy = causal(model_path)
-    value = None if value_init is None else value_from_path(value_init, dtype, trust_remote_code)
-    if reference_path is None and lora is None:
-        # Read again rather than copied: weights that nobody writes to stay pages of their file, and all processes of a
-        # node that hold them, other workers and a sweep's other trials, share one copy in its RAM.
-        reference_path = model_path
-    files = MappedFiles([path for path in (reference_path, model_path if lora else None) if path is not None])
-    reference = None if reference_path is None else causal(reference_path)
-    networks = assemble(policy, value, reference, lora=lora, dtype=dtype, gradient_checkpointing=gradient_checkpointing)
-    networks.files = files
-    return networks
-
-
-def assemble(
-    policy: nn.Module,
-    value: nn.Module | None = None,
-    reference: nn.Module | None = None,
-    *,
-    lora: Mapping[str, Any] | None = None,
-    dtype: torch.dtype = torch.float32,
-    gradient_checkpointing: bool = False,
-) -> Networks:
-    """`Networks` from models in memory; value None and reference None as in `build_networks`."""
-    if lora is None:
-        reference = deepcopy(policy) if reference is None else reference
-        value = value_from_policy(policy) if value is None else value
-        return Networks(policy, value, reference, dtype=dtype, gradient_checkpointing=gradient_checkpointing)
-    adapted = add_policy_adapter(policy, lora)
-    if value is None:
-        adapted.add_adapter(VALUE_ADAPTER, LoraConfig(task_type="CAUSAL_LM", **lora))
-    return Networks(adapted, value, reference, dtype=dtype, gradient_checkpointing=gradient_checkpointing)
-
-
-def add_policy_adapter(model: nn.Module, lora: Mapping[str, Any]) -> PeftModel:
-    """The model with a fresh policy adapter; a rollout engine calls it too, so that parameter names agree."""
-    adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **lora), adapter_name=POLICY_ADAPTER)
-    assert isinstance(adapted, PeftModel)
-    return adapted
-
-
-def value_from_policy(policy: nn.Module) -> nn.Module:
-    """A sequence classifier of the policy's family with its backbone's weights and a zero head."""
-    config = deepcopy(policy.config)
-    config.num_labels = 1  # type: ignore[union-attr]
-    value: nn.Module = AutoModelForSequenceClassification.from_config(config)
-    _check_head(value, "the policy")
-    _backbone(value).load_state_dict(_backbone(policy).state_dict())
-    nn.init.zeros_(value.score.weight)  # type: ignore[union-attr, arg-type]
-    return value
-
-
-def value_from_path(path: str, dtype: torch.dtype, trust_remote_code: bool = False) -> nn.Module:
-    """A sequence classifier with its head, e.g. a reward model; the head of a language model without one is zero."""
-    value, loading = AutoModelForSequenceClassification.from_pretrained(
-        path, num_labels=1, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True
-    )
-    _check_head(value, path)
-    if any(key.startswith("score.") for key in loading["missing_keys"]):
-        nn.init.zeros_(value.score.weight)
-    module: nn.Module = value
-    return module
 
 
 def disable_dropout(model: nn.Module) -> None:
@@ -296,18 +206,11 @@ def _plain(model: nn.Module) -> nn.Module:
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
-def _backbone(model: nn.Module) -> nn.Module:
-    backbone = getattr(model, str(model.base_model_prefix))
-    assert isinstance(backbone, nn.Module)
-    return backbone
-
-
-def _check_head(value: nn.Module, origin: str) -> None:
-    if not isinstance(getattr(value, "score", None), nn.Linear):
-        raise ConfigError(
-            f"value_model.init: the sequence classifier of {origin} has no linear layer `score`; found "
-            f"{type(value).__name__}; expected a decoder family such as GPT-2, Llama or Qwen"
-        )
+def backbone(model: nn.Module) -> nn.Module:
+    """The model below its head."""
+    found = getattr(model, str(model.base_model_prefix))
+    assert isinstance(found, nn.Module)
+    return found
 
 
 def _hidden_size(policy: nn.Module) -> int:

@@ -16,7 +16,7 @@ from typing import Any
 
 from raytrl.config.reward import SourceSection
 from raytrl.errors import ConfigError
-from raytrl.roles.reward_call import CallError, Pair, completion_of
+from raytrl.roles.reward.call import CallError, Pair, completion_of
 
 START_LIMIT_S = 120.0  # importing the function's module, which may import torch from a cold disk
 _LAST_WORDS_S = 1.0  # a process that closed its end of the pipe is about to end by itself, and to say how
@@ -64,7 +64,7 @@ class FunctionSource:
     def _start(self) -> None:
         assert self.section.function is not None
         ours, theirs = Pipe()
-        command = [sys.executable, "-m", "raytrl.roles.reward_function_process"]
+        command = [sys.executable, "-m", "raytrl.roles.reward.function_process"]
         # The function must see what this process sees, however that got on its path.
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
         self._process = subprocess.Popen(  # noqa: S603 (our own module)

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from raytrl.errors import WeightGroupError
-from raytrl.roles.weights import Bucket, as_bytes
+from raytrl.roles.weights.buckets import Bucket, as_bytes
 
 LEADER = 0  # rank 0 of the learner; the engines are the ranks from 1 on
 _POLL_S = 2e-4

@@ -8,8 +8,8 @@ from peft.tuners.lora import Linear, LoraLayer
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from raytrl.roles.networks import add_policy_adapter
-from raytrl.roles.weights import POLICY_ADAPTER, PolicyCopy
+from raytrl.roles.models.adapters import POLICY_ADAPTER, add_policy_adapter
+from raytrl.roles.weights.buckets import PolicyCopy
 
 
 class LoraMerge:

@@ -9,11 +9,12 @@ import xxhash
 from torch import Tensor, nn
 
 from raytrl.errors import WeightsVersionError
+from raytrl.roles.models.adapters import policy_parameters
 
-POLICY_ADAPTER = "default"  # the name that PEFT saves at the top of a folder, where `from_pretrained` looks
 # While one bucket is loaded by the engines the next one is packed; small enough to stay in a processor's cache, large
 # enough for the object store's millisecond a bucket not to count.
 BUCKET_BYTES = 16 * 2**20
+
 
 T = TypeVar("T", bound=Tensor)
 
@@ -108,13 +109,6 @@ def as_bytes(tensor: Tensor) -> Tensor:
 def combined(checksums: Sequence[str]) -> str:
     """Of all buckets, in their order."""
     return xxhash.xxh3_128("|".join(checksums).encode()).hexdigest()
-
-
-def policy_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """What travels to the rollout engines: the policy adapter where there is one, else every parameter."""
-    named = dict(model.named_parameters())
-    adapter = {name: value for name, value in named.items() if f".{POLICY_ADAPTER}." in name and "lora_" in name}
-    return adapter or named
 
 
 class PolicyCopy:

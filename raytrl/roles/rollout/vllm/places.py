@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from raytrl.errors import WeightsVersionError
-from raytrl.roles.weights import checksum
+from raytrl.roles.weights.buckets import checksum
 
 
 @dataclass(frozen=True)

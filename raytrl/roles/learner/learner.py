@@ -16,13 +16,20 @@ from raytrl.algo.rewards import RunningMoments
 from raytrl.config.ppo import PpoConfig
 from raytrl.errors import NonFiniteError, RunError
 from raytrl.records import Prompt, Response, Score
-from raytrl.roles.backends import Backend, schedule_factor
-from raytrl.roles.collectives import failing_together, max_over_workers, sum_over_workers, wait_for_all, worker_rank
-from raytrl.roles.experience import Experience, Samples, advantages_of, refuse_non_finite, samples_of
-from raytrl.roles.minibatch import Part, Totals
-from raytrl.roles.networks import Network
-from raytrl.roles.sequences import Sequences, minibatch_rows, pack
-from raytrl.roles.weights import GatheredBuckets, Weights
+from raytrl.roles.learner.backend import Backend, schedule_factor
+from raytrl.roles.learner.collectives import (
+    failing_together,
+    max_over_workers,
+    sum_over_workers,
+    wait_for_all,
+    worker_rank,
+)
+from raytrl.roles.learner.credit import advantages_of
+from raytrl.roles.learner.experience import Experience, Samples, refuse_non_finite, samples_of
+from raytrl.roles.learner.minibatch import Part, Totals
+from raytrl.roles.learner.networks import Network
+from raytrl.roles.learner.sequences import Sequences, minibatch_rows, pack
+from raytrl.roles.weights.buckets import GatheredBuckets, Weights
 
 # Two forward passes of the same float32 weights differ by about 1e-6 a token; bfloat16 by about 1e-2.
 MAX_FIRST_LOG_RATIO = {torch.float32: 1e-3}

@@ -9,7 +9,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from raytrl.config.reward import SourceSection
 from raytrl.errors import ConfigError
-from raytrl.roles.reward_call import Failure, Pair, completion_of, within
+from raytrl.roles.reward.call import Failure, Pair, completion_of, within
 
 
 class ModelSource:

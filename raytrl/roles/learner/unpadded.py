@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
-from raytrl.roles.sequences import Sequences
+from raytrl.roles.learner.sequences import Sequences
 
 _ATTENTION = "raytrl_packed"
 _TOLERANCE = {torch.float32: 1e-4}  # of the largest logit: rows that see each other are off by far more

@@ -7,9 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 from raytrl.config.reward import RewardSection, SourceSection
 from raytrl.errors import RewardError
 from raytrl.records import Score
-from raytrl.roles.reward_call import Failure, Outcome, Pair, RewardSource, ask
-from raytrl.roles.reward_function import FunctionSource
-from raytrl.roles.reward_http import EndpointSource
+from raytrl.roles.reward.call import Failure, Outcome, Pair, RewardSource, ask
+from raytrl.roles.reward.endpoint import EndpointSource
+from raytrl.roles.reward.function import FunctionSource
 
 _log = logging.getLogger(__name__)
 
@@ -22,7 +22,7 @@ def load_source(section: SourceSection, device: str | None = None) -> RewardSour
         return FunctionSource(section)
     if section.kind == "url":
         return EndpointSource(section)
-    from raytrl.roles.reward_model import ModelSource  # torch and transformers only where a model is scored
+    from raytrl.roles.reward.model import ModelSource  # torch and transformers only where a model is scored
 
     return ModelSource(section, device)
 

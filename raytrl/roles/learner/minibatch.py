@@ -5,8 +5,8 @@ from torch import Tensor
 
 from raytrl.algo.losses import PolicyLoss, ValueLoss, policy_loss, value_loss
 from raytrl.config.ppo import PpoConfig
-from raytrl.roles.collectives import sum_over_workers
-from raytrl.roles.experience import Experience
+from raytrl.roles.learner.collectives import sum_over_workers
+from raytrl.roles.learner.experience import Experience
 
 
 class Part:

@@ -13,10 +13,10 @@ from raytrl.config.engines import CPU_SEQUENCES, cpu_cache_bytes, gpus_asked
 from raytrl.config.ppo import RolloutConfig, SamplingConfig
 from raytrl.errors import NonFiniteError, RunError
 from raytrl.records import Prompt, Response
-from raytrl.roles.lora_merge import LoraMerge
-from raytrl.roles.rollout import RolloutEngine, Tokenizer, ending_token_ids, response_seed, response_text
-from raytrl.roles.vllm_batch import ContinuousBatch
-from raytrl.roles.weights import Bucket, grouped
+from raytrl.roles.rollout.engine import RolloutEngine, Tokenizer, ending_token_ids, response_seed, response_text
+from raytrl.roles.rollout.lora_merge import LoraMerge
+from raytrl.roles.rollout.vllm.batch import ContinuousBatch
+from raytrl.roles.weights.buckets import Bucket, grouped
 
 # Read by vLLM when it is imported; a user's own setting wins.
 _ENVIRONMENT = {
@@ -201,7 +201,7 @@ def _chosen_arguments(rollout: RolloutConfig, config: Any, dtype: torch.dtype, d
         "max_model_len": min(length, int(positions)),
         "logprobs_mode": "processed_logprobs",
         "skip_tokenizer_init": True,
-        "worker_extension_cls": "raytrl.roles.vllm_worker.WeightLoading",
+        "worker_extension_cls": "raytrl.roles.rollout.vllm.worker.WeightLoading",
         "disable_log_stats": True,
     }
     if device != "cpu":

@@ -4,8 +4,8 @@ from collections.abc import Callable, Sequence
 
 from raytrl.errors import WeightsVersionError
 from raytrl.records import Prompt, Response
-from raytrl.roles.rollout import RolloutEngine
-from raytrl.roles.weights import Bucket, checksum, weights_on_disk
+from raytrl.roles.rollout.engine import RolloutEngine
+from raytrl.roles.weights.buckets import Bucket, checksum, weights_on_disk
 
 
 class FolderEngine(RolloutEngine):

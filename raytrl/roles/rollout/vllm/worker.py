@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from raytrl.errors import WeightsVersionError
-from raytrl.roles.vllm_places import Copy, Places, check_packed, unknown_layers
-from raytrl.roles.weights import checksum
+from raytrl.roles.rollout.vllm.places import Copy, Places, check_packed, unknown_layers
+from raytrl.roles.weights.buckets import checksum
 
 LOG = logging.getLogger("raytrl")
 

@@ -1,7 +1,7 @@
 """The rollout engines by their names in a run file."""
 
-from raytrl.roles.rollout import TransformersEngine
-from raytrl.roles.vllm_engine import VllmEngine
+from raytrl.roles.rollout.transformers_engine import TransformersEngine
+from raytrl.roles.rollout.vllm.engine import VllmEngine
 
 
 def engine_class(name: str) -> type[TransformersEngine] | type[VllmEngine]:

@@ -1,0 +1,133 @@
+"""A learner worker's networks from models, and the backend that optimizes them."""
+
+from collections.abc import Mapping
+from copy import deepcopy
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from raytrl.config.ppo import PpoConfig
+from raytrl.errors import ConfigError
+from raytrl.roles.learner.backend import Backend
+from raytrl.roles.learner.mapped import MappedFiles
+from raytrl.roles.learner.networks import VALUE_ADAPTER, Networks, backbone
+from raytrl.roles.learner.torch_backend import TorchBackend
+from raytrl.roles.models.adapters import add_policy_adapter
+
+
+def build_backend(
+    networks: Networks, config: PpoConfig, *, deepspeed: Mapping[str, Any] | None = None, device: str = "cpu"
+) -> Backend:
+    """The backend of one learner worker; torch.distributed, where used, must be initialised before.
+
+    Args:
+        deepspeed: a DeepSpeed dictionary; None is plain data parallelism.
+        device: of this worker, e.g. "cuda:0".
+    """
+    rates = {
+        "learning_rate": config.learning_rate,
+        "value_learning_rate": config.value_learning_rate or config.learning_rate,
+        "epsilon": config.adam_epsilon,
+        "max_norm": config.max_grad_norm,
+    }
+    networks.to(device)
+    networks.pack()
+    if deepspeed is None:
+        return TorchBackend(networks, **rates)
+    from raytrl.roles.learner.deepspeed_backend import DeepSpeedBackend  # an optional extra, and seconds to import
+
+    return DeepSpeedBackend(networks, deepspeed, **rates)
+
+
+def build_networks(
+    model_path: str,
+    *,
+    lora: Mapping[str, Any] | None = None,
+    value_init: str | None = None,
+    reference_path: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    trust_remote_code: bool = False,
+    seed: int = 0,
+    gradient_checkpointing: bool = False,
+) -> Networks:
+    """The networks of one learner worker from folders or hub ids.
+
+    Args:
+        lora: PEFT `LoraConfig` fields; None is full fine-tuning.
+        value_init: a model to start the value function from, e.g. a reward model, whose score head is kept; None:
+            with LoRA an adapter and head on the base, else a copy of the policy with a zero head.
+        reference_path: None is the starting policy.
+        seed: of the adapters' initial weights, so that every worker starts from the same.
+        gradient_checkpointing: see `Networks`.
+    """
+
+    def causal(path: str) -> nn.Module:
+        model: nn.Module = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=trust_remote_code)
+        return model
+
+    torch.manual_seed(seed)
+    policy = causal(model_path)
+    value = None if value_init is None else value_from_path(value_init, dtype, trust_remote_code)
+    if reference_path is None and lora is None:
+        # Read again rather than copied: weights that nobody writes to stay pages of their file, and all processes of a
+        # node that hold them, other workers and a sweep's other trials, share one copy in its RAM.
+        reference_path = model_path
+    files = MappedFiles([path for path in (reference_path, model_path if lora else None) if path is not None])
+    reference = None if reference_path is None else causal(reference_path)
+    networks = assemble(policy, value, reference, lora=lora, dtype=dtype, gradient_checkpointing=gradient_checkpointing)
+    networks.files = files
+    return networks
+
+
+def assemble(
+    policy: nn.Module,
+    value: nn.Module | None = None,
+    reference: nn.Module | None = None,
+    *,
+    lora: Mapping[str, Any] | None = None,
+    dtype: torch.dtype = torch.float32,
+    gradient_checkpointing: bool = False,
+) -> Networks:
+    """`Networks` from models in memory; value None and reference None as in `build_networks`."""
+    if lora is None:
+        reference = deepcopy(policy) if reference is None else reference
+        value = value_from_policy(policy) if value is None else value
+        return Networks(policy, value, reference, dtype=dtype, gradient_checkpointing=gradient_checkpointing)
+    adapted = add_policy_adapter(policy, lora)
+    if value is None:
+        adapted.add_adapter(VALUE_ADAPTER, LoraConfig(task_type="CAUSAL_LM", **lora))
+    return Networks(adapted, value, reference, dtype=dtype, gradient_checkpointing=gradient_checkpointing)
+
+
+def value_from_policy(policy: nn.Module) -> nn.Module:
+    """A sequence classifier of the policy's family with its backbone's weights and a zero head."""
+    config = deepcopy(policy.config)
+    config.num_labels = 1  # type: ignore[union-attr]
+    value: nn.Module = AutoModelForSequenceClassification.from_config(config)
+    _check_head(value, "the policy")
+    backbone(value).load_state_dict(backbone(policy).state_dict())
+    nn.init.zeros_(value.score.weight)  # type: ignore[union-attr, arg-type]
+    return value
+
+
+def value_from_path(path: str, dtype: torch.dtype, trust_remote_code: bool = False) -> nn.Module:
+    """A sequence classifier with its head, e.g. a reward model; the head of a language model without one is zero."""
+    value, loading = AutoModelForSequenceClassification.from_pretrained(
+        path, num_labels=1, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True
+    )
+    _check_head(value, path)
+    if any(key.startswith("score.") for key in loading["missing_keys"]):
+        nn.init.zeros_(value.score.weight)
+    module: nn.Module = value
+    return module
+
+
+def _check_head(value: nn.Module, origin: str) -> None:
+    if not isinstance(getattr(value, "score", None), nn.Linear):
+        raise ConfigError(
+            f"value_model.init: the sequence classifier of {origin} has no linear layer `score`; found "
+            f"{type(value).__name__}; expected a decoder family such as GPT-2, Llama or Qwen"
+        )

@@ -1,0 +1,52 @@
+"""LoRA adapters: the policy's own, and how a finished one is merged."""
+
+import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from raytrl.config.runs import SupervisedRun
+from raytrl.roles.models.base import auto_class, labels_of
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+# peft takes 5 s to import: only where there is an adapter.
+
+POLICY_ADAPTER = "default"  # the name that PEFT saves at the top of a folder, where `from_pretrained` looks
+
+
+def add_policy_adapter(model: nn.Module, lora: Mapping[str, Any]) -> "PeftModel":
+    """The model with a fresh policy adapter; a rollout engine calls it too, so that parameter names agree."""
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **lora), adapter_name=POLICY_ADAPTER)
+    assert isinstance(adapted, PeftModel)
+    return adapted
+
+
+def policy_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """What travels to the rollout engines: the policy adapter where there is one, else every parameter."""
+    named = dict(model.named_parameters())
+    adapter = {name: value for name, value in named.items() if f".{POLICY_ADAPTER}." in name and "lora_" in name}
+    return adapter or named
+
+
+def merge_adapter(run: SupervisedRun, base: str, adapter: str, tokenizer: Any, folder: str) -> None:
+    """Writes the base model with the adapter's weights folded in, as a plain Hugging Face folder."""
+    from peft import PeftModel
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    unset_hf_deepspeed_config()  # else, under ZeRO-3, this rank alone would wait for all to partition the model
+
+    model = auto_class(run.kind).from_pretrained(
+        base, dtype="auto", trust_remote_code=run.model.trust_remote_code, **labels_of(run)
+    )
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(len(tokenizer))
+    model.config.pad_token_id = tokenizer.pad_token_id
+    merged = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+    os.makedirs(folder, exist_ok=True)
+    merged.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

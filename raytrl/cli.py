@@ -56,7 +56,7 @@ def _train(kind: str, file: str, overrides: list[str] | None, fresh: bool) -> No
     from raytrl.config.load import load_run
 
     loaded = load_run(file, overrides or [], kind)
-    from raytrl.launch.train import train
+    from raytrl.launch.runs.run import train
     from raytrl.report.progress import Display, summary
 
     _stop_on_sigterm()
@@ -73,7 +73,7 @@ def _evaluate(file: str, overrides: list[str] | None, fresh: bool) -> None:
     from raytrl.config.load import load_run
 
     loaded = load_run(file, overrides or [], "eval")
-    from raytrl.launch.evaluate import evaluate
+    from raytrl.launch.runs.evaluation import evaluate
     from raytrl.report.evaluation import results_table, samples_table
     from raytrl.report.progress import Display
 
@@ -98,7 +98,7 @@ def _plan(file: str, overrides: list[str], cluster: list[str], models: str) -> N
     from raytrl.config.load import load_run
 
     loaded = load_run(file, overrides)
-    from raytrl.launch.session import planned_cluster
+    from raytrl.launch.session.session import planned_cluster
     from raytrl.plan.plan import RULE, plan
     from raytrl.report.plan import plan_view
 
@@ -107,7 +107,7 @@ def _plan(file: str, overrides: list[str], cluster: list[str], models: str) -> N
 
 
 def _submit(words: list[str], address: str | None, wait: bool, env: list[str], secret: list[str]) -> None:
-    from raytrl.launch import jobs
+    from raytrl.launch.jobs import jobs
 
     submission = jobs.prepare(words, env, secret)
     client = jobs.connect(address)
@@ -132,7 +132,7 @@ def _submit(words: list[str], address: str | None, wait: bool, env: list[str], s
 
 
 def _stop_or_leave(client: Any, job: str) -> None:
-    from raytrl.launch import jobs
+    from raytrl.launch.jobs import jobs
 
     if sys.stdin.isatty() and typer.confirm(f"\nstop {job}? (no: it goes on without this terminal)"):
         jobs.stop(client, job)
@@ -146,7 +146,7 @@ def _tune(file: str, overrides: list[str] | None, fresh: bool) -> None:
 
     loaded = load_run(file, overrides or [], "tune")
     from raytrl.config.tune import TuneRun
-    from raytrl.launch.tune import tune
+    from raytrl.launch.sweep.sweep import tune
     from raytrl.report.sweep import SweepDisplay, sweep_summary, trials_table
     from raytrl.report.sweep_page import write_sweep_page
     from raytrl.rundir import RunDirectory
@@ -171,7 +171,7 @@ def _tune(file: str, overrides: list[str] | None, fresh: bool) -> None:
 def _quickstart(output_dir: str, overrides: list[str], fresh: bool) -> None:
     from contextlib import contextmanager
 
-    from raytrl.launch.quickstart import quickstart
+    from raytrl.launch.runs.quickstart import quickstart
     from raytrl.report.evaluation import samples_table
     from raytrl.report.progress import Display
     from raytrl.report.quickstart import paths_table, stages_table

@@ -4,7 +4,7 @@ from collections.abc import Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-from raytrl.launch.pool import Arrivals
+from raytrl.launch.actors.pool import Arrivals
 
 
 class ThreadCalls:

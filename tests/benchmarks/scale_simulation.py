@@ -18,7 +18,9 @@ from typing import Any
 
 import ray
 
-from raytrl.launch.actors import CONCURRENCY_GROUPS, WEIGHTS, WORK, RewardActor, RolloutActor
+from raytrl.launch.actors.base import CONCURRENCY_GROUPS, WEIGHTS, WORK
+from raytrl.launch.actors.reward import RewardActor
+from raytrl.launch.actors.rollout import RolloutActor
 from raytrl.records import Attempt, Prompt, Response, Score
 from tests.thread_calls import ThreadCalls
 
@@ -115,8 +117,8 @@ class Measured:
 
 
 def ray_calls(kind: type, count: int, role: str, make: Callable[[], Any]) -> Any:
-    from raytrl.launch.gauges import RoleGauges
-    from raytrl.launch.ray_actors import RayCalls
+    from raytrl.launch.actors.calls import RayCalls
+    from raytrl.launch.session.gauges import RoleGauges
 
     remote = ray.remote(concurrency_groups=CONCURRENCY_GROUPS | {WORK: 1}, num_cpus=0)(kind)
     actors = [remote.remote(make) for _ in range(count)]
@@ -134,21 +136,22 @@ def measure(actors: int, latency_s: float, calls: Callable[[type, int, str, Call
 
     from raytrl.config.ppo import RolloutConfig
     from raytrl.config.reward import RewardSection
-    from raytrl.launch.pool import Pool
-    from raytrl.launch.roles import RewardPool, RolloutPool
+    from raytrl.launch.actors.generator import PoolGenerator
+    from raytrl.launch.actors.pool import Pool
+    from raytrl.launch.actors.scorer import PoolScorer
     from raytrl.ppo import loop
 
     rollouts = calls(SleepingRollout, actors, "rollout", lambda: SleepingEngine(latency_s))
     rewards = calls(RewardActor, max(1, actors // 16), "reward", ConstantSources)
     section = RewardSection.model_validate({"sources": [{"name": "constant", "function": "x.py:y"}]})
-    generator = RolloutPool(
+    generator = PoolGenerator(
         Pool(rollouts, "rollout actors", "the simulation", 120.0),
         RolloutConfig(chunk_prompts=CHUNK),
         samples=1,
         attempt=Attempt("run", 1),
-        share=lambda weights, receivers: weights,  # type: ignore[arg-type, return-value]
+        send_weights=lambda weights, receivers: weights,  # type: ignore[arg-type, return-value]
     )
-    scorer = RewardPool(
+    scorer = PoolScorer(
         Pool(rewards, "reward actors", "the simulation", 120.0),
         section,
         attempt=Attempt("run", 1),

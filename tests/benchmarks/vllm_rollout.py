@@ -26,7 +26,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from raytrl.config.ppo import RolloutConfig
-from raytrl.launch.session import prepare_environment
+from raytrl.launch.session.session import prepare_environment
 from raytrl.records import Attempt, Prompt
 from raytrl.roles.models.adapters import add_policy_adapter, policy_parameters
 from raytrl.roles.weights.buckets import Weights
@@ -145,7 +145,7 @@ def make_timed(path: str, rollout: RolloutConfig, lora: Any) -> Any:
 
 
 class OnlyWorker:
-    """What `Sharing` asks of a learner worker's context."""
+    """What `WeightSender` asks of a learner worker's context."""
 
     rank, world_size = 0, 1
 
@@ -155,16 +155,17 @@ class OnlyWorker:
 
 @contextmanager
 def pool_of(path: str, rollout: RolloutConfig, lora: Any) -> Iterator[tuple[Any, list[Any]]]:
-    """A `RolloutPool` on real Ray actors, as the only learner worker has it."""
+    """A `PoolGenerator` on real Ray actors, as the only learner worker has it."""
     prepare_environment()
     import ray
 
-    from raytrl.launch.actors import RolloutActor
-    from raytrl.launch.gauges import RoleGauges
-    from raytrl.launch.pool import Pool
-    from raytrl.launch.ray_actors import RayCalls, _start
-    from raytrl.launch.roles import RolloutPool, requests_in_flight
-    from raytrl.launch.sharing import Sharing
+    from raytrl.launch.actors.calls import RayCalls
+    from raytrl.launch.actors.generator import PoolGenerator, requests_in_flight
+    from raytrl.launch.actors.pool import Pool
+    from raytrl.launch.actors.rollout import RolloutActor
+    from raytrl.launch.actors.send_weights import WeightSender
+    from raytrl.launch.actors.start import _start
+    from raytrl.launch.session.gauges import RoleGauges
 
     ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, object_store_memory=3 * 2**30)
     group = ray.util.placement_group([{"CPU": 1}] * rollout.actors)
@@ -190,8 +191,8 @@ def pool_of(path: str, rollout: RolloutConfig, lora: Any) -> Iterator[tuple[Any,
     )
     try:
         by_broadcast = rollout.weight_transfer == "broadcast"
-        share = Sharing(OnlyWorker(), torch.device("cpu"), broadcasts=by_broadcast)  # type: ignore[arg-type]
-        yield RolloutPool(pool, rollout, samples=1, attempt=Attempt("run", 1), share=share), actors
+        share = WeightSender(OnlyWorker(), torch.device("cpu"), broadcasts=by_broadcast)  # type: ignore[arg-type]
+        yield PoolGenerator(pool, rollout, samples=1, attempt=Attempt("run", 1), send_weights=share), actors
     finally:
         ray.shutdown()
 

@@ -108,10 +108,10 @@ def wait_for_report(address: str) -> None:
     """A cluster is seen to grow from its autoscaler's first report on, seconds after its start."""
     code = (
         "import sys, time, ray\n"
-        "from raytrl.launch.session import _is_autoscaled\n"
+        "from raytrl.launch.session.session import is_autoscaled\n"
         "ray.init(sys.argv[1], log_to_driver=False)\n"
         "deadline = time.monotonic() + 60\n"
-        "while not _is_autoscaled():\n"
+        "while not is_autoscaled():\n"
         "    assert time.monotonic() < deadline\n"
         "    time.sleep(0.5)\n"
     )

@@ -8,7 +8,7 @@ import pytest
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 
-from raytrl.launch.left_places import free_left_places
+from raytrl.launch.sweep.leftovers import free_left_places
 
 
 @pytest.fixture

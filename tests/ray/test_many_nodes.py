@@ -97,7 +97,7 @@ def test_actors_are_placed_as_asked(folder: Path, nodes: Nodes) -> None:
     from raytrl.config.load import load_run
     from raytrl.config.ppo_run import PpoRun
     from raytrl.errors import ResourceError
-    from raytrl.launch.ray_actors import started_actors
+    from raytrl.launch.actors.start import started_actors
 
     def run_of(name: str, **rollout: Any) -> PpoRun:
         values = {"resources": {"CPU": 1}, "start_timeout_s": 15, **rollout}

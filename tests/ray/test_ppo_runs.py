@@ -130,7 +130,7 @@ REFUSED = {
 def test_what_is_refused_before_ray_starts(folder: Path, override: str) -> None:
     from raytrl.config.load import load_run
     from raytrl.errors import RaytrlError
-    from raytrl.launch.train import train
+    from raytrl.launch.runs.run import train
 
     file = ppo_file(folder, "refused")
     with pytest.raises(RaytrlError) as caught:

@@ -271,7 +271,7 @@ REFUSED = {
 def test_what_is_refused_before_ray_starts(folder: Path, override: str) -> None:
     from raytrl.config.load import load_run
     from raytrl.errors import RaytrlError
-    from raytrl.launch.tune import tune
+    from raytrl.launch.sweep.sweep import tune
 
     two_trials = (len(os.sched_getaffinity(0)) - 0.25) / 2.5
     base = base_file(folder, rollout={"actors": 1, "resources": {"CPU": round(two_trials - 0.5, 3)}})

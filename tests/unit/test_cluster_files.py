@@ -227,7 +227,7 @@ def test_slurm_script_is_clean_shell() -> None:
 
 
 def test_the_dashboard_shows_what_raytrl_exports_and_all_of_it() -> None:
-    from raytrl.launch.gauges import GAUGES
+    from raytrl.launch.session.gauges import GAUGES
 
     dashboard = json.loads((CLUSTER / "monitoring/grafana.json").read_text())
     queries = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]

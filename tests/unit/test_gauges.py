@@ -2,7 +2,7 @@
 
 import pytest
 
-from raytrl.launch.gauges import GAUGES, StepGauges
+from raytrl.launch.session.gauges import GAUGES, StepGauges
 from raytrl.records import Progress
 
 

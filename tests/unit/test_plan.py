@@ -9,7 +9,7 @@ from rich.console import Console
 
 from raytrl.config.load import load_run
 from raytrl.errors import ConfigError, ResourceError
-from raytrl.launch.session import planned_cluster
+from raytrl.launch.session.session import planned_cluster
 from raytrl.plan.plan import plan
 from raytrl.records import Plan
 from raytrl.report.plan import plan_view

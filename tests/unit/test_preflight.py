@@ -8,7 +8,8 @@ import pytest
 from raytrl.config.load import load_run
 from raytrl.config.runs import SupervisedRun
 from raytrl.errors import ConfigError, ResourceError, RunError
-from raytrl.launch.session import _start_local, machine_resources
+from raytrl.launch.session.nodes import machine_resources
+from raytrl.launch.session.session import _start_local
 from raytrl.plan.checks.supervised import preflight
 from raytrl.plan.cluster import Need
 from raytrl.plan.where import check_one_node, joins_cluster, refuse_client

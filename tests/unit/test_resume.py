@@ -10,7 +10,7 @@ import yaml
 from raytrl.config.load import load_run
 from raytrl.config.runs import Run, SupervisedRun
 from raytrl.errors import ConfigError
-from raytrl.launch.resume import Standing, inspect_run
+from raytrl.launch.runs.resume import Standing, inspect_run
 from raytrl.rundir import RunDirectory
 from tests.ppo_files import ppo_file
 from tests.runs import run_file

@@ -8,9 +8,10 @@ import yaml
 
 from raytrl.config.load import load_run
 from raytrl.errors import ConfigError
-from raytrl.launch import jobs, secrets
-from raytrl.launch.packing import check_files, package_of
-from raytrl.launch.session import check_output_dir
+from raytrl.launch.jobs import jobs
+from raytrl.launch.jobs.package import check_files, package_of
+from raytrl.launch.session import secrets
+from raytrl.launch.session.session import check_output_dir
 from tests.runs import TINY_LLAMA, text_rows, write_rows
 
 
@@ -57,7 +58,7 @@ def test_a_request_that_can_be_sent(project: Path) -> None:
     assert found.command == ("raytrl", "sft", "run.yaml", "training.learning_rate=1e-4", "--fresh")
     variables = found.runtime_env["env_vars"]
     assert (variables["A"], variables["RAYTRL_SECRETS"]) == ("1", "T,U=/s/u")
-    assert found.runtime_env["worker_process_setup_hook"] == "raytrl.launch.secrets.load_secrets"
+    assert found.runtime_env["worker_process_setup_hook"] == "raytrl.launch.session.secrets.load_secrets"
     again = jobs.prepare(["sft", "run.yaml"], [], ["T"])
     assert again.run_key == found.run_key
     assert "worker_process_setup_hook" not in again.runtime_env

@@ -11,7 +11,7 @@ from raytrl.config.kinds import RUNS
 from raytrl.config.load import load_run
 from raytrl.config.schema import json_schema
 from raytrl.errors import ConfigError
-from raytrl.launch.quickstart import STAGES, stage_runs
+from raytrl.launch.runs.quickstart import STAGES, stage_runs
 
 
 def eval_file(folder: Path, **sections: Any) -> str:

@@ -10,10 +10,10 @@ from test_pools import all_of, engines
 from toy import gpt2, prompt_batch
 
 from raytrl.config.ppo import RolloutConfig
-from raytrl.launch.actors import RolloutActor
-from raytrl.launch.pool import Pool, Request
-from raytrl.launch.roles import RolloutPool, requests_in_flight
-from raytrl.launch.transport import send
+from raytrl.launch.actors.generator import PoolGenerator, requests_in_flight
+from raytrl.launch.actors.pool import Pool, Request
+from raytrl.launch.actors.rollout import RolloutActor
+from raytrl.launch.actors.transport import send
 from raytrl.records import Attempt, Prompt, Response
 from raytrl.roles.models.adapters import policy_parameters
 from raytrl.roles.rollout.engine import RolloutEngine
@@ -43,8 +43,8 @@ def test_what_waits_goes_to_whoever_is_done() -> None:
 def test_chunks_come_whole_in_any_order() -> None:
     calls = engines(3)
     rollout = RolloutConfig(engine="vllm", chunk_prompts=4)
-    pool = RolloutPool(
-        Pool(calls, "rollout actors", "w", 5.0, window=2), rollout, samples=2, attempt=ATTEMPT, share=send
+    pool = PoolGenerator(
+        Pool(calls, "rollout actors", "w", 5.0, window=2), rollout, samples=2, attempt=ATTEMPT, send_weights=send
     )
     pool.load_weights(weights(0))
     made = list(pool.generate(prompt_batch(0, range(14)), 0, greedy=False))

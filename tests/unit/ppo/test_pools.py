@@ -15,10 +15,12 @@ from toy import gpt2, make_engine, prompt_batch
 from raytrl.config.ppo import RolloutConfig
 from raytrl.config.reward import RewardSection
 from raytrl.errors import RewardError, RunError, StaleAttemptError, StalledError, WeightsVersionError
-from raytrl.launch.actors import RewardActor, RolloutActor
-from raytrl.launch.pool import ActorLostError, Arrivals, Pool, Request
-from raytrl.launch.roles import RewardPool, RolloutPool
-from raytrl.launch.transport import PackedBucket, Receivers, pack, send, unpack
+from raytrl.launch.actors.generator import PoolGenerator
+from raytrl.launch.actors.pool import ActorLostError, Arrivals, Pool, Request
+from raytrl.launch.actors.reward import RewardActor
+from raytrl.launch.actors.rollout import RolloutActor
+from raytrl.launch.actors.scorer import PoolScorer
+from raytrl.launch.actors.transport import PackedBucket, Receivers, pack, send, unpack
 from raytrl.records import Attempt, Prompt, Response, Score
 from raytrl.roles.models.adapters import policy_parameters
 from raytrl.roles.weights.buckets import Bucket, Weights
@@ -107,13 +109,13 @@ def pool_on(
     timeout_s: float = 5.0,
     attempt: int = 1,
     put: Callable[[PackedBucket], Any] = lambda packed: packed,
-) -> RolloutPool:
+) -> PoolGenerator:
     pool = Pool(calls, "rollout actors", "worker 0", timeout_s)
     share = partial(send, put=put)
-    return RolloutPool(pool, ROLLOUT, samples=2, attempt=Attempt("run", attempt), share=share)
+    return PoolGenerator(pool, ROLLOUT, samples=2, attempt=Attempt("run", attempt), send_weights=share)
 
 
-def responses(pool: RolloutPool, version: int, step: int = 0) -> dict[tuple[int, int], Response]:
+def responses(pool: PoolGenerator, version: int, step: int = 0) -> dict[tuple[int, int], Response]:
     made = pool.generate(prompt_batch(step, range(16)), version, greedy=False)
     return {(r.row, r.sample): r for chunk in made for r in chunk}
 
@@ -157,8 +159,8 @@ def test_a_reborn_actor_serves_only_after_it_took_the_current_weights() -> None:
 
 
 def test_an_actor_that_is_far_behind_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("raytrl.launch.pool._PATIENCE_S", 0.05)
-    monkeypatch.setattr("raytrl.launch.pool._PATIENCE", 0.0)
+    monkeypatch.setattr("raytrl.launch.actors.pool._PATIENCE_S", 0.05)
+    monkeypatch.setattr("raytrl.launch.actors.pool._PATIENCE", 0.0)
     calls = engines(2)
     pool = pool_on(calls)
     pool.load_weights(weights(0))
@@ -166,7 +168,9 @@ def test_an_actor_that_is_far_behind_is_not_waited_for(monkeypatch: pytest.Monke
     pool.load_weights(weights(1, seed=1))
     assert pool.num_up == 1
     assert responses(pool, 1) == expected(1, seed=1)
-    monkeypatch.setattr("raytrl.launch.pool._PATIENCE_S", 1e6)  # whoever waits for it now waits until the limit passes
+    monkeypatch.setattr(
+        "raytrl.launch.actors.pool._PATIENCE_S", 1e6
+    )  # whoever waits for it now waits until the limit passes
     pool.load_weights(weights(2))
     assert pool.num_up == 1
     calls.silent = set()
@@ -385,9 +389,9 @@ class FirstTokens:
         return [Score(r.step, r.row, r.sample, v, {"a": v}) for (_, r), v in zip(pairs, values, strict=True)]
 
 
-def reward_pool(calls: LocalCalls, **section: Any) -> RewardPool:
+def reward_pool(calls: LocalCalls, **section: Any) -> PoolScorer:
     sources = [{"name": "a", "function": "a.py:a"}]
-    return RewardPool(
+    return PoolScorer(
         Pool(calls, "reward actors", "worker 0", 5.0),
         RewardSection(sources=sources, **section),
         attempt=Attempt("run", 1),

@@ -12,11 +12,11 @@ from test_pools import ROLLOUT, expected, responses, weights
 from toy import gpt2, make_engine
 
 from raytrl.errors import RunError, WeightsVersionError
-from raytrl.launch.actors import RolloutActor
-from raytrl.launch.pool import Pool
-from raytrl.launch.roles import RolloutPool
-from raytrl.launch.sharing import Sharing
-from raytrl.launch.transport import Receivers, SentWeights
+from raytrl.launch.actors.generator import PoolGenerator
+from raytrl.launch.actors.pool import Pool
+from raytrl.launch.actors.rollout import RolloutActor
+from raytrl.launch.actors.send_weights import WeightSender
+from raytrl.launch.actors.transport import Receivers, SentWeights
 from raytrl.records import Attempt, Progress
 from raytrl.roles.weights.buckets import Weights
 from raytrl.roles.weights.group import Announcement
@@ -46,7 +46,7 @@ class Actors(ThreadCalls):
 
 
 class OnlyWorker:
-    """What `Sharing` asks of a learner worker's context."""
+    """What `WeightSender` asks of a learner worker's context."""
 
     rank, world_size = 0, 1
 
@@ -57,7 +57,7 @@ class OnlyWorker:
         self.notices.append(event.text)
 
 
-class NotedSharing(Sharing):
+class NotedSharing(WeightSender):
     """Without Ray, and notes how each version went: "broadcast", or why not."""
 
     def __init__(self, limit_s: float) -> None:
@@ -88,12 +88,12 @@ def _with_sharing(rank: int, test: Callable[[NotedSharing], None]) -> None:
     sharing.close()
 
 
-def pool_on(calls: Actors, sharing: NotedSharing) -> RolloutPool:
+def pool_on(calls: Actors, sharing: NotedSharing) -> PoolGenerator:
     pool = Pool(calls, "rollout actors", "worker 0", 20.0)
-    return RolloutPool(pool, ROLLOUT, samples=2, attempt=Attempt("run", 1), share=sharing)
+    return PoolGenerator(pool, ROLLOUT, samples=2, attempt=Attempt("run", 1), send_weights=sharing)
 
 
-def two_with_broadcast_weights(sharing: NotedSharing) -> tuple[Actors, RolloutPool]:
+def two_with_broadcast_weights(sharing: NotedSharing) -> tuple[Actors, PoolGenerator]:
     """Two actors that hold version 1, which came by broadcast."""
     calls = Actors(2)
     pool = pool_on(calls, sharing)

@@ -9,7 +9,7 @@ from raytrl.config.load import LoadedRun, load_run
 from raytrl.config.search import check_edges, load_base, trial_name, trial_run
 from raytrl.config.tune import TuneRun
 from raytrl.errors import ConfigError
-from raytrl.launch.tune_search import first_trials, known_points, make_optuna, make_scheduler
+from raytrl.launch.sweep.search import first_trials, known_points, make_optuna, make_scheduler
 
 Load = Callable[..., LoadedRun]
 

@@ -14,10 +14,10 @@ from ray.tune.search import Searcher
 
 from raytrl.config.load import LoadedRun, load_run
 from raytrl.config.tune import TuneRun
-from raytrl.launch.sweep_end import best_yaml, results_csv, write_end
-from raytrl.launch.trials import LimitWatch, TrialBook, best_trial, last_values, over_limit
-from raytrl.launch.tune_search import TrialSearcher, first_trials, make_optuna, make_scheduler, replay
-from raytrl.launch.tune_trial import TrialReports
+from raytrl.launch.sweep.book import LimitWatch, TrialBook, best_trial, last_values, over_limit
+from raytrl.launch.sweep.end import best_yaml, results_csv, write_end
+from raytrl.launch.sweep.search import TrialSearcher, first_trials, make_optuna, make_scheduler, replay
+from raytrl.launch.sweep.trial import TrialReports
 from raytrl.plan import placement
 from raytrl.plan.cluster import Group, Need, Node
 from raytrl.records import Progress, Trial

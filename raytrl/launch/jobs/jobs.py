@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 from raytrl.config.kinds import RUNS
 from raytrl.config.load import LoadedRun, load_run
 from raytrl.errors import ConfigError, ResourceError, RunError
-from raytrl.launch import secrets
-from raytrl.launch.packing import Package, check_files, package_of
+from raytrl.launch.jobs.package import Package, check_files, package_of
+from raytrl.launch.session import secrets
 from raytrl.plan.where import refuse_lost_output
 
 if TYPE_CHECKING:

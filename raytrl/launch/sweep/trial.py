@@ -11,13 +11,13 @@ from raytrl.config.ppo_run import PpoRun
 from raytrl.config.runs import Run
 from raytrl.config.tune import TuneRun
 from raytrl.errors import RaytrlError, RunError, TrialStoppedError
-from raytrl.launch.session import prepare_environment
-from raytrl.launch.trials import LimitWatch
+from raytrl.launch.session.session import prepare_environment
+from raytrl.launch.sweep.book import LimitWatch
 from raytrl.records import Progress
 from raytrl.rundir import RunDirectory, now
 
 if TYPE_CHECKING:
-    from raytrl.launch.train import Kind
+    from raytrl.launch.runs.run import Kind
 
 
 def run_trial(config: dict[str, Any], sweep: TuneRun, command: str, reward_actors: Sequence[Any] | None) -> None:
@@ -36,7 +36,7 @@ def run_trial(config: dict[str, Any], sweep: TuneRun, command: str, reward_actor
     from ray import tune
 
     os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address  # a run on a Ray that exists, as in a job
-    from raytrl.launch.train import train
+    from raytrl.launch.runs.run import train
 
     loaded: LoadedRun = config["loaded"]
     run = loaded.run
@@ -63,7 +63,7 @@ def _kind(run: Run, reward_actors: Sequence[Any] | None) -> "Kind | None":
         return None
     from ray.util import get_current_placement_group
 
-    from raytrl.launch.ppo import Lent, PpoKind
+    from raytrl.launch.runs.ppo import Lent, PpoKind
 
     return PpoKind(run, Lent(get_current_placement_group(), reward_actors))
 
@@ -76,7 +76,7 @@ def trial_resources(config: dict[str, Any], shares_reward: bool) -> Any:
     """
     from ray.tune import PlacementGroupFactory
 
-    from raytrl.launch.ray_actors import bundles
+    from raytrl.launch.actors.start import bundles
 
     run = config["loaded"].run
     resources: list[dict[str, float]] = [{"memory": 1}]

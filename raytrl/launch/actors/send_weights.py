@@ -9,18 +9,18 @@ import torch
 from ray.train.collective import broadcast_from_rank_zero
 
 from raytrl.errors import WeightGroupError
-from raytrl.launch.logs import LOG
-from raytrl.launch.transport import PackedBucket, Receivers, SentWeights, broadcast, send
-from raytrl.launch.worker import RayWorkerContext
+from raytrl.launch.actors.transport import PackedBucket, Receivers, SentWeights, broadcast, send
+from raytrl.launch.session.logs import LOG
 from raytrl.records import Progress
+from raytrl.roles.context import WorkerContext
 from raytrl.roles.weights.buckets import Weights
 from raytrl.roles.weights.group import WeightGroup
 
 _LIMIT_S = 60.0  # for a message, or for the members to come; all are idle by then
 
 
-class Sharing:
-    """`launch.roles.Share`, one in each learner worker.
+class WeightSender:
+    """`generator.SendWeights`, one in each learner worker.
 
     By broadcast while all actors are there. Through the object store for an attempt's first weights, which the actors may
     still be too young for, after an actor was lost, and where a broadcast fails: then whoever comes late finds them too.
@@ -28,7 +28,7 @@ class Sharing:
 
     def __init__(
         self,
-        context: RayWorkerContext,
+        context: WorkerContext,
         device: torch.device,
         *,
         broadcasts: bool,

@@ -20,8 +20,8 @@ import ray.train
 import ray.train.collective
 
 from raytrl.errors import ConfigError, NonFiniteError, RaytrlError, RewardError, WorkerError
-from raytrl.launch.logs import LOG, set_version, start_log
-from raytrl.launch.session import QUIET_LIBRARIES, work_in
+from raytrl.launch.session.logs import LOG, set_version, start_log
+from raytrl.launch.session.session import QUIET_LIBRARIES, work_in
 from raytrl.records import Progress
 from raytrl.rundir import RunDirectory
 

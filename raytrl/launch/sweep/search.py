@@ -16,7 +16,7 @@ from raytrl.config.load import LoadedRun
 from raytrl.config.search import trial_name, trial_run
 from raytrl.config.tune import Distribution, TuneRun
 from raytrl.errors import ConfigError
-from raytrl.launch.trials import TrialBook, over_limit, trials_folder
+from raytrl.launch.sweep.book import TrialBook, over_limit, trials_folder
 from raytrl.records import Trial
 
 _NO_END = 1_000_000_000  # asha: no rung is the last because of it

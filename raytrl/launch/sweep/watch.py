@@ -11,10 +11,10 @@ from ray.tune import Callback, Stopper
 
 from raytrl.config.tune import TuneRun
 from raytrl.errors import RunError
-from raytrl.launch.left_places import free_left_places
-from raytrl.launch.trials import TrialBook, folder_below
-from raytrl.launch.tune_search import TrialSearcher
-from raytrl.launch.tune_trial import run_trial, trial_resources
+from raytrl.launch.sweep.book import TrialBook, folder_below
+from raytrl.launch.sweep.leftovers import free_left_places
+from raytrl.launch.sweep.search import TrialSearcher
+from raytrl.launch.sweep.trial import run_trial, trial_resources
 from raytrl.records import Progress, Trial
 from raytrl.rundir import RunDirectory
 

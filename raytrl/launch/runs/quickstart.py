@@ -13,14 +13,14 @@ from typing import Any
 from raytrl.config.load import LoadedRun, load_run
 from raytrl.errors import ConfigError
 from raytrl.film_reviews import make_film_reviews, write_film_reviews
-from raytrl.launch.evaluate import evaluate
-from raytrl.launch.session import kept_ray, prepare_environment
-from raytrl.launch.train import train
+from raytrl.launch.runs.evaluation import evaluate
+from raytrl.launch.runs.run import train
+from raytrl.launch.session.session import kept_ray, prepare_environment
 from raytrl.records import Progress
 from raytrl.rundir import RunDirectory
 
 STAGES = ("sft", "reward", "ppo", "eval")
-_FILES = Path(__file__).parents[2] / "configs/quickstart"
+_FILES = Path(__file__).parents[3] / "configs/quickstart"
 _WRITTEN = "runs/quickstart"  # the folder that the run files name
 
 Show = Callable[[Progress], None]

@@ -26,6 +26,6 @@ class SupervisedKind:
 
     @contextmanager
     def running(self, command: str, versions: dict[str, str]) -> Iterator[tuple[Any, dict[str, Any]]]:
-        from raytrl.launch.worker import supervised_worker
+        from raytrl.launch.runs.worker import supervised_worker
 
         yield supervised_worker, {"job": SupervisedJob(self._run, command, versions, self._has_tokenizer)}

@@ -9,16 +9,17 @@ from typing import TYPE_CHECKING, Any
 
 from raytrl.config.eval_run import EvalRun
 from raytrl.config.load import LoadedRun
-from raytrl.launch.resume import inspect_run
-from raytrl.launch.session import check_output_dir, cluster_of, prepare_environment, ray_session
-from raytrl.launch.train import failure_noted, write_start
+from raytrl.launch.runs.resume import inspect_run
+from raytrl.launch.runs.run import failure_noted, write_start
+from raytrl.launch.session.session import check_output_dir, cluster_of, prepare_environment, ray_session
 from raytrl.plan.capacity import Room
 from raytrl.records import Attempt, Progress, Prompt, Response, Score, sample_row
 from raytrl.roles.reward.summary import compare, summarize
 from raytrl.rundir import RunDirectory, now
 
 if TYPE_CHECKING:
-    from raytrl.launch.roles import RewardPool, RolloutPool
+    from raytrl.launch.actors.generator import PoolGenerator
+    from raytrl.launch.actors.scorer import PoolScorer
     from raytrl.roles.rollout.engine import RolloutEngine
     from raytrl.roles.rollout.folder import FolderEngine
 from raytrl.plan.checks.evaluation import check_eval
@@ -79,18 +80,20 @@ def evaluate(loaded: LoadedRun, command: str, fresh: bool, show: Callable[[Progr
 
 def _on_actors(run: EvalRun, show: Callable[[Progress], None]) -> dict[str, Answers]:
     """Every model's answers; the actors hold one model after the other, version by version."""
-    from raytrl.launch.gauges import RoleGauges
-    from raytrl.launch.pool import Pool
-    from raytrl.launch.ppo import make_sources
-    from raytrl.launch.ray_actors import RayCalls, started_actors
-    from raytrl.launch.roles import RewardPool, RolloutPool, requests_in_flight, scoring_limit_s
-    from raytrl.launch.transport import send
+    from raytrl.launch.actors.calls import RayCalls
+    from raytrl.launch.actors.generator import PoolGenerator, requests_in_flight
+    from raytrl.launch.actors.pool import Pool
+    from raytrl.launch.actors.scorer import PoolScorer, scoring_limit_s
+    from raytrl.launch.actors.start import started_actors
+    from raytrl.launch.actors.transport import send
+    from raytrl.launch.runs.ppo import make_sources
+    from raytrl.launch.session.gauges import RoleGauges
     from raytrl.roles.weights.buckets import weights_on_disk
 
     show(Progress("phase", text="starting actors"))
     who, limit_s = "the evaluation", scoring_limit_s(run.rollout, run.reward, 1)
     with started_actors(run, functools.partial(make_engine, run), functools.partial(make_sources, run)) as actors:
-        generator = RolloutPool(
+        generator = PoolGenerator(
             Pool(
                 RayCalls(actors[0], RoleGauges(run.name, "rollout")),
                 "rollout actors",
@@ -101,9 +104,9 @@ def _on_actors(run: EvalRun, show: Callable[[Progress], None]) -> dict[str, Answ
             run.rollout,
             samples=1,
             attempt=Attempt(run.name, 1),
-            share=send,
+            send_weights=send,
         )
-        scorer = RewardPool(
+        scorer = PoolScorer(
             Pool(RayCalls(actors[1], RoleGauges(run.name, "reward")), "reward actors", who, limit_s),
             run.reward,
             attempt=Attempt(run.name, 1),
@@ -127,7 +130,7 @@ def _on_actors(run: EvalRun, show: Callable[[Progress], None]) -> dict[str, Answ
 
 
 def _answers(
-    prompts: list[Prompt], version: int, greedy: bool, generator: "RolloutPool", scorer: "RewardPool"
+    prompts: list[Prompt], version: int, greedy: bool, generator: "PoolGenerator", scorer: "PoolScorer"
 ) -> Answers:
     responses: list[Response] = []
     for part in generator.generate(prompts, version, greedy=greedy):

@@ -39,7 +39,7 @@ class PpoKind:
 
     @contextmanager
     def running(self, command: str, versions: dict[str, str]) -> Iterator[tuple[Any, dict[str, Any]]]:
-        from raytrl.launch.ray_actors import started_actors
+        from raytrl.launch.actors.start import started_actors
 
         run = self._run
         shared = self._rewards
@@ -82,10 +82,10 @@ def make_sources(run: PpoRun | EvalRun) -> "RewardSources":
 
 def ppo_worker(config: dict[str, Any]) -> dict[str, float]:
     """The train function that Ray Train runs in each learner worker."""
-    from raytrl.launch.worker import RayWorkerContext, as_worker
+    from raytrl.launch.runs.worker import RayWorkerContext, as_worker
 
     def work(context: RayWorkerContext) -> dict[str, float]:
-        from raytrl.launch.ppo_worker import train_ppo
+        from raytrl.launch.runs.ppo_worker import train_ppo
 
         return train_ppo(config["job"], context, config["rollout"], config["reward"], config["tensorboard"])
 

@@ -3,18 +3,17 @@
 import json
 import logging
 import os
-import re
 import signal
 import socket
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 from raytrl.config.runs import Run
 from raytrl.errors import ResourceError, RunError
-from raytrl.launch.secrets import load_secrets
-from raytrl.plan.cluster import Cluster, Need, Node, described_nodes
+from raytrl.launch.session.nodes import cluster_nodes, is_autoscaled, machine_node, machine_resources, memory_bytes
+from raytrl.launch.session.secrets import load_secrets
+from raytrl.plan.cluster import Cluster, Need, described_nodes
 from raytrl.plan.where import THIS_MACHINE, check_one_node, joins_cluster, refuse_lost_output
 
 # Read by Ray when it is imported or started, so set before that. A user's own setting wins.
@@ -35,12 +34,6 @@ QUIET_LIBRARIES = {
     "TRANSFORMERS_VERBOSITY": "error",
     "DS_ACCELERATOR_LOG_LEVEL": "error",
 }
-
-
-_ASK_S = 120.0  # for a process to start on a busy cluster
-
-
-_NO_KIND = re.compile("node_[0-9a-f]{56}")  # what Ray calls a node that no autoscaler keeps
 
 
 def prepare_environment() -> None:
@@ -71,88 +64,6 @@ def work_in(folder: str) -> None:
         os.chdir(folder)
 
 
-def machine_resources() -> dict[str, float]:
-    """CPUs and GPUs of this machine, as a local Ray would count them."""
-    import ray._private.accelerators.nvidia_gpu as nvidia  # no public counterpart that does not start Ray
-
-    visible = nvidia.NvidiaGPUAcceleratorManager.get_current_process_visible_accelerator_ids()
-    gpus = (
-        len(visible) if visible is not None else nvidia.NvidiaGPUAcceleratorManager.get_current_node_num_accelerators()
-    )
-    return {"CPU": float(len(os.sched_getaffinity(0))), "GPU": float(gpus)}
-
-
-def machine_node() -> Node:
-    """This machine, as a local Ray would count it."""
-    return Node(THIS_MACHINE, machine_resources(), _memory_bytes() / 2**30, _gpu_gib())
-
-
-def _gpu_gib() -> float | None:
-    """Memory of the smallest GPU of this machine; None without one."""
-    import ray._private.thirdparty.pynvml as pynvml  # part of Ray: its own way to count GPUs
-
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError:  # no driver, no GPU
-        return None
-    handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
-    sizes = [pynvml.nvmlDeviceGetMemoryInfo(handle).total / 2**30 for handle in handles]
-    pynvml.nvmlShutdown()
-    return min(sizes, default=None)
-
-
-def cluster_nodes() -> list[Node]:
-    """The nodes that the cluster has which this process has joined."""
-    import ray
-
-    nodes: list[Node] = []
-    for entry in ray.nodes():
-        if not entry["Alive"]:
-            continue
-        resources = {name: amount for name, amount in entry["Resources"].items() if not name.startswith("node:")}
-        ram = resources.pop("memory", 0.0) + resources.pop("object_store_memory", 0.0)
-        labels = entry.get("Labels", {})
-        nodes.append(Node(_node_name(entry, nodes), resources, ram / 2**30 or None, labels=labels))
-    return nodes
-
-
-def _is_autoscaled() -> bool:
-    """Whether an autoscaler is at work. What it may add, Ray does not tell (its own config stays with it)."""
-    import ray
-
-    if uses_ray_client():  # has no way to ask; a process of the cluster has
-        try:
-            return bool(ray.get(ray.remote(num_cpus=0, max_retries=0)(_is_autoscaled).remote(), timeout=_ASK_S))
-        except ray.exceptions.RayError as error:  # above all: raytrl cannot be imported there
-            raise ResourceError(
-                f"cluster.address: the cluster cannot run raytrl: {str(error).strip().splitlines()[-1]}; expected: the "
-                f"same raytrl there as here"
-            ) from None
-    from ray._private.ray_constants import DEBUG_AUTOSCALING_STATUS  # as `ray status` reads it
-    from ray.autoscaler.v2.sdk import get_cluster_status
-    from ray.experimental.internal_kv import _internal_kv_get
-
-    status = json.loads(_internal_kv_get(DEBUG_AUTOSCALING_STATUS) or b"{}")
-    kinds = (status.get("autoscaler_report") or {}).get("node_type_mapping") or {}
-    if any(not _NO_KIND.fullmatch(kind) for kind in kinds.values()):
-        return True
-    shown = get_cluster_status(ray.get_runtime_context().gcs_address)  # its second version writes no status
-    return any(node.instance_id for node in [*shown.active_nodes, *shown.idle_nodes])
-
-
-def uses_ray_client() -> bool:
-    """Whether this process has joined through `ray://`: it is none of the cluster's own, and sees no node's disk."""
-    import ray.util.client
-
-    return bool(ray.util.client.ray.is_connected())
-
-
-def _node_name(entry: Mapping[str, Any], others: Sequence[Node]) -> str:
-    name = str(entry["NodeManagerAddress"])
-    same = sum(other.name.split(" ")[0] == name for other in others)  # several Ray nodes on one machine
-    return f"{name} ({same + 1})" if same else name
-
-
 def check_address(run: Run) -> None:
     """Refuses an address that nobody listens at; Ray itself would try for half a minute and more.
 
@@ -169,13 +80,6 @@ def check_address(run: Run) -> None:
         raise ResourceError(
             f"cluster.address: no Ray answers; found: {address!r}: {error}; expected: a running head"
         ) from None
-
-
-def _memory_bytes() -> int:
-    """RAM of this machine, or the limit of the container."""
-    from ray._common.utils import get_system_memory
-
-    return int(get_system_memory())
 
 
 @contextmanager
@@ -214,7 +118,7 @@ def _start_local(need: Need) -> None:
             address="local",
             num_cpus=int(max(machine_resources()["CPU"], need.total.get("CPU", 0))),
             include_dashboard=False,
-            object_store_memory=min(need.object_store_bytes, _memory_bytes() // 3),
+            object_store_memory=min(need.object_store_bytes, memory_bytes() // 3),
             logging_level=logging.ERROR,
             log_to_driver=False,
         )
@@ -260,7 +164,7 @@ def cluster_of(run: Run) -> Iterator[Cluster]:
         yield Cluster(cluster_nodes(), "the sweep's Ray")
         return
     with _joined(run):
-        yield Cluster(cluster_nodes(), f"the cluster at {run.cluster.address or 'auto'!r}", _is_autoscaled())
+        yield Cluster(cluster_nodes(), f"the cluster at {run.cluster.address or 'auto'!r}", is_autoscaled())
 
 
 def planned_cluster(run: Run, described: Sequence[str] = ()) -> Cluster:

@@ -1,4 +1,4 @@
-"""The loop's `Generator` and `Scorer` on pools of actors: one of each in every learner worker."""
+"""The loop's `Generator` on a pool of rollout actors, one in every learner worker."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -6,31 +6,30 @@ from typing import Any
 
 from raytrl.config.engines import CPU_SEQUENCES
 from raytrl.config.ppo import RolloutConfig
-from raytrl.config.reward import RewardSection
 from raytrl.errors import RunError, WeightsVersionError
-from raytrl.launch.actors import MAX_IN_FLIGHT
-from raytrl.launch.pool import Pool, Request
-from raytrl.launch.transport import Receivers, SentWeights
-from raytrl.records import Attempt, Prompt, Response, Score, chunks
-from raytrl.roles.reward.call import Pair
-from raytrl.roles.reward.sources import check_dropped
+from raytrl.launch.actors.base import MAX_IN_FLIGHT
+from raytrl.launch.actors.pool import Pool, Request
+from raytrl.launch.actors.transport import Receivers, SentWeights
+from raytrl.records import Attempt, Prompt, Response, chunks
 from raytrl.roles.weights.buckets import Weights
 
-Share = Callable[[Weights, Receivers], SentWeights]
+SendWeights = Callable[[Weights, Receivers], SentWeights]
 
 
-class RolloutPool:
+class PoolGenerator:
     """`ppo.protocols.Generator` on rollout actors."""
 
-    def __init__(self, pool: Pool, rollout: RolloutConfig, *, samples: int, attempt: Attempt, share: Share) -> None:
+    def __init__(
+        self, pool: Pool, rollout: RolloutConfig, *, samples: int, attempt: Attempt, send_weights: SendWeights
+    ) -> None:
         """
         Args:
             samples: responses per prompt.
             attempt: of the learner group; the actors refuse requests of earlier ones.
-            share: gets the weights, once for all workers, to the actors, or where they can take them. Collective.
+            send_weights: gets them, once for all workers, to the actors, or where they can take them. Collective.
         """
         self._pool, self._rollout, self._samples = pool, rollout, samples
-        self._attempt, self._share = attempt, share
+        self._attempt, self._send_weights = attempt, send_weights
         self._version: int | None = None
 
     @property
@@ -48,7 +47,7 @@ class RolloutPool:
         if first:
             self._pool.tell_all("begin", self._attempt)  # what an earlier attempt still asks for need not be waited for
         self._pool.forget()  # the last version's buckets, so that the object store does not hold two
-        sent = self._share(weights, Receivers(self._tell, self._agree, self._pool.size, complete))
+        sent = self._send_weights(weights, Receivers(self._tell, self._agree, self._pool.size, complete))
         self._pool.prepare_all(
             "load_weights",
             self._attempt,
@@ -114,48 +113,6 @@ class RolloutPool:
             yield responses
 
 
-class RewardPool:
-    """`ppo.protocols.Scorer` on reward actors."""
-
-    def __init__(
-        self,
-        pool: Pool,
-        section: RewardSection,
-        *,
-        attempt: Attempt,
-        start_timeout_s: float,
-        gather: Callable[[Sequence[Score]], Sequence[Score]],
-    ) -> None:
-        """
-        Args:
-            gather: the scores of all workers, on every worker; collective.
-        """
-        self._pool, self._section, self._attempt, self._gather = pool, section, attempt, gather
-        self._start_timeout_s, self._started, self._sent = start_timeout_s, False, 0
-        self._prompts: Sequence[Prompt] = ()
-        self._by_row: dict[int, Prompt] = {}
-
-    def submit(self, prompts: Sequence[Prompt], responses: Sequence[Response]) -> None:
-        if not self._started:
-            self._pool.prepare_all("prepare", self._attempt, timeout_s=self._start_timeout_s)
-            self._started = True
-        if (
-            prompts is not self._prompts
-        ):  # a batch comes in many chunks: to index it for each would grow with its square
-            self._prompts, self._by_row = prompts, {prompt.row: prompt for prompt in prompts}
-        pairs: list[Pair] = [(self._by_row[response.row], response) for response in responses]
-        first = responses[0]
-        name = f"scores of rows {first.row} to {responses[-1].row} of step {first.step}"
-        self._pool.send(Request(name, self._sent, "score", (self._attempt, pairs)))
-        self._sent += 1
-
-    def collect(self) -> list[Score]:
-        scores = [score for _, answer in self._pool.answers() for score in answer]
-        if self._section.on_error == "drop":  # judged over the step's whole batch, whoever scored it
-            check_dropped(self._gather(scores), self._section.drop_budget)
-        return scores
-
-
 def requests_in_flight(rollout: RolloutConfig, samples: int) -> int:
     """Chunks that a rollout actor should have at a time: one at work and one that waits, or enough to fill vLLM's batch.
 
@@ -165,13 +122,3 @@ def requests_in_flight(rollout: RolloutConfig, samples: int) -> int:
         return 2
     sequences = rollout.engine_args.get("max_num_seqs") or (1024 if rollout.resources.get("GPU") else CPU_SEQUENCES)
     return min(MAX_IN_FLIGHT, -(-3 * sequences // (2 * samples * rollout.chunk_prompts)) + 1)
-
-
-def scoring_limit_s(rollout: RolloutConfig, reward: RewardSection, responses_per_prompt: int) -> float:
-    """A reward actor's sources have limits of their own; the pool's must not come before them."""
-    pairs = rollout.chunk_prompts * responses_per_prompt
-    slowest = 0.0
-    for source in reward.sources:
-        batches = -(-pairs // (source.batch_size or pairs))
-        slowest = max(slowest, batches * (source.retries + 1) * (source.timeout_s + 8.0))
-    return rollout.timeout_s + slowest

@@ -14,8 +14,8 @@ from raytrl.config.load import LoadedRun
 from raytrl.config.ppo_run import PpoRun
 from raytrl.config.runs import SupervisedRun, TrainingRun
 from raytrl.errors import RaytrlError
-from raytrl.launch.resume import Standing, inspect_run, sweep
-from raytrl.launch.session import check_output_dir, cluster_of, prepare_environment, ray_session
+from raytrl.launch.runs.resume import Standing, inspect_run, sweep
+from raytrl.launch.session.session import check_output_dir, cluster_of, prepare_environment, ray_session
 from raytrl.plan.capacity import Room
 from raytrl.plan.cluster import Need
 from raytrl.plan.need import need_of
@@ -50,10 +50,10 @@ class Kind(Protocol):
 def kind_of(run: TrainingRun) -> Kind:
     """The kind's own part of a run."""
     if isinstance(run, PpoRun):
-        from raytrl.launch.ppo import PpoKind
+        from raytrl.launch.runs.ppo import PpoKind
 
         return PpoKind(run)
-    from raytrl.launch.supervised import SupervisedKind
+    from raytrl.launch.runs.supervised import SupervisedKind
 
     assert isinstance(run, SupervisedRun)
     return SupervisedKind(run)
@@ -187,8 +187,8 @@ def _run_on_ray(
     with ray_session(run, need):
         importer.join()
         clock["ray_s"] = time.time() - mark
-        from raytrl.launch.storage import check_storage
-        from raytrl.launch.watch import Watch, start_board
+        from raytrl.launch.runs.watch import Watch, start_board
+        from raytrl.launch.session.storage import check_storage
 
         check_storage(run_dir)
         board = start_board(run)

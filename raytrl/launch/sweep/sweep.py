@@ -13,12 +13,12 @@ from raytrl.config.runs import TrainingRun
 from raytrl.config.search import Edge, check_edges, load_base
 from raytrl.config.tune import TuneRun
 from raytrl.errors import ConfigError, RunError
-from raytrl.launch.resume import refuse_changes
-from raytrl.launch.session import check_output_dir, cluster_of, prepare_environment, ray_session
-from raytrl.launch.sweep_end import write_end
-from raytrl.launch.sweep_room import AtOnce, Sweep, concurrent_trials
-from raytrl.launch.train import failure_noted, kind_of, write_start
-from raytrl.launch.trials import TrialBook, best_trial, trials_folder
+from raytrl.launch.runs.resume import refuse_changes
+from raytrl.launch.runs.run import failure_noted, kind_of, write_start
+from raytrl.launch.session.session import check_output_dir, cluster_of, prepare_environment, ray_session
+from raytrl.launch.sweep.book import TrialBook, best_trial, trials_folder
+from raytrl.launch.sweep.end import write_end
+from raytrl.launch.sweep.room import AtOnce, Sweep, concurrent_trials
 from raytrl.plan.cluster import Cluster, Need
 from raytrl.plan.where import check_one_node, joins_cluster, refuse_client
 from raytrl.records import Progress, Trial
@@ -88,7 +88,7 @@ def _run(
     show_trials: ShowTrials,
 ) -> dict[str, Any]:
     """Checks the sweep against the cluster and its data, then runs it; the manifest as `tune` returns it."""
-    from raytrl.launch.tune_search import first_trials, make_optuna, make_scheduler
+    from raytrl.launch.sweep.search import first_trials, make_optuna, make_scheduler
 
     run = sweep.run
     scheduler, optuna = make_scheduler(run), make_optuna(run)
@@ -181,9 +181,9 @@ def _run_on_ray(
     shared = sweep.shared_need()
     store = one.object_store_bytes * at_once.count
     with ray_session(run, Need((*shared.groups, *one.groups), store)):
-        from raytrl.launch.storage import check_storage
-        from raytrl.launch.sweep_watch import SweepWatch
-        from raytrl.launch.tune_search import replay
+        from raytrl.launch.session.storage import check_storage
+        from raytrl.launch.sweep.search import replay
+        from raytrl.launch.sweep.watch import SweepWatch
 
         check_storage(run_dir)
         replay(scheduler, run, book)
@@ -199,8 +199,8 @@ def _reward_actors(sweep: Sweep) -> Iterator[list[Any] | None]:
     if not sweep.shares_reward:
         yield None
         return
-    from raytrl.launch.ppo import make_sources
-    from raytrl.launch.ray_actors import started_actors
+    from raytrl.launch.actors.start import started_actors
+    from raytrl.launch.runs.ppo import make_sources
 
     assert isinstance(sweep.base.run, PpoRun)
     base, run = sweep.base.run, sweep.run

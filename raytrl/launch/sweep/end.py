@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from raytrl.config.search import trial_run
 from raytrl.config.tune import TuneRun
-from raytrl.launch.trials import TrialBook
+from raytrl.launch.sweep.book import TrialBook
 from raytrl.records import Trial
 from raytrl.rundir import RunDirectory
 

@@ -10,7 +10,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raytrl.config.runs import TrainingRun
 from raytrl.errors import RunError, StalledError, WorkerError
-from raytrl.launch.gauges import step_gauges
+from raytrl.launch.session.gauges import step_gauges
 from raytrl.records import Progress
 from raytrl.rundir import MetricsLog, RunDirectory, StepLog, now
 

@@ -9,7 +9,7 @@ import ray.exceptions
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raytrl.errors import ConfigError, ResourceError
-from raytrl.launch.session import uses_ray_client
+from raytrl.launch.session.nodes import uses_ray_client
 from raytrl.rundir import RunDirectory
 
 _LIMIT_S = 120.0  # for a process to start on each node

@@ -1,0 +1,62 @@
+"""The loop's `Scorer` on a pool of reward actors, one in every learner worker."""
+
+from collections.abc import Callable, Sequence
+
+from raytrl.config.ppo import RolloutConfig
+from raytrl.config.reward import RewardSection
+from raytrl.launch.actors.pool import Pool, Request
+from raytrl.records import Attempt, Prompt, Response, Score
+from raytrl.roles.reward.call import Pair
+from raytrl.roles.reward.sources import check_dropped
+
+
+class PoolScorer:
+    """`ppo.protocols.Scorer` on reward actors."""
+
+    def __init__(
+        self,
+        pool: Pool,
+        section: RewardSection,
+        *,
+        attempt: Attempt,
+        start_timeout_s: float,
+        gather: Callable[[Sequence[Score]], Sequence[Score]],
+    ) -> None:
+        """
+        Args:
+            gather: the scores of all workers, on every worker; collective.
+        """
+        self._pool, self._section, self._attempt, self._gather = pool, section, attempt, gather
+        self._start_timeout_s, self._started, self._sent = start_timeout_s, False, 0
+        self._prompts: Sequence[Prompt] = ()
+        self._by_row: dict[int, Prompt] = {}
+
+    def submit(self, prompts: Sequence[Prompt], responses: Sequence[Response]) -> None:
+        if not self._started:
+            self._pool.prepare_all("prepare", self._attempt, timeout_s=self._start_timeout_s)
+            self._started = True
+        if (
+            prompts is not self._prompts
+        ):  # a batch comes in many chunks: to index it for each would grow with its square
+            self._prompts, self._by_row = prompts, {prompt.row: prompt for prompt in prompts}
+        pairs: list[Pair] = [(self._by_row[response.row], response) for response in responses]
+        first = responses[0]
+        name = f"scores of rows {first.row} to {responses[-1].row} of step {first.step}"
+        self._pool.send(Request(name, self._sent, "score", (self._attempt, pairs)))
+        self._sent += 1
+
+    def collect(self) -> list[Score]:
+        scores = [score for _, answer in self._pool.answers() for score in answer]
+        if self._section.on_error == "drop":  # judged over the step's whole batch, whoever scored it
+            check_dropped(self._gather(scores), self._section.drop_budget)
+        return scores
+
+
+def scoring_limit_s(rollout: RolloutConfig, reward: RewardSection, responses_per_prompt: int) -> float:
+    """A reward actor's sources have limits of their own; the pool's must not come before them."""
+    pairs = rollout.chunk_prompts * responses_per_prompt
+    slowest = 0.0
+    for source in reward.sources:
+        batches = -(-pairs // (source.batch_size or pairs))
+        slowest = max(slowest, batches * (source.retries + 1) * (source.timeout_s + 8.0))
+    return rollout.timeout_s + slowest

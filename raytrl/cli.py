@@ -145,7 +145,7 @@ def _tune(file: str, overrides: list[str] | None, fresh: bool) -> None:
     from raytrl.config.load import load_run
 
     loaded = load_run(file, overrides or [], "tune")
-    from raytrl.config.tune import TuneRun
+    from raytrl.config.runs.sweep import TuneRun
     from raytrl.launch.sweep.sweep import tune
     from raytrl.report.sweep import SweepDisplay, sweep_summary, trials_table
     from raytrl.report.sweep_page import write_sweep_page

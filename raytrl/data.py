@@ -10,7 +10,9 @@ import datasets
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from raytrl.config.runs import DataSource, Run, SupervisedRun
+from raytrl.config.runs.base import Run
+from raytrl.config.runs.supervised import SupervisedRun
+from raytrl.config.sections.data import DataSource
 from raytrl.errors import DataError
 from raytrl.functions import describe_raised, load_function
 

@@ -10,9 +10,9 @@ from typing import Any
 import torch.distributed
 
 from raytrl.config.load import load_run
-from raytrl.config.runs import SupervisedRun
+from raytrl.config.runs.supervised import SupervisedRun
 from raytrl.plan.checks.supervised import preflight
-from raytrl.records import Progress
+from raytrl.records.progress import Progress
 from raytrl.roles.job import SupervisedJob
 from raytrl.rundir import RunDirectory
 

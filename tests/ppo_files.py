@@ -17,7 +17,7 @@ def make_policy(folder: Path, family: str = "llama", head_size: int | None = Non
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from raytrl.config.runs import TokenizerSpec
+    from raytrl.config.sections.model import TokenizerSpec
     from raytrl.roles.models.tokenizer import train_tokenizer
 
     tokenizer = train_tokenizer(iter([" " + " ".join(WORDS)] * 50), TokenizerSpec(vocab_size=300))

@@ -1,9 +1,10 @@
 """Every kind of run file, by the name that `kind` gives it."""
 
-from raytrl.config.eval_run import EvalRun
-from raytrl.config.ppo_run import PpoRun
-from raytrl.config.runs import DpoRun, RewardRun, Run, SftRun
-from raytrl.config.tune import TuneRun
+from raytrl.config.runs.base import Run
+from raytrl.config.runs.evaluation import EvalRun
+from raytrl.config.runs.ppo import PpoRun
+from raytrl.config.runs.supervised import DpoRun, RewardRun, SftRun
+from raytrl.config.runs.sweep import TuneRun
 
 RUNS: dict[str, type[Run]] = {
     "sft": SftRun,

@@ -9,10 +9,10 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from raytrl.config.deepspeed import read_deepspeed
+from raytrl.config.foreign.deepspeed import read_deepspeed
 from raytrl.config.kinds import RUNS
-from raytrl.config.nearest import unknown_key
-from raytrl.config.runs import Run
+from raytrl.config.renamed import unknown_key
+from raytrl.config.runs.base import Run
 from raytrl.errors import ConfigError
 
 

@@ -4,11 +4,12 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
+from raytrl.config.foreign.native import LORA_CLASS, NativeClass, native_fields
 from raytrl.config.kinds import RUNS
-from raytrl.config.native import LORA_CLASS, NativeClass, native_fields
-from raytrl.config.nearest import OWNED
-from raytrl.config.runs import SupervisedRun, TrainingRun
-from raytrl.config.tune import DISTRIBUTIONS
+from raytrl.config.renamed import OWNED
+from raytrl.config.runs.base import TrainingRun
+from raytrl.config.runs.supervised import SupervisedRun
+from raytrl.config.runs.sweep import DISTRIBUTIONS
 
 
 def json_schema(kind: str) -> dict[str, Any]:

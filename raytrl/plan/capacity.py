@@ -4,8 +4,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from raytrl.config.ppo_run import PpoRun
-from raytrl.config.runs import Run, SupervisedRun, TrainingRun
+from raytrl.config.runs.base import Run, TrainingRun
+from raytrl.config.runs.ppo import PpoRun
+from raytrl.config.runs.supervised import SupervisedRun
 from raytrl.errors import ResourceError
 from raytrl.plan.cluster import ADDED, Cluster, Group, Need, Node
 from raytrl.plan.config_shapes import ModelShape

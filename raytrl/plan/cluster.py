@@ -3,10 +3,10 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from raytrl.config.base import Placement as Strategy
-from raytrl.config.ppo import RolloutConfig
-from raytrl.config.reward import RewardSection
-from raytrl.config.runs import LearnerSection
+from raytrl.config.sections.base import Strategy
+from raytrl.config.sections.learner import LearnerSection
+from raytrl.config.sections.reward import RewardSection
+from raytrl.config.sections.rollout import RolloutSection
 from raytrl.errors import ConfigError
 
 ADDED = "added node "
@@ -37,7 +37,7 @@ class Group:
     labels: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, key: str, count: int, section: LearnerSection | RolloutConfig | RewardSection) -> "Group":
+    def of(cls, key: str, count: int, section: LearnerSection | RolloutSection | RewardSection) -> "Group":
         """From a section of the run file."""
         return cls(key, count, section.resources, section.placement, section.labels)
 

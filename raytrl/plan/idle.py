@@ -2,10 +2,11 @@
 
 from collections.abc import Iterator
 
-from raytrl.config.deepspeed import zero_stage
-from raytrl.config.eval_run import EvalRun
-from raytrl.config.ppo_run import PpoRun
-from raytrl.config.runs import Run, SupervisedRun, TrainingRun
+from raytrl.config.foreign.deepspeed import zero_stage
+from raytrl.config.runs.base import Run, TrainingRun
+from raytrl.config.runs.evaluation import EvalRun
+from raytrl.config.runs.ppo import PpoRun
+from raytrl.config.runs.supervised import SupervisedRun
 
 
 def idle_settings(run: Run, steps: int | None) -> list[str]:

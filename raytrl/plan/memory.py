@@ -9,11 +9,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from raytrl.config.deepspeed import zero_stage
-from raytrl.config.engines import cpu_cache_bytes
-from raytrl.config.eval_run import EvalRun
-from raytrl.config.ppo_run import PpoRun
-from raytrl.config.runs import Run, SupervisedRun
+from raytrl.config.foreign.deepspeed import zero_stage
+from raytrl.config.runs.base import Run
+from raytrl.config.runs.evaluation import EvalRun
+from raytrl.config.runs.ppo import PpoRun
+from raytrl.config.runs.supervised import SupervisedRun
+from raytrl.config.sections.engines import cpu_cache_bytes
 from raytrl.plan.config_shapes import ModelShape
 from raytrl.plan.shapes import lora_parameters
 

@@ -2,9 +2,10 @@
 
 from pathlib import Path
 
-from raytrl.config.eval_run import EvalRun
-from raytrl.config.ppo_run import PpoRun
-from raytrl.config.runs import Run, SupervisedRun
+from raytrl.config.runs.base import Run
+from raytrl.config.runs.evaluation import EvalRun
+from raytrl.config.runs.ppo import PpoRun
+from raytrl.config.runs.supervised import SupervisedRun
 from raytrl.errors import ConfigError
 from raytrl.plan.cluster import Group, Need
 

@@ -3,7 +3,8 @@
 import os
 from collections.abc import Sequence
 
-from raytrl.config.runs import DataSource, Run, TrainingRun
+from raytrl.config.runs.base import Run, TrainingRun
+from raytrl.config.sections.data import DataSource
 from raytrl.errors import ConfigError, DataError
 from raytrl.plan.capacity import CERTAINTY, Load, Room, check_memory
 from raytrl.plan.cluster import ADDED, Cluster, Node, amounts
@@ -13,7 +14,7 @@ from raytrl.plan.need import need_of
 from raytrl.plan.shapes import read_shapes
 from raytrl.plan.where import THIS_MACHINE
 from raytrl.plan.words import total_steps, words_of
-from raytrl.records import Plan, PlannedRole
+from raytrl.records.plan import Plan, PlannedRole
 
 
 def plan(run: Run, cluster: Cluster, models: str = "") -> Plan:

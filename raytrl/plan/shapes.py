@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from raytrl.config.eval_run import EvalRun
-from raytrl.config.ppo_run import PpoRun
-from raytrl.config.runs import ModelSection, Run, TokenizerSpec, TrainingRun
+from raytrl.config.runs.base import Run, TrainingRun
+from raytrl.config.runs.evaluation import EvalRun
+from raytrl.config.runs.ppo import PpoRun
+from raytrl.config.sections.model import ModelSection, TokenizerSpec
 from raytrl.errors import ConfigError
 from raytrl.plan.config_shapes import Head, Linear, ModelShape, shape_of_values
 

@@ -2,7 +2,7 @@
 
 import os
 
-from raytrl.config.runs import Run
+from raytrl.config.runs.base import Run
 from raytrl.errors import ConfigError, ResourceError
 
 THIS_MACHINE = "this machine"

@@ -2,11 +2,12 @@
 
 import statistics
 
-from raytrl.config.deepspeed import zero_stage
-from raytrl.config.engines import engine_words
-from raytrl.config.eval_run import EvalRun
-from raytrl.config.ppo_run import PpoRun
-from raytrl.config.runs import Run, SupervisedRun, TrainingRun
+from raytrl.config.foreign.deepspeed import zero_stage
+from raytrl.config.runs.base import Run, TrainingRun
+from raytrl.config.runs.evaluation import EvalRun
+from raytrl.config.runs.ppo import PpoRun
+from raytrl.config.runs.supervised import SupervisedRun
+from raytrl.config.sections.engines import engine_words
 from raytrl.plan.cluster import amounts
 from raytrl.plan.config_shapes import ModelShape
 from raytrl.plan.memory import microbatch_tokens

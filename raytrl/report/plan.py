@@ -4,7 +4,7 @@ from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
 
-from raytrl.records import Plan, PlannedRole
+from raytrl.records.plan import Plan, PlannedRole
 
 _MANY = 4
 

@@ -19,7 +19,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from raytrl.records import Progress as Event
+from raytrl.records.progress import Progress as Event
 
 _PPO_PHASES = ("generate", "score", "experience", "update", "sync", "eval", "idle")
 _CLOSING = (

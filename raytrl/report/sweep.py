@@ -10,8 +10,9 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from raytrl.config.search import short_name
-from raytrl.records import Progress, Trial
+from raytrl.config.trials import short_name
+from raytrl.records.progress import Progress
+from raytrl.records.sweep import Trial
 
 _STYLES = {"done": "green", "running": "cyan", "failed": "red", "over limit": "yellow", "stopped": "yellow"}
 

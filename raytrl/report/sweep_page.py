@@ -4,9 +4,9 @@ import html
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from raytrl.config.search import short_name
-from raytrl.config.tune import TuneRun
-from raytrl.records import Trial
+from raytrl.config.runs.sweep import TuneRun
+from raytrl.config.trials import short_name
+from raytrl.records.sweep import Trial
 from raytrl.report.page import as_svg, page, panels, table
 from raytrl.rundir import RunDirectory
 

@@ -3,7 +3,7 @@
 from contextlib import AbstractContextManager
 from typing import Protocol
 
-from raytrl.records import Progress
+from raytrl.records.progress import Progress
 
 
 class WorkerContext(Protocol):

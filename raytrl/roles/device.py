@@ -4,8 +4,9 @@ import platform
 import resource
 import sys
 
-from raytrl.config.eval_run import EvalRun
-from raytrl.config.runs import SupervisedRun, TrainingRun
+from raytrl.config.runs.base import TrainingRun
+from raytrl.config.runs.evaluation import EvalRun
+from raytrl.config.runs.supervised import SupervisedRun
 from raytrl.errors import ConfigError
 
 

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from raytrl.config.ppo_run import PpoRun
-from raytrl.config.runs import SupervisedRun
+from raytrl.config.runs.ppo import PpoRun
+from raytrl.config.runs.supervised import SupervisedRun
 
 
 @dataclass(frozen=True)

@@ -5,15 +5,15 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
-from raytrl.config.ppo import RolloutConfig
+from raytrl.config.sections.rollout import RolloutSection
 from raytrl.errors import ConfigError, DataError
-from raytrl.records import Prompt, PromptText
+from raytrl.records.samples import Prompt, PromptText
 
 
 class PromptTable:
     """The prompts of one dataset, tokenised when they are asked for."""
 
-    def __init__(self, dataset: Any, tokenizer: Any, rollout: RolloutConfig, where: str) -> None:
+    def __init__(self, dataset: Any, tokenizer: Any, rollout: RolloutSection, where: str) -> None:
         """
         Args:
             dataset: rows with `prompt`: a string, or a list of messages with role and content.
@@ -126,7 +126,7 @@ def _permutation(seed: int, size: int, epoch: int) -> list[int]:
 
 
 class SharedPrompts:
-    """One learner worker's share of each step's prompts (`ppo.protocols.PromptSource`).
+    """One learner worker's share of each step's prompts (`loop.protocols.PromptSource`).
 
     A share is a run of whole chunks, so which prompts are sampled together is the same for every number of workers.
     """

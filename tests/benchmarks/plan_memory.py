@@ -112,7 +112,7 @@ def make_files(folder: Path) -> None:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
-    from raytrl.config.runs import TokenizerSpec
+    from raytrl.config.sections.model import TokenizerSpec
     from raytrl.roles.models.tokenizer import train_tokenizer
 
     folder.mkdir(parents=True, exist_ok=True)

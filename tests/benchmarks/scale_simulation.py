@@ -21,7 +21,7 @@ import ray
 from raytrl.launch.actors.base import CONCURRENCY_GROUPS, WEIGHTS, WORK
 from raytrl.launch.actors.reward import RewardActor
 from raytrl.launch.actors.rollout import RolloutActor
-from raytrl.records import Attempt, Prompt, Response, Score
+from raytrl.records.samples import Attempt, Prompt, Response, Score
 from tests.thread_calls import ThreadCalls
 
 CHUNK, CHUNKS_AN_ACTOR, TOKENS, PROMPT_TOKENS = 8, 2, 48, 64
@@ -134,19 +134,19 @@ def measure(actors: int, latency_s: float, calls: Callable[[type, int, str, Call
     """One size; medians over the steps after the warm-up."""
     from statistics import median
 
-    from raytrl.config.ppo import RolloutConfig
-    from raytrl.config.reward import RewardSection
+    from raytrl.config.sections.reward import RewardSection
+    from raytrl.config.sections.rollout import RolloutSection
     from raytrl.launch.actors.generator import PoolGenerator
     from raytrl.launch.actors.pool import Pool
     from raytrl.launch.actors.scorer import PoolScorer
-    from raytrl.ppo import loop
+    from raytrl.loop import loop
 
     rollouts = calls(SleepingRollout, actors, "rollout", lambda: SleepingEngine(latency_s))
     rewards = calls(RewardActor, max(1, actors // 16), "reward", ConstantSources)
     section = RewardSection.model_validate({"sources": [{"name": "constant", "function": "x.py:y"}]})
     generator = PoolGenerator(
         Pool(rollouts, "rollout actors", "the simulation", 120.0),
-        RolloutConfig(chunk_prompts=CHUNK),
+        RolloutSection(chunk_prompts=CHUNK),
         samples=1,
         attempt=Attempt("run", 1),
         send_weights=lambda weights, receivers: weights,  # type: ignore[arg-type, return-value]

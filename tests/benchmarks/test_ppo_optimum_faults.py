@@ -13,7 +13,7 @@ from optimum import Optimum
 from toy import LocalGenerator, LocalScorer, Log, Prompts, config, gpt2, make_engine, make_learner
 
 from raytrl.algo.kl import kl_estimate
-from raytrl.ppo.loop import Schedule, run
+from raytrl.loop.loop import Schedule, run
 from raytrl.roles.learner import experience, learner, sequences
 
 pytestmark = pytest.mark.slow

@@ -25,9 +25,9 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from raytrl.config.ppo import RolloutConfig
+from raytrl.config.sections.rollout import RolloutSection
 from raytrl.launch.session.session import prepare_environment
-from raytrl.records import Attempt, Prompt
+from raytrl.records.samples import Attempt, Prompt
 from raytrl.roles.models.adapters import add_policy_adapter, policy_parameters
 from raytrl.roles.weights.buckets import Weights
 from tests.ppo_files import make_policy
@@ -66,8 +66,8 @@ def some_prompts(rows: int, step: int = 0) -> list[Prompt]:
     return [Prompt(step=step, row=row, text="", token_ids=ids[row]) for row in range(rows)]
 
 
-def rollout_config(options: argparse.Namespace, engine: str) -> RolloutConfig:
-    return RolloutConfig(
+def rollout_config(options: argparse.Namespace, engine: str) -> RolloutSection:
+    return RolloutSection(
         engine=engine,
         max_prompt_length=32,
         sampling={
@@ -136,7 +136,7 @@ class Timed:
         return self.busy_s
 
 
-def make_timed(path: str, rollout: RolloutConfig, lora: Any) -> Any:
+def make_timed(path: str, rollout: RolloutSection, lora: Any) -> Any:
     from raytrl.roles.rollout.engines import engine_class
 
     return Timed(
@@ -154,7 +154,7 @@ class OnlyWorker:
 
 
 @contextmanager
-def pool_of(path: str, rollout: RolloutConfig, lora: Any) -> Iterator[tuple[Any, list[Any]]]:
+def pool_of(path: str, rollout: RolloutSection, lora: Any) -> Iterator[tuple[Any, list[Any]]]:
     """A `PoolGenerator` on real Ray actors, as the only learner worker has it."""
     prepare_environment()
     import ray

@@ -13,9 +13,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from raytrl.algo.logprobs import token_logprobs
-from raytrl.config.ppo import RolloutConfig
+from raytrl.config.sections.rollout import RolloutSection
 from raytrl.errors import NonFiniteError, WeightsVersionError
-from raytrl.records import Prompt, Response
+from raytrl.records.samples import Prompt, Response
 from raytrl.roles.models.adapters import add_policy_adapter, policy_parameters
 from raytrl.roles.rollout.folder import FolderEngine
 from raytrl.roles.rollout.vllm.engine import VllmEngine
@@ -27,8 +27,8 @@ LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
 KINDS = ("llama", "gpt2", "llama-lora", "gpt2-lora")
 
 
-def rollout(**sampling: Any) -> RolloutConfig:
-    return RolloutConfig(engine="vllm", max_prompt_length=32, sampling={"max_new_tokens": 12} | sampling)
+def rollout(**sampling: Any) -> RolloutSection:
+    return RolloutSection(engine="vllm", max_prompt_length=32, sampling={"max_new_tokens": 12} | sampling)
 
 
 def some_prompts(rows: int, step: int = 0) -> list[Prompt]:
@@ -50,7 +50,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 class Case:
     """An engine, and the learner's model whose weights it is given."""
 
-    def __init__(self, path: str, lora: bool, config: RolloutConfig) -> None:
+    def __init__(self, path: str, lora: bool, config: RolloutSection) -> None:
         self.sampling = config.sampling
         base = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
         self.model = (add_policy_adapter(base, LORA) if lora else base).eval()

@@ -95,7 +95,7 @@ def test_actors_are_placed_as_asked(folder: Path, nodes: Nodes) -> None:
     import ray
 
     from raytrl.config.load import load_run
-    from raytrl.config.ppo_run import PpoRun
+    from raytrl.config.runs.ppo import PpoRun
     from raytrl.errors import ResourceError
     from raytrl.launch.actors.start import started_actors
 

@@ -8,7 +8,8 @@ import datasets
 import pytest
 
 from raytrl.config.kinds import RUNS
-from raytrl.config.runs import DataSource, SupervisedRun
+from raytrl.config.runs.supervised import SupervisedRun
+from raytrl.config.sections.data import DataSource
 from raytrl.data import check_columns, conversation_of, load_data, texts_of
 from raytrl.errors import ConfigError, DataError
 from tests.runs import write_rows

@@ -5,7 +5,7 @@ from io import StringIO
 import pytest
 from rich.console import Console
 
-from raytrl.records import Progress
+from raytrl.records.progress import Progress
 from raytrl.report.progress import Display, summary
 
 EVENTS = [

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from raytrl.config.engines import engine_words
 from raytrl.config.load import load_run
-from raytrl.config.ppo_run import PpoRun
+from raytrl.config.runs.ppo import PpoRun
+from raytrl.config.sections.engines import engine_words
 from raytrl.errors import ConfigError
 from tests.ppo_files import ppo_file
 

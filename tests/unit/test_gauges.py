@@ -3,7 +3,7 @@
 import pytest
 
 from raytrl.launch.session.gauges import GAUGES, StepGauges
-from raytrl.records import Progress
+from raytrl.records.progress import Progress
 
 
 class Recorded:

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from raytrl.config.load import LoadedRun, load_run
-from raytrl.config.nearest import RENAMED_PPO
-from raytrl.config.ppo_run import PpoRun
-from raytrl.config.runs import SupervisedRun
+from raytrl.config.renamed import RENAMED_PPO
+from raytrl.config.runs.ppo import PpoRun
+from raytrl.config.runs.supervised import SupervisedRun
 from raytrl.errors import ConfigError
 
 RUN = """\

@@ -8,7 +8,7 @@ import yaml
 from huggingface_hub import ModelCard
 
 from raytrl.config.load import load_run
-from raytrl.config.runs import SupervisedRun
+from raytrl.config.runs.supervised import SupervisedRun
 from raytrl.roles.models.card import write_model_card
 from tests.runs import run_file
 

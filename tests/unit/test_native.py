@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from raytrl.config.native import LORA_CLASS, TRAINING_CLASSES, ZERO_CLASS, native_fields, type_name
-from raytrl.config.nearest import OWNED, RENAMED
-from raytrl.config.runs import TRACKERS
+from raytrl.config.foreign.native import LORA_CLASS, TRAINING_CLASSES, ZERO_CLASS, native_fields, type_name
+from raytrl.config.renamed import OWNED, RENAMED
+from raytrl.config.runs.base import TRACKERS
 
 
 @pytest.fixture(scope="module")

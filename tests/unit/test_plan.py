@@ -11,7 +11,7 @@ from raytrl.config.load import load_run
 from raytrl.errors import ConfigError, ResourceError
 from raytrl.launch.session.session import planned_cluster
 from raytrl.plan.plan import plan
-from raytrl.records import Plan
+from raytrl.records.plan import Plan
 from raytrl.report.plan import plan_view
 from tests.ppo_files import make_files, ppo_file
 from tests.runs import raytrl, run_file, text_rows, write_rows

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from raytrl.config.load import load_run
-from raytrl.config.runs import SupervisedRun
+from raytrl.config.runs.supervised import SupervisedRun
 from raytrl.errors import ConfigError, ResourceError, RunError
 from raytrl.launch.session.nodes import machine_resources
 from raytrl.launch.session.session import _start_local

@@ -8,7 +8,8 @@ import pytest
 import yaml
 
 from raytrl.config.load import load_run
-from raytrl.config.runs import Run, SupervisedRun
+from raytrl.config.runs.base import Run
+from raytrl.config.runs.supervised import SupervisedRun
 from raytrl.errors import ConfigError
 from raytrl.launch.runs.resume import Standing, inspect_run
 from raytrl.rundir import RunDirectory

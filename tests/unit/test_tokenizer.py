@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from raytrl.config.kinds import RUNS
-from raytrl.config.runs import SupervisedRun, TokenizerSpec
+from raytrl.config.runs.supervised import SupervisedRun
+from raytrl.config.sections.model import TokenizerSpec
 from raytrl.errors import ConfigError
 from raytrl.roles.models.tokenizer import check_tokenizer, load_tokenizer, train_tokenizer
 from tests.runs import text_rows

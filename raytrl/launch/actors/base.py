@@ -17,7 +17,7 @@ import ray
 
 from raytrl.errors import StaleAttemptError
 from raytrl.launch.session.logs import LOG
-from raytrl.records import Attempt
+from raytrl.records.samples import Attempt
 
 CONTROL, STATUS, WEIGHTS, WORK = "control", "status", "weights", "work"
 MAX_IN_FLIGHT = 128  # requests that one rollout actor works on at a time

@@ -4,23 +4,23 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from raytrl.config.engines import CPU_SEQUENCES
-from raytrl.config.ppo import RolloutConfig
+from raytrl.config.sections.engines import CPU_SEQUENCES
+from raytrl.config.sections.rollout import RolloutSection
 from raytrl.errors import RunError, WeightsVersionError
 from raytrl.launch.actors.base import MAX_IN_FLIGHT
 from raytrl.launch.actors.pool import Pool, Request
 from raytrl.launch.actors.transport import Receivers, SentWeights
-from raytrl.records import Attempt, Prompt, Response, chunks
+from raytrl.records.samples import Attempt, Prompt, Response, chunks
 from raytrl.roles.weights.buckets import Weights
 
 SendWeights = Callable[[Weights, Receivers], SentWeights]
 
 
 class PoolGenerator:
-    """`ppo.protocols.Generator` on rollout actors."""
+    """`loop.protocols.Generator` on rollout actors."""
 
     def __init__(
-        self, pool: Pool, rollout: RolloutConfig, *, samples: int, attempt: Attempt, send_weights: SendWeights
+        self, pool: Pool, rollout: RolloutSection, *, samples: int, attempt: Attempt, send_weights: SendWeights
     ) -> None:
         """
         Args:
@@ -113,7 +113,7 @@ class PoolGenerator:
             yield responses
 
 
-def requests_in_flight(rollout: RolloutConfig, samples: int) -> int:
+def requests_in_flight(rollout: RolloutSection, samples: int) -> int:
     """Chunks that a rollout actor should have at a time: one at work and one that waits, or enough to fill vLLM's batch.
 
     Half as many again as its batch holds: of those at work some responses have ended already.

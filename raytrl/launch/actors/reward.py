@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from raytrl.launch.actors.base import CONTROL, Actor, in_group
-from raytrl.records import Attempt, Score
+from raytrl.records.samples import Attempt, Score
 
 if TYPE_CHECKING:
     from raytrl.roles.reward.call import Pair

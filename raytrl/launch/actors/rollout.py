@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from raytrl.errors import RaytrlError, WeightGroupError, WeightsGoneError, WeightsVersionError
 from raytrl.launch.actors.base import CONTROL, WEIGHTS, WORK, Actor, in_group
 from raytrl.launch.session.logs import set_version
-from raytrl.records import Attempt, Prompt, Response
+from raytrl.records.samples import Attempt, Prompt, Response
 
 if TYPE_CHECKING:
     from raytrl.launch.actors.transport import PackedBucket

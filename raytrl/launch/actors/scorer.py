@@ -2,16 +2,16 @@
 
 from collections.abc import Callable, Sequence
 
-from raytrl.config.ppo import RolloutConfig
-from raytrl.config.reward import RewardSection
+from raytrl.config.sections.reward import RewardSection
+from raytrl.config.sections.rollout import RolloutSection
 from raytrl.launch.actors.pool import Pool, Request
-from raytrl.records import Attempt, Prompt, Response, Score
+from raytrl.records.samples import Attempt, Prompt, Response, Score
 from raytrl.roles.reward.call import Pair
 from raytrl.roles.reward.sources import check_dropped
 
 
 class PoolScorer:
-    """`ppo.protocols.Scorer` on reward actors."""
+    """`loop.protocols.Scorer` on reward actors."""
 
     def __init__(
         self,
@@ -52,7 +52,7 @@ class PoolScorer:
         return scores
 
 
-def scoring_limit_s(rollout: RolloutConfig, reward: RewardSection, responses_per_prompt: int) -> float:
+def scoring_limit_s(rollout: RolloutSection, reward: RewardSection, responses_per_prompt: int) -> float:
     """A reward actor's sources have limits of their own; the pool's must not come before them."""
     pairs = rollout.chunk_prompts * responses_per_prompt
     slowest = 0.0

@@ -11,7 +11,7 @@ from ray.train.collective import broadcast_from_rank_zero
 from raytrl.errors import WeightGroupError
 from raytrl.launch.actors.transport import PackedBucket, Receivers, SentWeights, broadcast, send
 from raytrl.launch.session.logs import LOG
-from raytrl.records import Progress
+from raytrl.records.progress import Progress
 from raytrl.roles.context import WorkerContext
 from raytrl.roles.weights.buckets import Weights
 from raytrl.roles.weights.group import WeightGroup

@@ -13,10 +13,10 @@ import ray.exceptions
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from raytrl.config.eval_run import EvalRun
-from raytrl.config.ppo import RolloutConfig
-from raytrl.config.ppo_run import PpoRun
-from raytrl.config.reward import RewardSection
+from raytrl.config.runs.evaluation import EvalRun
+from raytrl.config.runs.ppo import PpoRun
+from raytrl.config.sections.reward import RewardSection
+from raytrl.config.sections.rollout import RolloutSection
 from raytrl.errors import ResourceError
 from raytrl.launch.actors.base import CONCURRENCY_GROUPS, MAX_IN_FLIGHT, WORK
 from raytrl.launch.actors.reward import RewardActor
@@ -44,7 +44,7 @@ def started_actors(
     Raises:
         ResourceError: they could not all be placed in time.
     """
-    roles: list[tuple[str, type, RolloutConfig | RewardSection, Callable[[], Any] | None]] = [
+    roles: list[tuple[str, type, RolloutSection | RewardSection, Callable[[], Any] | None]] = [
         ("rollout", RolloutActor, run.rollout, make_engine),
         ("reward", RewardActor, run.reward, make_sources),
     ]
@@ -78,12 +78,12 @@ def _lent_places(group: Any, actors: Sequence[int]) -> Iterator[tuple[Any, int]]
     return ((group, index) for index in itertools.count(group.bundle_count - sum(actors)))
 
 
-def bundles(section: RolloutConfig | RewardSection) -> tuple[list[dict[str, float]], list[dict[str, str]]]:
+def bundles(section: RolloutSection | RewardSection) -> tuple[list[dict[str, float]], list[dict[str, str]]]:
     """One bundle an actor, none empty, and the labels that each asks of its node."""
     return [dict(section.resources) or {"CPU": 0.001}] * section.actors, [dict(section.labels)] * section.actors
 
 
-def _group(section: RolloutConfig | RewardSection, role: str) -> Any:
+def _group(section: RolloutSection | RewardSection, role: str) -> Any:
     """A place for each actor; all are placed, or none."""
     resources, labels = bundles(section)
     return placement_group(
@@ -94,7 +94,7 @@ def _group(section: RolloutConfig | RewardSection, role: str) -> Any:
     )
 
 
-def _not_placed(section: RolloutConfig | RewardSection, role: str, limit_s: float) -> ResourceError:
+def _not_placed(section: RolloutSection | RewardSection, role: str, limit_s: float) -> ResourceError:
     labels = f" on nodes with {', '.join(f'{key}={value}' for key, value in section.labels.items())}"
     return ResourceError(
         f"{role}.actors: could not be placed within {limit_s:g} s (rollout.start_timeout_s); found free: "

@@ -7,13 +7,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from raytrl.config.eval_run import EvalRun
 from raytrl.config.load import LoadedRun
+from raytrl.config.runs.evaluation import EvalRun
 from raytrl.launch.runs.resume import inspect_run
 from raytrl.launch.runs.run import failure_noted, write_start
 from raytrl.launch.session.session import check_output_dir, cluster_of, prepare_environment, ray_session
 from raytrl.plan.capacity import Room
-from raytrl.records import Attempt, Progress, Prompt, Response, Score, sample_row
+from raytrl.records.progress import Progress
+from raytrl.records.samples import Attempt, Prompt, Response, Score, sample_row
 from raytrl.roles.reward.summary import compare, summarize
 from raytrl.rundir import RunDirectory, now
 

@@ -6,8 +6,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from raytrl.config.eval_run import EvalRun
-from raytrl.config.ppo_run import PpoRun
+from raytrl.config.runs.evaluation import EvalRun
+from raytrl.config.runs.ppo import PpoRun
 from raytrl.plan.checks.ppo import check_ppo
 from raytrl.plan.words import describe_ppo
 from raytrl.roles.job import PpoJob
@@ -27,7 +27,7 @@ class Lent:
 
 
 class PpoKind:
-    """`train.Kind` of PPO."""
+    """`run.Kind` of PPO."""
 
     def __init__(self, run: PpoRun, lent: Lent | None = None) -> None:
         self._run, self._lent = run, lent

@@ -6,19 +6,20 @@ from pathlib import Path
 from typing import Any
 
 from raytrl.config.load import flatten
-from raytrl.config.ppo_run import PpoRun
+from raytrl.config.runs.ppo import PpoRun
 from raytrl.launch.runs.worker import RayWorkerContext
 from raytrl.launch.session.logs import LOG, set_version
-from raytrl.ppo.alarm import GapAlarm
-from raytrl.ppo.protocols import Rollout
-from raytrl.records import Progress, sample_row
+from raytrl.loop.alarm import GapAlarm
+from raytrl.loop.protocols import Rollout
+from raytrl.records.progress import Progress
+from raytrl.records.samples import sample_row
 from raytrl.roles.learner.collectives import gather_over_workers
 from raytrl.roles.learner.learner import PpoLearner
 from raytrl.roles.trackers import Trackers
 
 
 class StepReporter:
-    """`ppo.protocols.Reporter`: rank 0 tells the driver and the tracker; all ranks commit checkpoints."""
+    """`loop.protocols.Reporter`: rank 0 tells the driver and the tracker; all ranks commit checkpoints."""
 
     def __init__(
         self,

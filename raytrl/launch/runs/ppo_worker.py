@@ -9,8 +9,8 @@ import ray.train.torch
 import torch
 from ray.train.collective import broadcast_from_rank_zero
 
-from raytrl.config.deepspeed import without_auto, zero_stage
-from raytrl.config.ppo_run import PpoRun
+from raytrl.config.foreign.deepspeed import without_auto, zero_stage
+from raytrl.config.runs.ppo import PpoRun
 from raytrl.data import load_data
 from raytrl.launch.actors.calls import RayCalls
 from raytrl.launch.actors.generator import PoolGenerator, requests_in_flight
@@ -21,8 +21,9 @@ from raytrl.launch.runs.ppo_reporter import StepReporter, without_times
 from raytrl.launch.runs.worker import RayWorkerContext
 from raytrl.launch.session.gauges import RoleGauges
 from raytrl.launch.session.logs import LOG, set_version
-from raytrl.ppo import loop
-from raytrl.records import Attempt, Progress
+from raytrl.loop import loop
+from raytrl.records.progress import Progress
+from raytrl.records.samples import Attempt
 from raytrl.roles.job import PpoJob
 from raytrl.roles.learner.backend import Backend
 from raytrl.roles.learner.build import build_backend, build_networks

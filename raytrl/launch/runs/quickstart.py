@@ -16,7 +16,7 @@ from raytrl.film_reviews import make_film_reviews, write_film_reviews
 from raytrl.launch.runs.evaluation import evaluate
 from raytrl.launch.runs.run import train
 from raytrl.launch.session.session import kept_ray, prepare_environment
-from raytrl.records import Progress
+from raytrl.records.progress import Progress
 from raytrl.rundir import RunDirectory
 
 STAGES = ("sft", "reward", "ppo", "eval")

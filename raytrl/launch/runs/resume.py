@@ -6,8 +6,9 @@ from typing import Any
 
 import yaml
 
-from raytrl.config.deepspeed import zero_stage
-from raytrl.config.runs import Run, SupervisedRun, TrainingRun
+from raytrl.config.foreign.deepspeed import zero_stage
+from raytrl.config.runs.base import Run, TrainingRun
+from raytrl.config.runs.supervised import SupervisedRun
 from raytrl.errors import ConfigError
 from raytrl.rundir import RunDirectory
 

@@ -11,15 +11,16 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
 
 from raytrl.config.load import LoadedRun
-from raytrl.config.ppo_run import PpoRun
-from raytrl.config.runs import SupervisedRun, TrainingRun
+from raytrl.config.runs.base import TrainingRun
+from raytrl.config.runs.ppo import PpoRun
+from raytrl.config.runs.supervised import SupervisedRun
 from raytrl.errors import RaytrlError
 from raytrl.launch.runs.resume import Standing, inspect_run, sweep
 from raytrl.launch.session.session import check_output_dir, cluster_of, prepare_environment, ray_session
 from raytrl.plan.capacity import Room
 from raytrl.plan.cluster import Need
 from raytrl.plan.need import need_of
-from raytrl.records import Progress
+from raytrl.records.progress import Progress
 from raytrl.rundir import RunDirectory, now
 
 _LIBRARIES = ("raytrl", "ray", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "deepspeed")

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from raytrl.config.runs import SupervisedRun
+from raytrl.config.runs.supervised import SupervisedRun
 from raytrl.plan.checks.supervised import preflight
 from raytrl.plan.words import describe
 from raytrl.roles.job import SupervisedJob
@@ -12,7 +12,7 @@ from raytrl.rundir import RunDirectory
 
 
 class SupervisedKind:
-    """`train.Kind` of a TRL trainer: workers alone."""
+    """`run.Kind` of a TRL trainer: workers alone."""
 
     reward_shared = False
 

@@ -8,10 +8,10 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from raytrl.config.runs import TrainingRun
+from raytrl.config.runs.base import TrainingRun
 from raytrl.errors import RunError, StalledError, WorkerError
 from raytrl.launch.session.gauges import step_gauges
-from raytrl.records import Progress
+from raytrl.records.progress import Progress
 from raytrl.rundir import MetricsLog, RunDirectory, StepLog, now
 
 _POLL_S = 0.2

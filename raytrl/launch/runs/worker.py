@@ -22,7 +22,7 @@ import ray.train.collective
 from raytrl.errors import ConfigError, NonFiniteError, RaytrlError, RewardError, WorkerError
 from raytrl.launch.session.logs import LOG, set_version, start_log
 from raytrl.launch.session.session import QUIET_LIBRARIES, work_in
-from raytrl.records import Progress
+from raytrl.records.progress import Progress
 from raytrl.rundir import RunDirectory
 
 # A peer's death seen from another rank: a consequence, not a cause, so never the message a user should read.

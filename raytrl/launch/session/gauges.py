@@ -5,7 +5,7 @@ from typing import Any
 
 from ray.util.metrics import Gauge
 
-from raytrl.records import Progress
+from raytrl.records.progress import Progress
 
 # name → what it means, and the tags beside `run`. Ray puts `ray_` before each name.
 GAUGES: Mapping[str, tuple[str, tuple[str, ...]]] = {

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from raytrl.config.runs import Run
+from raytrl.config.runs.base import Run
 from raytrl.errors import ResourceError, RunError
 from raytrl.launch.session.nodes import cluster_nodes, is_autoscaled, machine_node, machine_resources, memory_bytes
 from raytrl.launch.session.secrets import load_secrets

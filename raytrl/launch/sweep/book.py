@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
-from raytrl.config.tune import TuneRun
-from raytrl.records import Trial
+from raytrl.config.runs.sweep import TuneRun
+from raytrl.records.sweep import Trial
 from raytrl.rundir import RunDirectory
 
 _ALSO = ("objective/kl", "objective/scores_raw", "eval/score", "loss", "eval_loss")  # worth a look beside the metric

@@ -5,10 +5,10 @@ import io
 import os
 from collections.abc import Sequence
 
-from raytrl.config.search import trial_run
-from raytrl.config.tune import TuneRun
+from raytrl.config.runs.sweep import TuneRun
+from raytrl.config.trials import trial_run
 from raytrl.launch.sweep.book import TrialBook
-from raytrl.records import Trial
+from raytrl.records.sweep import Trial
 from raytrl.rundir import RunDirectory
 
 

@@ -5,10 +5,10 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from raytrl.config.load import LoadedRun
-from raytrl.config.ppo_run import PpoRun
-from raytrl.config.runs import TrainingRun
-from raytrl.config.search import Edge, trial_run
-from raytrl.config.tune import TuneRun
+from raytrl.config.runs.base import TrainingRun
+from raytrl.config.runs.ppo import PpoRun
+from raytrl.config.runs.sweep import TuneRun
+from raytrl.config.trials import Edge, trial_run
 from raytrl.errors import ConfigError, ResourceError
 from raytrl.plan.capacity import CERTAINTY, Load, Room, check_memory, loads
 from raytrl.plan.cluster import Cluster, Group, Need, Node, amounts

@@ -13,11 +13,11 @@ from ray.tune.search import Searcher
 from ray.tune.search.variant_generator import generate_variants
 
 from raytrl.config.load import LoadedRun
-from raytrl.config.search import trial_name, trial_run
-from raytrl.config.tune import Distribution, TuneRun
+from raytrl.config.runs.sweep import Distribution, TuneRun
+from raytrl.config.trials import trial_name, trial_run
 from raytrl.errors import ConfigError
 from raytrl.launch.sweep.book import TrialBook, over_limit, trials_folder
-from raytrl.records import Trial
+from raytrl.records.sweep import Trial
 
 _NO_END = 1_000_000_000  # asha: no rung is the last because of it
 

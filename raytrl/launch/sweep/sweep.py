@@ -8,10 +8,10 @@ from contextlib import contextmanager
 from typing import Any
 
 from raytrl.config.load import LoadedRun
-from raytrl.config.ppo_run import PpoRun
-from raytrl.config.runs import TrainingRun
-from raytrl.config.search import Edge, check_edges, load_base
-from raytrl.config.tune import TuneRun
+from raytrl.config.runs.base import TrainingRun
+from raytrl.config.runs.ppo import PpoRun
+from raytrl.config.runs.sweep import TuneRun
+from raytrl.config.trials import Edge, check_edges, load_base
 from raytrl.errors import ConfigError, RunError
 from raytrl.launch.runs.resume import refuse_changes
 from raytrl.launch.runs.run import failure_noted, kind_of, write_start
@@ -21,7 +21,8 @@ from raytrl.launch.sweep.end import write_end
 from raytrl.launch.sweep.room import AtOnce, Sweep, concurrent_trials
 from raytrl.plan.cluster import Cluster, Need
 from raytrl.plan.where import check_one_node, joins_cluster, refuse_client
-from raytrl.records import Progress, Trial
+from raytrl.records.progress import Progress
+from raytrl.records.sweep import Trial
 from raytrl.rundir import RunDirectory, now
 
 # Read by Ray Tune. Trials keep their own records; and a row need not hold the metric of an evaluation that was not due.

@@ -7,13 +7,13 @@ from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
 from raytrl.config.load import LoadedRun
-from raytrl.config.ppo_run import PpoRun
-from raytrl.config.runs import Run
-from raytrl.config.tune import TuneRun
+from raytrl.config.runs.base import Run
+from raytrl.config.runs.ppo import PpoRun
+from raytrl.config.runs.sweep import TuneRun
 from raytrl.errors import RaytrlError, RunError, TrialStoppedError
 from raytrl.launch.session.session import prepare_environment
 from raytrl.launch.sweep.book import LimitWatch
-from raytrl.records import Progress
+from raytrl.records.progress import Progress
 from raytrl.rundir import RunDirectory, now
 
 if TYPE_CHECKING:

@@ -9,13 +9,14 @@ from typing import Any
 from ray import tune
 from ray.tune import Callback, Stopper
 
-from raytrl.config.tune import TuneRun
+from raytrl.config.runs.sweep import TuneRun
 from raytrl.errors import RunError
 from raytrl.launch.sweep.book import TrialBook, folder_below
 from raytrl.launch.sweep.leftovers import free_left_places
 from raytrl.launch.sweep.search import TrialSearcher
 from raytrl.launch.sweep.trial import run_trial, trial_resources
-from raytrl.records import Progress, Trial
+from raytrl.records.progress import Progress
+from raytrl.records.sweep import Trial
 from raytrl.rundir import RunDirectory
 
 _LOST_PROCESSES = 2  # a trial's own process may die this often, with its node say; each time it goes on

@@ -3,10 +3,11 @@
 import importlib.util
 import os
 
-from raytrl.config.eval_run import EvalRun
-from raytrl.config.ppo_run import PpoRun
-from raytrl.config.reward import RewardSection
-from raytrl.config.runs import DataSource, TrainingRun
+from raytrl.config.runs.base import TrainingRun
+from raytrl.config.runs.evaluation import EvalRun
+from raytrl.config.runs.ppo import PpoRun
+from raytrl.config.sections.data import DataSource
+from raytrl.config.sections.reward import RewardSection
 from raytrl.errors import ConfigError
 from raytrl.roles.reward.function import FunctionSource
 

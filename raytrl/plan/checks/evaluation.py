@@ -1,6 +1,6 @@
 """What is checked before an evaluation starts."""
 
-from raytrl.config.eval_run import EvalRun
+from raytrl.config.runs.evaluation import EvalRun
 from raytrl.errors import ConfigError, DataError
 from raytrl.plan.checks.common import check_model_path, check_prompt_data, check_sources
 from raytrl.plan.where import joins_cluster

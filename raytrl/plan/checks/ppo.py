@@ -1,6 +1,6 @@
 """What is checked before a PPO run is started, and what is then going to run where."""
 
-from raytrl.config.ppo_run import PpoRun
+from raytrl.config.runs.ppo import PpoRun
 from raytrl.plan.checks.common import check_model_path, check_prompt_data, check_sources, check_trackers
 from raytrl.plan.where import joins_cluster
 from raytrl.roles.device import check_cpu

@@ -2,7 +2,8 @@
 
 import tempfile
 
-from raytrl.config.runs import SupervisedRun, TokenizerSpec
+from raytrl.config.runs.supervised import SupervisedRun
+from raytrl.config.sections.model import TokenizerSpec
 from raytrl.errors import ConfigError
 from raytrl.plan.checks.common import check_model_path, check_trackers
 from raytrl.plan.where import joins_cluster

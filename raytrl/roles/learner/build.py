@@ -9,7 +9,7 @@ from peft import LoraConfig
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from raytrl.config.ppo import PpoConfig
+from raytrl.config.sections.ppo import PpoSection
 from raytrl.errors import ConfigError
 from raytrl.roles.learner.backend import Backend
 from raytrl.roles.learner.mapped import MappedFiles
@@ -19,7 +19,7 @@ from raytrl.roles.models.adapters import add_policy_adapter
 
 
 def build_backend(
-    networks: Networks, config: PpoConfig, *, deepspeed: Mapping[str, Any] | None = None, device: str = "cpu"
+    networks: Networks, config: PpoSection, *, deepspeed: Mapping[str, Any] | None = None, device: str = "cpu"
 ) -> Backend:
     """The backend of one learner worker; torch.distributed, where used, must be initialised before.
 

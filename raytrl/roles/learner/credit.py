@@ -10,7 +10,7 @@ from raytrl.algo.advantages import gae
 from raytrl.algo.kl import kl_estimate
 from raytrl.algo.masked import Moments, explained_variance, moment_sums, whiten
 from raytrl.algo.rewards import RunningMoments, shaped_scores, token_rewards
-from raytrl.config.ppo import PpoConfig
+from raytrl.config.sections.ppo import PpoSection
 from raytrl.errors import RewardError
 from raytrl.roles.learner.collectives import max_over_workers, sum_over_workers
 from raytrl.roles.learner.experience import Samples
@@ -33,7 +33,7 @@ def advantages_of(
     ref_BR: Tensor,
     values_BR: Tensor,
     *,
-    config: PpoConfig,
+    config: PpoSection,
     kl_coef: float,
     running: RunningMoments,
 ) -> Advantages:

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from raytrl.config.ppo import PpoConfig
+from raytrl.config.sections.ppo import PpoSection
 from raytrl.errors import NonFiniteError, RunError, WeightsVersionError
-from raytrl.records import Prompt, Response, Score
+from raytrl.records.samples import Prompt, Response, Score
 from raytrl.roles.learner.sequences import Sequences
 
 
@@ -45,7 +45,7 @@ def samples_of(
     responses: Sequence[Response],
     scores: Sequence[Score],
     *,
-    config: PpoConfig,
+    config: PpoSection,
     step: int,
     device: torch.device,
 ) -> Samples:

@@ -13,9 +13,9 @@ from raytrl.algo.kl import KlController
 from raytrl.algo.logprobs import token_entropy, token_logprobs
 from raytrl.algo.losses import truncated_importance
 from raytrl.algo.rewards import RunningMoments
-from raytrl.config.ppo import PpoConfig
+from raytrl.config.sections.ppo import PpoSection
 from raytrl.errors import NonFiniteError, RunError
-from raytrl.records import Prompt, Response, Score
+from raytrl.records.samples import Prompt, Response, Score
 from raytrl.roles.learner.backend import Backend, schedule_factor
 from raytrl.roles.learner.collectives import (
     failing_together,
@@ -37,7 +37,7 @@ MAX_FIRST_KL = {torch.float32: 1e-3}
 
 
 class Rollout(Protocol):
-    """One worker's share of a step (`raytrl.ppo.protocols.Rollout`)."""
+    """One worker's share of a step (`raytrl.loop.protocols.Rollout`)."""
 
     @property
     def prompts(self) -> Sequence[Prompt]: ...
@@ -51,7 +51,7 @@ class PpoLearner:
     """One learner worker. Every public method but `step` is collective: all workers call it, each with its share."""
 
     def __init__(
-        self, backend: Backend, config: PpoConfig, *, temperature: float, seed: int, reference_is_start: bool = True
+        self, backend: Backend, config: PpoSection, *, temperature: float, seed: int, reference_is_start: bool = True
     ) -> None:
         """
         Args:

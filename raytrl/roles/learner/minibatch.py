@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from raytrl.algo.losses import PolicyLoss, ValueLoss, policy_loss, value_loss
-from raytrl.config.ppo import PpoConfig
+from raytrl.config.sections.ppo import PpoSection
 from raytrl.roles.learner.collectives import sum_over_workers
 from raytrl.roles.learner.experience import Experience
 
@@ -13,7 +13,7 @@ class Part:
     """One micro-batch's slice of the experience, and its losses. N response tokens."""
 
     def __init__(
-        self, experience: Experience, rows_N: Tensor, columns_N: Tensor, num_tokens: float, config: PpoConfig
+        self, experience: Experience, rows_N: Tensor, columns_N: Tensor, num_tokens: float, config: PpoSection
     ) -> None:
         """`rows_N`, `columns_N`: each token's place in the experience; `num_tokens`: see `algo.losses`."""
         self._experience, self._rows_N, self._columns_N = experience, rows_N, columns_N

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from raytrl.config.runs import SupervisedRun
+from raytrl.config.runs.supervised import SupervisedRun
 from raytrl.roles.models.base import auto_class, labels_of
 
 if TYPE_CHECKING:

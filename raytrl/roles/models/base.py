@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, set_seed
 
-from raytrl.config.runs import SupervisedRun
+from raytrl.config.runs.supervised import SupervisedRun
 from raytrl.errors import ConfigError
 
 

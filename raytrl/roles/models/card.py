@@ -5,7 +5,7 @@ import os
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
-from raytrl.config.runs import TrainingRun
+from raytrl.config.runs.base import TrainingRun
 
 _TASKS = {
     "sft": "supervised fine-tuning",

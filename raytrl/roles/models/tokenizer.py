@@ -7,8 +7,9 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from raytrl.config.native import native_fields
-from raytrl.config.runs import SupervisedRun, TokenizerSpec
+from raytrl.config.foreign.native import native_fields
+from raytrl.config.runs.supervised import SupervisedRun
+from raytrl.config.sections.model import TokenizerSpec
 from raytrl.errors import ConfigError
 
 

@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
-from raytrl.config.reward import SourceSection
-from raytrl.records import Prompt, PromptText, Response
+from raytrl.config.sections.reward import SourceSection
+from raytrl.records.samples import Prompt, PromptText, Response
 
 _FIRST_PAUSE_S = 0.25  # before the first retry; doubles with each
 _LONGEST_PAUSE_S = 8.0

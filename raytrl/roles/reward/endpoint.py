@@ -6,7 +6,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Sequence
 
-from raytrl.config.reward import SourceSection
+from raytrl.config.sections.reward import SourceSection
 from raytrl.errors import ConfigError
 from raytrl.roles.reward.call import CallError, FinalError, Pair, completion_of, within
 

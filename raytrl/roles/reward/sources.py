@@ -4,9 +4,9 @@ import logging
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from raytrl.config.reward import RewardSection, SourceSection
+from raytrl.config.sections.reward import RewardSection, SourceSection
 from raytrl.errors import RewardError
-from raytrl.records import Score
+from raytrl.records.samples import Score
 from raytrl.roles.reward.call import Failure, Outcome, Pair, RewardSource, ask
 from raytrl.roles.reward.endpoint import EndpointSource
 from raytrl.roles.reward.function import FunctionSource

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from raytrl.records import Response, Score
+from raytrl.records.samples import Response, Score
 
 
 @dataclass(frozen=True, slots=True)

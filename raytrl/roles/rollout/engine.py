@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from raytrl.errors import WeightsVersionError
-from raytrl.records import Prompt, Response
+from raytrl.records.samples import Prompt, Response
 from raytrl.roles.weights.buckets import Bucket, Weights, combined
 
 
@@ -93,7 +93,7 @@ class RolloutEngine(ABC):
         """`samples` responses to each prompt, ordered by (row, sample).
 
         A response depends on (run seed, step, row, sample), the weights and the prompts of its chunk, see
-        `records.chunks`; not on what else was asked, nor on the engine that makes it. Bit-equality holds for one kind
+        `records.samples.chunks`; not on what else was asked, nor on the engine that makes it. Bit-equality holds for one kind
         of processor and thread count; elsewhere logits differ in the last bits, and a sampled token changes only when
         its draw falls within that distance of a border (about 1e-6 a token in float32).
 

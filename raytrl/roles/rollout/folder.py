@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 
 from raytrl.errors import WeightsVersionError
-from raytrl.records import Prompt, Response
+from raytrl.records.samples import Prompt, Response
 from raytrl.roles.rollout.engine import RolloutEngine
 from raytrl.roles.weights.buckets import Bucket, checksum, weights_on_disk
 

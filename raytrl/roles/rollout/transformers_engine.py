@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from raytrl.algo.logprobs import token_logprobs
-from raytrl.config.ppo import RolloutConfig, SamplingConfig
+from raytrl.config.sections.rollout import RolloutSection, SamplingSection
 from raytrl.errors import NonFiniteError
-from raytrl.records import Prompt, Response, chunks
+from raytrl.records.samples import Prompt, Response, chunks
 from raytrl.roles.models.adapters import add_policy_adapter
 from raytrl.roles.rollout.engine import RolloutEngine, Tokenizer, ending_token_ids, response_seed, response_text
 from raytrl.roles.weights.buckets import Bucket, PolicyCopy
@@ -24,7 +24,7 @@ class TransformersEngine(RolloutEngine):
         self,
         model: nn.Module,
         tokenizer: Tokenizer,
-        sampling: SamplingConfig,
+        sampling: SamplingSection,
         *,
         seed: int,
         stop_token_ids: Sequence[int] = (),
@@ -45,7 +45,7 @@ class TransformersEngine(RolloutEngine):
         cls,
         model_path: str,
         tokenizer_path: str,
-        rollout: RolloutConfig,
+        rollout: RolloutSection,
         *,
         seed: int,
         lora: Mapping[str, Any] | None = None,

@@ -8,12 +8,12 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from raytrl.config.deepspeed import with_gather
-from raytrl.config.native import native_fields
-from raytrl.config.runs import SupervisedRun
+from raytrl.config.foreign.deepspeed import with_gather
+from raytrl.config.foreign.native import native_fields
+from raytrl.config.runs.supervised import SupervisedRun
 from raytrl.data import load_data
 from raytrl.errors import DataError, NonFiniteError
-from raytrl.records import Progress
+from raytrl.records.progress import Progress
 from raytrl.roles.context import WorkerContext
 from raytrl.roles.device import check_cpu, peak_memory_gib
 from raytrl.roles.job import SupervisedJob

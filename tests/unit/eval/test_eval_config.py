@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 import yaml
 
-from raytrl.config.eval_run import EvalRun
 from raytrl.config.kinds import RUNS
 from raytrl.config.load import load_run
+from raytrl.config.runs.evaluation import EvalRun
 from raytrl.config.schema import json_schema
 from raytrl.errors import ConfigError
 from raytrl.launch.runs.quickstart import STAGES, stage_runs

@@ -1,6 +1,6 @@
 """The alarm of log-probs that drift apart."""
 
-from raytrl.ppo.alarm import GapAlarm
+from raytrl.loop.alarm import GapAlarm
 
 
 def test_it_is_silent_while_the_gap_is_rounding() -> None:

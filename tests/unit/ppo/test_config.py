@@ -5,14 +5,15 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from raytrl.config.ppo import EvalConfig, PpoConfig, RolloutConfig, SamplingConfig
+from raytrl.config.sections.ppo import EvalSection, PpoSection
+from raytrl.config.sections.rollout import RolloutSection, SamplingSection
 
 
 def test_defaults_are_valid() -> None:
-    assert PpoConfig().prompts_per_step == 64
-    assert RolloutConfig().sampling == SamplingConfig()
-    assert EvalConfig().every == 20
-    assert SamplingConfig(stop="###").stop == ["###"]
+    assert PpoSection().prompts_per_step == 64
+    assert RolloutSection().sampling == SamplingSection()
+    assert EvalSection().every == 20
+    assert SamplingSection(stop="###").stop == ["###"]
 
 
 @pytest.mark.parametrize(
@@ -31,7 +32,7 @@ def test_defaults_are_valid() -> None:
 )
 def test_refused_ppo_settings(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
-        PpoConfig(**changes)
+        PpoSection(**changes)
 
 
 @pytest.mark.parametrize(
@@ -47,9 +48,9 @@ def test_refused_ppo_settings(changes: dict[str, Any], message: str) -> None:
 )
 def test_refused_sampling(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
-        SamplingConfig(**changes)
+        SamplingSection(**changes)
 
 
 def test_frozen() -> None:
     with pytest.raises(ValidationError, match="frozen"):
-        PpoConfig().steps = 3  # type: ignore[misc]
+        PpoSection().steps = 3  # type: ignore[misc]

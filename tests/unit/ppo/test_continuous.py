@@ -9,12 +9,12 @@ import torch
 from test_pools import all_of, engines
 from toy import gpt2, prompt_batch
 
-from raytrl.config.ppo import RolloutConfig
+from raytrl.config.sections.rollout import RolloutSection
 from raytrl.launch.actors.generator import PoolGenerator, requests_in_flight
 from raytrl.launch.actors.pool import Pool, Request
 from raytrl.launch.actors.rollout import RolloutActor
 from raytrl.launch.actors.transport import send
-from raytrl.records import Attempt, Prompt, Response
+from raytrl.records.samples import Attempt, Prompt, Response
 from raytrl.roles.models.adapters import policy_parameters
 from raytrl.roles.rollout.engine import RolloutEngine
 from raytrl.roles.weights.buckets import Bucket, Weights
@@ -42,7 +42,7 @@ def test_what_waits_goes_to_whoever_is_done() -> None:
 
 def test_chunks_come_whole_in_any_order() -> None:
     calls = engines(3)
-    rollout = RolloutConfig(engine="vllm", chunk_prompts=4)
+    rollout = RolloutSection(engine="vllm", chunk_prompts=4)
     pool = PoolGenerator(
         Pool(calls, "rollout actors", "w", 5.0, window=2), rollout, samples=2, attempt=ATTEMPT, send_weights=send
     )
@@ -54,11 +54,11 @@ def test_chunks_come_whole_in_any_order() -> None:
 
 
 def test_how_much_an_actor_has_at_a_time() -> None:
-    assert requests_in_flight(RolloutConfig(engine="transformers"), 4) == 2
+    assert requests_in_flight(RolloutSection(engine="transformers"), 4) == 2
     # 128 responses at a time are 4 chunks of 8 prompts with 4 responses each; half as many again, and one.
-    assert requests_in_flight(RolloutConfig(engine="vllm"), 4) == 7
-    assert requests_in_flight(RolloutConfig(engine="vllm", engine_args={"max_num_seqs": 16}), 4) == 2
-    assert requests_in_flight(RolloutConfig(engine="vllm", chunk_prompts=2), 1) == 97
+    assert requests_in_flight(RolloutSection(engine="vllm"), 4) == 7
+    assert requests_in_flight(RolloutSection(engine="vllm", engine_args={"max_num_seqs": 16}), 4) == 2
+    assert requests_in_flight(RolloutSection(engine="vllm", chunk_prompts=2), 1) == 97
 
 
 class Meeting(RolloutEngine):

@@ -11,7 +11,7 @@ from test_workers import free_port, one_dropped
 from toy import LORA, LocalGenerator, LocalScorer, Log, Prompts, config, gpt2, make_engine, tensors_of
 
 from raytrl.errors import ConfigError
-from raytrl.ppo.loop import Schedule, run
+from raytrl.loop.loop import Schedule, run
 from raytrl.roles.learner.build import assemble, build_backend
 from raytrl.roles.learner.learner import PpoLearner
 from raytrl.roles.models.adapters import policy_parameters

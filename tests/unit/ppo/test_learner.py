@@ -27,9 +27,9 @@ from toy import (
 from transformers import AutoModelForCausalLM
 
 from raytrl.errors import NonFiniteError, RewardError, RunError, WeightsVersionError
-from raytrl.ppo.loop import Schedule, run
-from raytrl.ppo.protocols import Rollout
-from raytrl.records import Response
+from raytrl.loop.loop import Schedule, run
+from raytrl.loop.protocols import Rollout
+from raytrl.records.samples import Response
 from raytrl.roles.learner.build import assemble, build_backend, build_networks
 from raytrl.roles.learner.learner import PpoLearner
 from raytrl.roles.learner.networks import Networks

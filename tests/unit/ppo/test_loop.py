@@ -4,7 +4,7 @@ import math
 
 from toy import LocalGenerator, LocalScorer, Log, Prompts, config, gpt2, make_engine, make_learner
 
-from raytrl.ppo.loop import Schedule, run
+from raytrl.loop.loop import Schedule, run
 
 
 def test_lag_0_learns_from_current_weights_and_lag_1_from_the_previous() -> None:

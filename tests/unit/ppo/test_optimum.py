@@ -11,8 +11,8 @@ from torch import nn
 from toy import EOS, VOCABULARY, LocalGenerator, LocalScorer, Log, Prompts, config, gpt2, make_engine, make_learner
 from transformers import PreTrainedTokenizerFast
 
-from raytrl.config.ppo import RolloutConfig
-from raytrl.ppo.loop import Schedule, run
+from raytrl.config.sections.rollout import RolloutSection
+from raytrl.loop.loop import Schedule, run
 from raytrl.roles.rollout.engine import RolloutEngine
 from raytrl.roles.rollout.vllm.engine import VllmEngine
 
@@ -34,7 +34,7 @@ def vllm_engine(model: nn.Module, folder: Path) -> VllmEngine:
     model.save_pretrained(folder)  # type: ignore[operator]
     digits = Tokenizer(models.WordLevel({str(token): token for token in range(VOCABULARY)}, unk_token="0"))
     PreTrainedTokenizerFast(tokenizer_object=digits, eos_token=str(EOS)).save_pretrained(folder)
-    rollout = RolloutConfig(engine="vllm", sampling={"max_new_tokens": 3}, max_prompt_length=8)
+    rollout = RolloutSection(engine="vllm", sampling={"max_new_tokens": 3}, max_prompt_length=8)
     return VllmEngine.from_pretrained(str(folder), str(folder), rollout, seed=0)
 
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 from toy import gpt2, make_engine, prompt_batch
 
-from raytrl.config.ppo import RolloutConfig
-from raytrl.config.reward import RewardSection
+from raytrl.config.sections.reward import RewardSection
+from raytrl.config.sections.rollout import RolloutSection
 from raytrl.errors import RewardError, RunError, StaleAttemptError, StalledError, WeightsVersionError
 from raytrl.launch.actors.generator import PoolGenerator
 from raytrl.launch.actors.pool import ActorLostError, Arrivals, Pool, Request
@@ -21,11 +21,11 @@ from raytrl.launch.actors.reward import RewardActor
 from raytrl.launch.actors.rollout import RolloutActor
 from raytrl.launch.actors.scorer import PoolScorer
 from raytrl.launch.actors.transport import PackedBucket, Receivers, pack, send, unpack
-from raytrl.records import Attempt, Prompt, Response, Score
+from raytrl.records.samples import Attempt, Prompt, Response, Score
 from raytrl.roles.models.adapters import policy_parameters
 from raytrl.roles.weights.buckets import Bucket, Weights
 
-ROLLOUT = RolloutConfig(chunk_prompts=4)
+ROLLOUT = RolloutSection(chunk_prompts=4)
 
 
 class LocalCalls:

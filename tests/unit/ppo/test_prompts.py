@@ -6,12 +6,12 @@ from typing import Any
 import pytest
 from datasets import Dataset
 
-from raytrl.config.ppo import RolloutConfig
-from raytrl.config.ppo_run import PpoRun
-from raytrl.config.runs import TokenizerSpec
+from raytrl.config.runs.ppo import PpoRun
+from raytrl.config.sections.model import TokenizerSpec
+from raytrl.config.sections.rollout import RolloutSection
 from raytrl.data import check_columns
 from raytrl.errors import ConfigError, DataError
-from raytrl.records import chunks
+from raytrl.records.samples import chunks
 from raytrl.roles.models.tokenizer import load_tokenizer, train_tokenizer
 from raytrl.roles.prompts import PromptOrder, PromptTable, SharedPrompts, check_prompts
 
@@ -33,7 +33,7 @@ def tokenizer() -> Any:
 
 
 def table(tokenizer: Any, rows: list[dict[str, Any]], **rollout: Any) -> PromptTable:
-    return PromptTable(Dataset.from_list(rows), tokenizer, RolloutConfig(**rollout), "data.train")
+    return PromptTable(Dataset.from_list(rows), tokenizer, RolloutSection(**rollout), "data.train")
 
 
 def shared(tokenizer: Any, rank: int = 0, world: int = 1, **changes: Any) -> SharedPrompts:

@@ -11,7 +11,7 @@ from toy import EOS, PROMPTS, LocalGenerator, gpt2, llama, make_engine, prompt_b
 
 from raytrl.algo.logprobs import token_logprobs
 from raytrl.errors import NonFiniteError, WeightsVersionError
-from raytrl.records import chunks
+from raytrl.records.samples import chunks
 from raytrl.roles.models.adapters import policy_parameters
 from raytrl.roles.rollout.engine import response_seed
 from raytrl.roles.rollout.folder import FolderEngine

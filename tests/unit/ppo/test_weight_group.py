@@ -17,7 +17,8 @@ from raytrl.launch.actors.pool import Pool
 from raytrl.launch.actors.rollout import RolloutActor
 from raytrl.launch.actors.send_weights import WeightSender
 from raytrl.launch.actors.transport import Receivers, SentWeights
-from raytrl.records import Attempt, Progress
+from raytrl.records.progress import Progress
+from raytrl.records.samples import Attempt
 from raytrl.roles.weights.buckets import Weights
 from raytrl.roles.weights.group import Announcement
 from tests.thread_calls import ThreadCalls

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from raytrl.config.load import load_run
-from raytrl.config.ppo_run import PpoRun
+from raytrl.config.runs.ppo import PpoRun
 from raytrl.errors import ConfigError
 from tests.ppo_files import ppo_file
 

@@ -13,9 +13,9 @@ import torch.multiprocessing as mp
 from toy import LocalGenerator, LocalScorer, Log, Prompts, config, gpt2, make_engine, make_learner, tensors_of
 
 from raytrl.errors import NonFiniteError
-from raytrl.ppo.loop import Schedule, run
-from raytrl.ppo.protocols import Rollout
-from raytrl.records import Prompt, Response
+from raytrl.loop.loop import Schedule, run
+from raytrl.loop.protocols import Rollout
+from raytrl.records.samples import Prompt, Response
 from raytrl.roles.learner.collectives import add_over_workers
 
 

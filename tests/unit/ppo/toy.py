@@ -8,9 +8,10 @@ import torch
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from raytrl.config.ppo import PpoConfig, SamplingConfig
-from raytrl.ppo.protocols import Rollout
-from raytrl.records import Prompt, Response, Score, chunks
+from raytrl.config.sections.ppo import PpoSection
+from raytrl.config.sections.rollout import SamplingSection
+from raytrl.loop.protocols import Rollout
+from raytrl.records.samples import Prompt, Response, Score, chunks
 from raytrl.roles.learner.build import assemble, build_backend
 from raytrl.roles.learner.learner import PpoLearner
 from raytrl.roles.models.adapters import add_policy_adapter
@@ -160,13 +161,13 @@ class Log:
             save(self.folder / str(step))
 
 
-def config(**changes: Any) -> PpoConfig:
+def config(**changes: Any) -> PpoSection:
     base: dict[str, Any] = {"steps": 4, "batch_size": 16, "minibatches": 2, "epochs": 2, "learning_rate": 1e-3}
-    return PpoConfig(**(base | changes))
+    return PpoSection(**(base | changes))
 
 
 def make_learner(
-    model: nn.Module, ppo: PpoConfig, *, lora: bool = False, seed: int = 0, temperature: float = 1.0
+    model: nn.Module, ppo: PpoSection, *, lora: bool = False, seed: int = 0, temperature: float = 1.0
 ) -> PpoLearner:
     torch.manual_seed(seed)
     networks = assemble(model, lora=LORA if lora else None, gradient_checkpointing=ppo.gradient_checkpointing)
@@ -181,7 +182,7 @@ def make_engine(
     return TransformersEngine(
         policy,
         DigitTokenizer(),
-        SamplingConfig(**({"max_new_tokens": 3} | sampling)),
+        SamplingSection(**({"max_new_tokens": 3} | sampling)),
         seed=seed,
         chunk_prompts=chunk,
     )

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from raytrl.records import Message, Prompt, Response
+from raytrl.records.samples import Message, Prompt, Response
 
 TEXTS = [
     "The plot was moving and the music felt clever.",

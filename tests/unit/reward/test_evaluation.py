@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from raytrl.records import Score
+from raytrl.records.samples import Score
 from raytrl.roles.reward.summary import compare, spread, summarize
 
 

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from raytrl.config.reward import RewardSection
+from raytrl.config.sections.reward import RewardSection
 
 FUNCTION = {"name": "brevity", "function": "rewards.py:brevity"}
 

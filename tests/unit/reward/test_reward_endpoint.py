@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from raytrl.config.reward import SourceSection
+from raytrl.config.sections.reward import SourceSection
 from raytrl.errors import ConfigError
 from raytrl.roles.reward.call import Failure, ask
 from raytrl.roles.reward.endpoint import EndpointSource

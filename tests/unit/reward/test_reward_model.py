@@ -15,7 +15,7 @@ from transformers import (
     GPT2LMHeadModel,
 )
 
-from raytrl.config.reward import SourceSection
+from raytrl.config.sections.reward import SourceSection
 from raytrl.errors import ConfigError
 from raytrl.roles.reward.call import Failure, ask
 from raytrl.roles.reward.model import ModelSource

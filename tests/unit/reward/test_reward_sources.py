@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from raytrl.config.reward import RewardSection
+from raytrl.config.sections.reward import RewardSection
 from raytrl.errors import ConfigError, RewardError
-from raytrl.records import Score
+from raytrl.records.samples import Score
 from raytrl.roles.reward.sources import RewardSources, check_dropped
 
 FUNCTIONS = """

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from raytrl.config.load import LoadedRun, load_run
-from raytrl.config.search import check_edges, load_base, trial_name, trial_run
-from raytrl.config.tune import TuneRun
+from raytrl.config.runs.sweep import TuneRun
+from raytrl.config.trials import check_edges, load_base, trial_name, trial_run
 from raytrl.errors import ConfigError
 from raytrl.launch.sweep.search import first_trials, known_points, make_optuna, make_scheduler
 

@@ -8,7 +8,7 @@ import pytest
 from transformers import LlamaConfig
 
 from raytrl.config.load import LoadedRun
-from raytrl.config.search import check_edges, load_base
+from raytrl.config.trials import check_edges, load_base
 from raytrl.errors import ResourceError
 from raytrl.launch.sweep.room import TRIAL_GIB, AtOnce, Sweep, concurrent_trials, largest_memory
 from raytrl.plan.capacity import DRIVER_GIB

@@ -13,14 +13,15 @@ import yaml
 from ray.tune.search import Searcher
 
 from raytrl.config.load import LoadedRun, load_run
-from raytrl.config.tune import TuneRun
+from raytrl.config.runs.sweep import TuneRun
 from raytrl.launch.sweep.book import LimitWatch, TrialBook, best_trial, last_values, over_limit
 from raytrl.launch.sweep.end import best_yaml, results_csv, write_end
 from raytrl.launch.sweep.search import TrialSearcher, first_trials, make_optuna, make_scheduler, replay
 from raytrl.launch.sweep.trial import TrialReports
 from raytrl.plan import placement
 from raytrl.plan.cluster import Group, Need, Node
-from raytrl.records import Progress, Trial
+from raytrl.records.progress import Progress
+from raytrl.records.sweep import Trial
 from raytrl.report.sweep_page import frontier, sweep_page
 from raytrl.rundir import RunDirectory
 

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
-from raytrl.config.engines import CPU_SEQUENCES, cpu_cache_bytes, gpus_asked
-from raytrl.config.ppo import RolloutConfig, SamplingConfig
+from raytrl.config.sections.engines import CPU_SEQUENCES, cpu_cache_bytes, gpus_asked
+from raytrl.config.sections.rollout import RolloutSection, SamplingSection
 from raytrl.errors import NonFiniteError, RunError
-from raytrl.records import Prompt, Response
+from raytrl.records.samples import Prompt, Response
 from raytrl.roles.rollout.engine import RolloutEngine, Tokenizer, ending_token_ids, response_seed, response_text
 from raytrl.roles.rollout.lora_merge import LoraMerge
 from raytrl.roles.rollout.vllm.batch import ContinuousBatch
@@ -38,7 +38,7 @@ class VllmEngine(RolloutEngine):
         self,
         batch: ContinuousBatch,
         tokenizer: Tokenizer,
-        sampling: SamplingConfig,
+        sampling: SamplingSection,
         *,
         seed: int,
         stop_token_ids: Sequence[int] = (),
@@ -55,7 +55,7 @@ class VllmEngine(RolloutEngine):
         cls,
         model_path: str,
         tokenizer_path: str,
-        rollout: RolloutConfig,
+        rollout: RolloutSection,
         *,
         seed: int,
         lora: Mapping[str, Any] | None = None,
@@ -193,7 +193,7 @@ def _take_into_model(engine: Any, named: Iterable[tuple[str, Tensor]]) -> str:
     return str(found.pop())
 
 
-def _chosen_arguments(rollout: RolloutConfig, config: Any, dtype: torch.dtype, device: str) -> dict[str, Any]:
+def _chosen_arguments(rollout: RolloutSection, config: Any, dtype: torch.dtype, device: str) -> dict[str, Any]:
     """What raytrl sets where `engine_args` does not, and what only it may set."""
     length = rollout.max_prompt_length + rollout.sampling.max_new_tokens + 1  # 1: log-probs of a response cost a token
     positions = getattr(config, "max_position_embeddings", None) or length

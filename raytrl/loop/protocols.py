@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeVar
 
-from raytrl.records import Prompt, Response, Score
+from raytrl.records.samples import Prompt, Response, Score
 
 E = TypeVar("E")
 W = TypeVar("W")

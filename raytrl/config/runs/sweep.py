@@ -6,8 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, PositiveInt, field_validator, model_serializer, model_validator
 
-from raytrl.config.base import Section
-from raytrl.config.runs import Run, or_raise
+from raytrl.config.runs.base import Run, or_raise
+from raytrl.config.sections.base import Section
 
 # Ray Tune's distributions by their own names → what their list holds.
 _ARGUMENTS = {

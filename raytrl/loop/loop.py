@@ -5,8 +5,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from raytrl.ppo.protocols import E, Generator, Learner, PromptSource, Reporter, Rollout, Scorer, W
-from raytrl.records import Prompt, Response
+from raytrl.loop.protocols import E, Generator, Learner, PromptSource, Reporter, Rollout, Scorer, W
+from raytrl.records.samples import Prompt, Response
 
 PHASES = ("generate", "score", "experience", "update", "sync")
 

@@ -5,24 +5,26 @@ from typing import Any, Literal
 
 from pydantic import model_validator
 
-from raytrl.config.deepspeed import check_for_ppo
-from raytrl.config.engines import Asked, chosen_engine, engine_problems
-from raytrl.config.ppo import EvalConfig, KlConfig, PpoConfig, ReferenceConfig, RolloutConfig, ValueModelConfig
-from raytrl.config.reward import RewardSection
-from raytrl.config.runs import TokenizerSpec, TrainingRun, or_raise
-from raytrl.config.weight_transfer import chosen_transfer, transfer_problems
+from raytrl.config.foreign.deepspeed import check_for_ppo
+from raytrl.config.runs.base import TrainingRun, or_raise
+from raytrl.config.sections.engines import Asked, chosen_engine, engine_problems
+from raytrl.config.sections.model import TokenizerSpec
+from raytrl.config.sections.ppo import EvalSection, KlSection, PpoSection, ReferenceSection, ValueModelSection
+from raytrl.config.sections.reward import RewardSection
+from raytrl.config.sections.rollout import RolloutSection
+from raytrl.config.sections.weight_transfer import chosen_transfer, transfer_problems
 
 
 class PpoRun(TrainingRun):
     """PPO: learner workers on Ray Train, rollout and reward actors beside them."""
 
     kind: Literal["ppo"] = "ppo"
-    rollout: RolloutConfig = RolloutConfig()
+    rollout: RolloutSection = RolloutSection()
     reward: RewardSection
-    ppo: PpoConfig = PpoConfig()
-    value_model: ValueModelConfig = ValueModelConfig()
-    reference: ReferenceConfig = ReferenceConfig()
-    eval: EvalConfig | None = None
+    ppo: PpoSection = PpoSection()
+    value_model: ValueModelSection = ValueModelSection()
+    reference: ReferenceSection = ReferenceSection()
+    eval: EvalSection | None = None
 
     @property
     def tokenizer_path(self) -> str:
@@ -103,11 +105,11 @@ class PpoRun(TrainingRun):
             problems.append("eval: does nothing without data.eval; name the prompts to evaluate on, or leave eval out")
         if self.eval is None and self.data.eval is not None:
             problems.append("data.eval: does nothing with eval: null; leave out one of the two")
-        if ppo.kl.target is None and ppo.kl.horizon != KlConfig().horizon:
+        if ppo.kl.target is None and ppo.kl.horizon != KlSection().horizon:
             problems.append(
                 f"ppo.kl.horizon: does nothing without ppo.kl.target; found: {ppo.kl.horizon}; leave it out"
             )
-        if ppo.max_lag == 0 and ppo.importance_cap != PpoConfig().importance_cap:
+        if ppo.max_lag == 0 and ppo.importance_cap != PpoSection().importance_cap:
             problems.append(
                 f"ppo.importance_cap: does nothing with max_lag 0; found: {ppo.importance_cap}; leave it out"
             )

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from raytrl.config.load import LoadedRun, load_run
-from raytrl.config.ppo_run import PpoRun
-from raytrl.config.runs import TrainingRun
-from raytrl.config.tune import TuneRun
+from raytrl.config.runs.base import TrainingRun
+from raytrl.config.runs.ppo import PpoRun
+from raytrl.config.runs.sweep import TuneRun
 from raytrl.errors import ConfigError
 
 

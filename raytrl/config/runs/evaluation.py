@@ -4,11 +4,13 @@ from typing import Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
-from raytrl.config.base import Section
-from raytrl.config.engines import Asked, chosen_engine, engine_problems
-from raytrl.config.ppo import RolloutConfig
-from raytrl.config.reward import RewardSection
-from raytrl.config.runs import DataSource, ModelSection, Run, TokenizerSpec, or_raise
+from raytrl.config.runs.base import Run, or_raise
+from raytrl.config.sections.base import Section
+from raytrl.config.sections.data import DataSource
+from raytrl.config.sections.engines import Asked, chosen_engine, engine_problems
+from raytrl.config.sections.model import ModelSection, TokenizerSpec
+from raytrl.config.sections.reward import RewardSection
+from raytrl.config.sections.rollout import RolloutSection
 
 
 class EvalData(Section):
@@ -30,7 +32,7 @@ class EvalRun(Run):
     data: EvalData
     rows: PositiveInt | None = Field(default=64, description="the first rows of data.eval; null: all")
     greedy: bool = Field(default=False, description="false: sampled, the same random numbers for both models")
-    rollout: RolloutConfig = RolloutConfig()
+    rollout: RolloutSection = RolloutSection()
     reward: RewardSection
     reference: EvalReference = EvalReference()
 
@@ -72,7 +74,7 @@ class EvalRun(Run):
         problems += engine_problems(self.asked)
         if any(amount <= 0 for amount in rollout.resources.values()) or not rollout.resources:
             problems.append(f"rollout.resources: found: {rollout.resources}; expected: amounts above 0")
-        if rollout.samples != RolloutConfig().samples:
+        if rollout.samples != RolloutSection().samples:
             problems.append(
                 f"rollout.samples: does nothing for eval, which writes every response; found: {rollout.samples}; leave "
                 f"it out"

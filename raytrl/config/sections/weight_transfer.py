@@ -3,14 +3,14 @@
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from raytrl.config.ppo import RolloutConfig
-from raytrl.config.runs import LearnerSection
+from raytrl.config.sections.learner import LearnerSection
+from raytrl.config.sections.rollout import RolloutSection
 
 
 def chosen_transfer(
-    rollout: RolloutConfig, learner: LearnerSection, lora: Mapping[str, Any] | None
+    rollout: RolloutSection, learner: LearnerSection, lora: Mapping[str, Any] | None
 ) -> Literal["object_store", "broadcast"]:
-    """`rollout.weight_transfer`, where auto is broadcast if it is worth its price: see `RolloutConfig`."""
+    """`rollout.weight_transfer`, where auto is broadcast if it is worth its price: see `RolloutSection`."""
     if rollout.weight_transfer != "auto":
         return rollout.weight_transfer
     # Adapters are small; and when the only engine dies, nobody has the weights and the learner's last checkpoint must do.
@@ -19,7 +19,7 @@ def chosen_transfer(
     return "broadcast"
 
 
-def transfer_problems(rollout: RolloutConfig, learner: LearnerSection) -> list[str]:
+def transfer_problems(rollout: RolloutSection, learner: LearnerSection) -> list[str]:
     """Why weights cannot go by broadcast here, one line each."""
     where, store = "rollout.weight_transfer: broadcast", "set it to object_store"
     mine, theirs = learner.resources.get("GPU", 0), rollout.resources.get("GPU", 0)

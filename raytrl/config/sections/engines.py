@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from raytrl.config.native import NativeClass, check_values, native_fields, package_folder
-from raytrl.config.nearest import unknown_key
-from raytrl.config.ppo import RolloutConfig
+from raytrl.config.foreign.native import NativeClass, check_values, native_fields, package_folder
+from raytrl.config.renamed import unknown_key
+from raytrl.config.sections.rollout import RolloutSection
 
 VLLM_ARGS = NativeClass("vllm", "engine/arg_utils.py", "EngineArgs")
 # What raytrl sets itself, and by which key.
@@ -41,7 +41,7 @@ def vllm_is_installed() -> bool:
 class Asked:
     """What a run wants of its engine."""
 
-    rollout: RolloutConfig
+    rollout: RolloutSection
     model_paths: Sequence[str]
     lora: Mapping[str, Any] | None = None
     logprobs: bool = False  # of responses that another model sampled
@@ -95,7 +95,7 @@ def vllm_obstacles(asked: Asked) -> list[str]:
     return obstacles
 
 
-def _argument_problems(rollout: RolloutConfig) -> list[str]:
+def _argument_problems(rollout: RolloutSection) -> list[str]:
     where, given = "rollout.engine_args", rollout.engine_args
     known = native_fields(VLLM_ARGS)
     problems = [f"{where}.{key}: is set by {_OWNED[key]}" for key in given if key in _OWNED]
@@ -107,7 +107,7 @@ def _argument_problems(rollout: RolloutConfig) -> list[str]:
     return problems + check_values(where, VLLM_ARGS, dict(given))
 
 
-def _placement_problems(rollout: RolloutConfig) -> list[str]:
+def _placement_problems(rollout: RolloutSection) -> list[str]:
     """An engine is one actor; the GPUs of its bundle, which lie on one node, are the GPUs that it spreads over."""
     gpus = rollout.resources.get("GPU", 0)
     asked = gpus_asked(rollout.engine_args)
@@ -127,7 +127,7 @@ def _placement_problems(rollout: RolloutConfig) -> list[str]:
     return []
 
 
-def cpu_cache_bytes(rollout: RolloutConfig, token_bytes: int, length: int) -> int:
+def cpu_cache_bytes(rollout: RolloutSection, token_bytes: int, length: int) -> int:
     """vLLM's key-value cache on a CPU, where its own choice would be most of the machine.
 
     `engine_args.kv_cache_memory_bytes`, or what a full batch needs: at most a GiB, at least one sequence.

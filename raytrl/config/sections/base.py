@@ -5,7 +5,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, model_validator
 
 # How processes go on nodes, by Ray's names: on few, on many, all on one, each on another.
-Placement = Literal["pack", "spread", "strict_pack", "strict_spread"]
+Strategy = Literal["pack", "spread", "strict_pack", "strict_spread"]
 
 
 class Section(BaseModel):

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from raytrl.config.native import (
+from raytrl.config.foreign.native import (
     DEEPSPEED_SECTIONS,
     ZERO_CLASS,
     NativeClass,
@@ -15,7 +15,7 @@ from raytrl.config.native import (
     native_fields,
     package_folder,
 )
-from raytrl.config.nearest import unknown_key
+from raytrl.config.renamed import unknown_key
 from raytrl.errors import ConfigError
 
 # Top-level sections that DeepSpeed reads by literal name rather than through runtime/constants.py.

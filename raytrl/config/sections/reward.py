@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from raytrl.config.base import Placement, Section
+from raytrl.config.sections.base import Section, Strategy
 
 DEFAULT_MAX_DROPPED_FRACTION = 0.05
 
@@ -95,7 +95,7 @@ class RewardSection(Section):
     resources: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] = Field(
         default_factory=lambda: {"CPU": 1.0}
     )  # of each actor
-    placement: Placement = "pack"  # of the actors on the nodes
+    placement: Strategy = "pack"  # of the actors on the nodes
     labels: dict[str, str] = Field(default_factory=dict)  # only nodes with these labels, in Ray's label selectors
     on_error: Literal["fail", "drop"] = "fail"
     max_dropped_fraction: Annotated[float, Field(ge=0, le=1)] | None = None  # drop: null is 0.05

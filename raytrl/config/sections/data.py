@@ -1,0 +1,56 @@
+"""`data`: where the rows come from."""
+
+import re
+from typing import Any
+
+from pydantic import ConfigDict, Field, model_validator
+
+from raytrl.config.foreign.native import (
+    DATASET_BUILDERS,
+    native_fields,
+)
+from raytrl.config.renamed import unknown_key
+from raytrl.config.sections.base import Section
+
+LOAD_DATASET_KEYS = ("path", "name", "data_dir", "data_files", "split", "revision")
+
+
+class DataSource(Section):
+    """Arguments of `datasets.load_dataset`, and optionally a function that reshapes the rows."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, protected_namespaces=())
+
+    path: str = Field(description="builder (json, csv, parquet, text), saved dataset folder, or hub id")
+    name: str | None = None
+    data_dir: str | None = None
+    data_files: str | list[str] | None = None
+    split: str = "train"
+    revision: str | None = None
+    transform: str | None = Field(default=None, description="file.py:function or module:function, Dataset → Dataset")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_text(cls, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        suffixes = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
+        suffix = value[value.rfind(".") :].lower() if "." in value else ""
+        return {"path": suffixes[suffix], "data_files": value} if suffix in suffixes else {"path": value}
+
+    @model_validator(mode="after")
+    def _builder_options(self) -> "DataSource":
+        known = native_fields(DATASET_BUILDERS[self.path]) if self.path in DATASET_BUILDERS else {}
+        names = [*LOAD_DATASET_KEYS, "transform", *known]
+        unknown = [unknown_key("", key, names) for key in (self.model_extra or {}) if key not in known]
+        if unknown:
+            raise ValueError("; ".join(unknown))
+        if self.path in DATASET_BUILDERS and self.data_files is None and self.data_dir is None:
+            raise ValueError(f"data_files: missing; the {self.path} builder reads files")
+        if self.transform is not None and not re.fullmatch(r"[^:]+:\w+", self.transform):
+            raise ValueError(f"transform: found: {self.transform!r}; expected: file.py:function or module:function")
+        return self
+
+
+class DataSection(Section):
+    train: DataSource
+    eval: DataSource | None = None

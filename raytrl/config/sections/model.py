@@ -1,0 +1,53 @@
+"""`model`: the network, and its tokenizer."""
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from raytrl.config.sections.base import Section
+
+
+class TokenizerSpec(Section):
+    """A byte-level BPE tokenizer, trained on the run's own training text before it starts."""
+
+    vocab_size: int = Field(gt=260, description="entries, the 256 bytes and the special tokens included")
+    eos_token: str = "<|end|>"
+    pad_token: str = "<|pad|>"
+    special_tokens: list[str] = Field(default=[], description="more tokens that are never split, e.g. chat markers")
+
+    @model_validator(mode="after")
+    def _distinct(self) -> "TokenizerSpec":
+        if self.eos_token == self.pad_token:
+            raise ValueError("eos_token and pad_token must differ: padding would otherwise hide the end of a text")
+        return self
+
+
+class ModelSection(Section):
+    """The network to train: a Hugging Face folder or id, or one made from a config with random weights."""
+
+    path: str | None = Field(default=None, description="Hugging Face id or local folder")
+    config: dict[str, Any] | None = Field(
+        default=None, description="model_type and its config fields: a model with random weights"
+    )
+    tokenizer: str | TokenizerSpec | None = Field(
+        default=None, description="id, folder, or what to train; default: path"
+    )
+    revision: str | None = None
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    pad_token: str | None = Field(default=None, description="a token to pad with, added where the tokenizer lacks it")
+    trust_remote_code: bool = False
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "ModelSection":
+        if (self.path is None) == (self.config is None):
+            found = "neither path nor config" if self.path is None else "both path and config"
+            raise ValueError(f"found: {found}; expected: one of path (a model that exists) and config (one to make)")
+        if self.config is not None and "model_type" not in self.config:
+            raise ValueError(
+                "config.model_type: missing; expected: an architecture of transformers such as llama, gpt2"
+            )
+        if self.config is not None and self.tokenizer is None:
+            raise ValueError("tokenizer: missing; a model made from a config needs one: a folder, or {vocab_size: …}")
+        if self.path is not None and isinstance(self.tokenizer, TokenizerSpec):
+            raise ValueError("tokenizer: a trained tokenizer would not fit the embeddings of the model in path")
+        return self

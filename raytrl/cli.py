@@ -56,16 +56,17 @@ def _train(kind: str, file: str, overrides: list[str] | None, fresh: bool) -> No
     from raytrl.config.load import load_run
 
     loaded = load_run(file, overrides or [], kind)
-    from raytrl.launch.runs.run import train
+    from raytrl.launch.runs.run import kind_of, run_to_end
+    from raytrl.records.outcome import Trained
     from raytrl.report.progress import Display, summary
 
     _stop_on_sigterm()
-    command = shlex.join(["raytrl", *sys.argv[1:]])
     with Display(out, f"{kind} {loaded.run.name}") as display:
-        manifest = train(loaded, command, fresh, display.show)
-    if manifest.get("already_done"):
+        outcome = run_to_end(kind_of(loaded), _command(), fresh, display.show)
+    assert isinstance(outcome, Trained)
+    if outcome.already_done:
         out.print("this run is finished already; --fresh trains it anew")
-    out.print(summary(manifest, manifest["model"].removesuffix("/model")))
+    out.print(summary(outcome))
     _write_page(loaded)
 
 
@@ -73,18 +74,24 @@ def _evaluate(file: str, overrides: list[str] | None, fresh: bool) -> None:
     from raytrl.config.load import load_run
 
     loaded = load_run(file, overrides or [], "eval")
-    from raytrl.launch.runs.evaluation import evaluate
+    from raytrl.launch.runs.evaluation import EvalKind
+    from raytrl.launch.runs.run import run_to_end
     from raytrl.report.evaluation import results_table, samples_table
     from raytrl.report.progress import Display
 
     _stop_on_sigterm()
     with Display(out, f"eval {loaded.run.name}") as display:
-        found = evaluate(loaded, shlex.join(["raytrl", *sys.argv[1:]]), fresh, display.show)
-    if found["already_done"]:
+        outcome = run_to_end(EvalKind(loaded), _command(), fresh, display.show)
+    if outcome.already_done:
         out.print("this evaluation is finished already; --fresh does it anew")
-    out.print(samples_table(found["samples"]))
-    out.print(results_table(found["results"]))
+    out.print(samples_table(outcome.samples))
+    out.print(results_table(outcome.results))
     _write_page(loaded)
+
+
+def _command() -> str:
+    """What the user typed."""
+    return shlex.join(["raytrl", *sys.argv[1:]])
 
 
 def _write_page(loaded: Any) -> None:
@@ -102,7 +109,7 @@ def _plan(file: str, overrides: list[str], cluster: list[str], models: str) -> N
     from raytrl.plan.plan import RULE, plan
     from raytrl.report.plan import plan_view
 
-    out.print(plan_view(plan(loaded.run, planned_cluster(loaded.run, cluster), models)))
+    out.print(plan_view(plan(loaded, planned_cluster(loaded.run, cluster), models)))
     out.print(f"[dim]{RULE}[/]")
 
 
@@ -145,33 +152,32 @@ def _tune(file: str, overrides: list[str] | None, fresh: bool) -> None:
     from raytrl.config.load import load_run
 
     loaded = load_run(file, overrides or [], "tune")
-    from raytrl.config.runs.sweep import TuneRun
-    from raytrl.launch.sweep.sweep import tune
+    from raytrl.launch.runs.run import run_to_end
+    from raytrl.launch.sweep.sweep import SweepKind
     from raytrl.report.sweep import SweepDisplay, sweep_summary, trials_table
     from raytrl.report.sweep_page import write_sweep_page
     from raytrl.rundir import RunDirectory
 
-    run = loaded.run
-    assert isinstance(run, TuneRun)
     _stop_on_sigterm()
-    columns = [run.metric, *run.limit]
-    with SweepDisplay(out, f"tune {run.name}", run.metric, list(run.limit)) as display:
-        found = tune(loaded, shlex.join(["raytrl", *sys.argv[1:]]), fresh, display.show, display.show_trials)
+    kind = SweepKind(loaded)
+    run, columns = kind.run, list(dict.fromkeys([kind.run.metric, *kind.run.limit, "objective/kl"]))
+    with SweepDisplay(out, f"tune {run.name}", columns) as display:
+        kind.show_trials = display.show_trials
+        outcome = run_to_end(kind, _command(), fresh, display.show)
     run_dir = RunDirectory(run.output_dir, run.name)
-    if found.get("already_done"):
+    if outcome.already_done:
         out.print("this sweep is finished already; --fresh makes it anew")
     else:
-        write_sweep_page(run, found["trials"], found["best"], run_dir)
-    table = trials_table(found["trials"], [*dict.fromkeys([*columns, "objective/kl"])], found["best"])
-    _wide_in_a_pipe().print(table)
-    curves = run_dir.exists(f"trials/{found['best']}/tensorboard")
-    out.print(sweep_summary(found, str(run_dir), curves))
+        write_sweep_page(run, outcome.trials, outcome.best, run_dir)
+    _wide_in_a_pipe().print(trials_table(outcome.trials, columns, outcome.best))
+    out.print(sweep_summary(outcome, run_dir.exists(f"trials/{outcome.best}/tensorboard")))
 
 
 def _quickstart(output_dir: str, overrides: list[str], fresh: bool) -> None:
     from contextlib import contextmanager
 
     from raytrl.launch.runs.quickstart import quickstart
+    from raytrl.records.outcome import Evaluated
     from raytrl.report.evaluation import samples_table
     from raytrl.report.progress import Display
     from raytrl.report.quickstart import paths_table, stages_table
@@ -187,11 +193,12 @@ def _quickstart(output_dir: str, overrides: list[str], fresh: bool) -> None:
             yield display.show
 
     stages = {stage.kind: stage for stage in quickstart(output_dir, overrides, fresh, showing)}
-    last = stages["eval"].manifest
+    last = stages["eval"].outcome
+    assert isinstance(last, Evaluated)
     out.rule("done", align="left")
-    out.print(samples_table(last["samples"], titles={"compare": "before PPO", "model": "after PPO"}))
+    out.print(samples_table(last.samples, titles={"compare": "before PPO", "model": "after PPO"}))
     rows = {kind: stage.rows for kind, stage in stages.items()}
-    out.print(stages_table(rows, last["results"], {kind: stage.seconds for kind, stage in stages.items()}))
+    out.print(stages_table(rows, last.results, {kind: stage.seconds for kind, stage in stages.items()}))
     for stage in stages:
         write_run_page(RunDirectory(output_dir, stage))
     out.print(paths_table(output_dir))

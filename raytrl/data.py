@@ -11,7 +11,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from raytrl.config.runs.base import Run
-from raytrl.config.runs.supervised import SupervisedRun
 from raytrl.config.sections.data import DataSource
 from raytrl.errors import DataError
 from raytrl.functions import describe_raised, load_function
@@ -19,15 +18,6 @@ from raytrl.functions import describe_raised, load_function
 datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # or it asks the hub for local files too, seconds without a network
 datasets.disable_progress_bars()
 datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs as errors it raises too
-
-# The columns each kind trains on (TRL's dataset types); `text` stands for `training.dataset_text_field`.
-_LAYOUTS: dict[str, list[tuple[str, ...]]] = {
-    "sft": [("messages",), ("conversations",), ("prompt", "completion"), ("text",), ("input_ids",)],
-    "reward": [("chosen", "rejected")],
-    "dpo": [("chosen", "rejected")],
-    "ppo": [("prompt",)],
-    "eval": [("prompt",)],
-}
 
 
 def load_data(source: DataSource, where: str) -> datasets.Dataset:
@@ -116,8 +106,7 @@ def check_columns(dataset: datasets.Dataset, run: Run, where: str) -> tuple[str,
     Raises:
         DataError: no usable columns (naming those there are), or a row with a missing or mistyped value.
     """
-    text_field = run.training.get("dataset_text_field", "text") if isinstance(run, SupervisedRun) else "text"
-    layouts = [tuple(text_field if c == "text" else c for c in layout) for layout in _LAYOUTS[run.kind]]
+    layouts = run.layouts()
     layout = next((columns for columns in layouts if set(columns) <= set(dataset.column_names)), None)
     if layout is None:
         expected = " | ".join("+".join(columns) for columns in layouts)
@@ -125,13 +114,12 @@ def check_columns(dataset: datasets.Dataset, run: Run, where: str) -> tuple[str,
             f"{where}: no columns that `raytrl {run.kind}` can train on; found: {', '.join(dataset.column_names)}; "
             f"expected: {expected}; rename them with a transform"
         )
-    prompt = ("prompt",) if "prompt" in dataset.column_names and "prompt" not in layout and run.kind != "sft" else ()
-    for column in (*prompt, *layout):
+    layout = (*(column for column in run.also_taken if column in dataset.column_names), *layout)
+    for column in layout:
         _check_column(dataset, column, where)
-    kinds = {_is_conversation(dataset, column) for column in (*prompt, *layout)}
-    if len(kinds) > 1:
-        raise DataError(f"{where}: {', '.join((*prompt, *layout))} must all be strings, or all be lists of messages")
-    return (*prompt, *layout)
+    if len({_is_conversation(dataset, column) for column in layout}) > 1:
+        raise DataError(f"{where}: {', '.join(layout)} must all be strings, or all be lists of messages")
+    return layout
 
 
 def _check_column(dataset: datasets.Dataset, column: str, where: str) -> None:

@@ -11,9 +11,9 @@ import torch.distributed
 
 from raytrl.config.load import load_run
 from raytrl.config.runs.supervised import SupervisedRun
-from raytrl.plan.checks.supervised import preflight
+from raytrl.plan.checks.supervised import prepare_supervised
 from raytrl.records.progress import Progress
-from raytrl.roles.job import SupervisedJob
+from raytrl.roles.job import Job
 from raytrl.rundir import RunDirectory
 
 
@@ -57,13 +57,13 @@ class PlainContext:
         return [event.metrics["loss"] for event in self.events if event.kind == "step"]
 
 
-def job_of(file: str, *overrides: str) -> SupervisedJob:
+def job_of(file: str, *overrides: str) -> Job[SupervisedRun]:
     """What the driver would hand to its workers, after the driver's own checks."""
     run = load_run(file, list(overrides)).run
     assert isinstance(run, SupervisedRun)
     run_dir = RunDirectory(run.output_dir, run.name)
-    _, has_tokenizer = preflight(run, run_dir)
-    return SupervisedJob(run, "a test", {}, has_tokenizer)
+    prepare_supervised(run, run_dir)
+    return Job(run, "a test", {})
 
 
 def train_alone(file: str, *overrides: str, die_after: int | None = None) -> tuple[PlainContext, Path]:

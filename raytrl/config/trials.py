@@ -8,7 +8,6 @@ from typing import Any
 
 from raytrl.config.load import LoadedRun, load_run
 from raytrl.config.runs.base import TrainingRun
-from raytrl.config.runs.ppo import PpoRun
 from raytrl.config.runs.sweep import TuneRun
 from raytrl.errors import ConfigError
 
@@ -59,13 +58,8 @@ def _check_metrics(sweep: LoadedRun, run: TuneRun, base: TrainingRun) -> None:
             if not name.startswith("eval"):
                 continue
             where = f"{_where(sweep, key)}: {key}: {name!r} comes from evaluation"
-            if base.data.eval is None:
-                raise ConfigError(f"{where}; found: no data.eval in {run.base}; expected: data.eval, or another metric")
-            if isinstance(base, PpoRun) and base.eval is not None and base.eval.every > base.ppo.steps:
-                raise ConfigError(
-                    f"{where}; found: eval.every {base.eval.every} in {run.base}, more than ppo.steps {base.ppo.steps}, so "
-                    f"never; expected: at most {base.ppo.steps}"
-                )
+            if (why := base.why_never_evaluated()) is not None:
+                raise ConfigError(f"{where}; found: {why[0]} in {run.base}; expected: {why[1]}")
 
 
 def check_edges(sweep: LoadedRun) -> list[Edge]:

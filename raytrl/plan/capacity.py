@@ -1,12 +1,10 @@
 """Whether the memory that a run would take is there: the check that every run makes before it starts."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
-from raytrl.config.runs.base import Run, TrainingRun
-from raytrl.config.runs.ppo import PpoRun
-from raytrl.config.runs.supervised import SupervisedRun
+from raytrl.config.runs.base import Run
 from raytrl.errors import ResourceError
 from raytrl.plan.cluster import ADDED, Cluster, Group, Need, Node
 from raytrl.plan.config_shapes import ModelShape
@@ -20,6 +18,8 @@ from raytrl.plan.shapes import read_shapes
 CERTAINTY = 1.25
 # The driver, Ray's own processes and its dashboard, on the node that the run is started on; measured on Linux.
 DRIVER_GIB = 1.2
+
+RunT = TypeVar("RunT", bound=Run)
 
 
 @dataclass(frozen=True)
@@ -82,9 +82,9 @@ class Room:
         if not any(waiting.values()):
             return []
         limits = [
-            f"{role}.start_timeout_s {getattr(run, role).start_timeout_s:g} s"
-            for role in ("rollout", "learner")
-            if hasattr(run, role)
+            f"{each.key.partition('.')[0]}.start_timeout_s {limit:g} s"
+            for each in run.processes()
+            if (limit := getattr(each.section, "start_timeout_s", None)) is not None
         ]
         return [
             f"no room yet for {', '.join(f'{count} of {key}' for key, count in waiting.items() if count)}: the autoscaler of "
@@ -193,63 +193,39 @@ def _words(estimate: Estimate) -> str:
 def _nearest(run: Run, room: Room, shapes: Mapping[str, ModelShape]) -> str | None:
     """The first setting, or all of them one after the other, with which nothing is impossible any more."""
 
-    def fits(changed: Run) -> bool:
-        found = room.loads(estimates(changed, shapes))
+    def fits(smaller: Run) -> bool:
+        found = room.loads(estimates(smaller, shapes))
         return not any(load.is_impossible for load in found)
 
-    changes = list(_changes(run))
-    for text, change in changes:
-        if fits(change(run)):
-            return text
-    together, texts = run, []
-    for text, change in changes:
-        together = change(together)
-        texts.append(text)
+    together, texts = run, list[str]()
+    for values in run.savings():
+        if fits(changed(run, values)):
+            return _as_overrides(values)
+    for values in run.savings():
+        together = changed(together, values)
+        texts.append(_as_overrides(values))
         if fits(together):
             return " ".join(texts)
     return None
 
 
-Change = tuple[str, Callable[[Any], Any]]
+def changed(run: RunT, values: Mapping[str, Any]) -> RunT:
+    """The run with other values at dotted keys; not checked again."""
+    for key, value in values.items():
+        top, _, name = key.partition(".")
+        section = getattr(run, top)
+        if name and isinstance(section, dict):
+            value = {**section, name: value}
+        elif name:
+            value = section.model_copy(update={name: value})
+        run = run.model_copy(update={top: value})
+    return run
 
 
-def _changes(run: Run) -> Iterator[Change]:
-    """Settings that save memory, the least intrusive first: what is computed stays the same but for the last."""
-    if isinstance(run, SupervisedRun):
-        if not run.recompute:
-            yield _training(gradient_checkpointing=True)
-        if run.rows_a_pass > 1:
-            steps = run.rows_a_pass * run.accumulated
-            yield _training(per_device_train_batch_size=1, gradient_accumulation_steps=steps)
-    if isinstance(run, PpoRun):
-        least = run.rollout.max_prompt_length + run.rollout.sampling.max_new_tokens
-        yield _section("ppo", max_tokens_per_microbatch=least)
-        yield _section("rollout", chunk_prompts=1)
-    if isinstance(run, TrainingRun):
-        for zero in ({"stage": 2}, {"stage": 3}, {"stage": 3, "offload_optimizer": {"device": "cpu"}}):
-            if run.learner.max_workers > 1 or "offload_optimizer" in zero:
-                yield _section("learner", deepspeed={"zero_optimization": zero})
-        if run.lora is None:
-            lora = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
-            yield (
-                "'lora={r: 16, lora_alpha: 32, target_modules: all-linear}'",
-                lambda changed: changed.model_copy(update={"lora": lora}),
-            )
-
-
-def _training(**values: Any) -> Change:
-    def change(run: SupervisedRun) -> SupervisedRun:
-        return run.model_copy(update={"training": {**run.training, **values}})
-
-    return " ".join(f"training.{key}={_yaml(value)}" for key, value in values.items()), change
-
-
-def _section(name: str, **values: Any) -> Change:
-    def change(run: TrainingRun) -> TrainingRun:
-        return run.model_copy(update={name: getattr(run, name).model_copy(update=values)})
-
-    texts = [f"{name}.{key}={_yaml(value)}" for key, value in values.items()]
-    return " ".join(f"'{text}'" if " " in text else text for text in texts), change
+def _as_overrides(values: Mapping[str, Any]) -> str:
+    """As the command line takes them."""
+    texts = [f"{key}={_yaml(value)}" for key, value in values.items()]
+    return " ".join(f"'{text}'" if " " in text else text for text in texts)
 
 
 def _yaml(value: Any) -> str:

@@ -3,15 +3,11 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from raytrl.config.runs.base import Processes
 from raytrl.config.sections.base import Strategy
-from raytrl.config.sections.learner import LearnerSection
-from raytrl.config.sections.reward import RewardSection
-from raytrl.config.sections.rollout import RolloutSection
 from raytrl.errors import ConfigError
 
 ADDED = "added node "
-
-
 _CLUSTER_KEYS = ("nodes", "cpus", "gpus", "gpu_gib", "mem_gib")
 
 
@@ -37,9 +33,10 @@ class Group:
     labels: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, key: str, count: int, section: LearnerSection | RolloutSection | RewardSection) -> "Group":
-        """From a section of the run file."""
-        return cls(key, count, section.resources, section.placement, section.labels)
+    def of(cls, processes: Processes) -> "Group":
+        """As many as the run cannot do without."""
+        section = processes.section
+        return cls(processes.key, processes.count, section.resources, section.placement, section.labels)
 
     def may_use(self, node: Node) -> bool:
         """Whether its labels let it onto the node, by Ray's selectors: `a`, `!a`, `in(a, b)`, `!in(a, b)`."""

@@ -6,9 +6,9 @@ not known here are counted there; that both agree is what tests/unit/test_shapes
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-Head = Literal["causal", "score"]
+from raytrl.config.runs.base import Head
 
 
 @dataclass(frozen=True)

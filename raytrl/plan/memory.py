@@ -5,14 +5,14 @@ raytrl's own learner and rollout engine. Held against measured peaks on a CPU by
 Sequences are taken to be as long as the run file allows; shorter ones take less.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from raytrl.config.foreign.deepspeed import zero_stage
 from raytrl.config.runs.base import Run
-from raytrl.config.runs.evaluation import EvalRun
 from raytrl.config.runs.ppo import PpoRun
+from raytrl.config.runs.rollout import RolloutRun
 from raytrl.config.runs.supervised import SupervisedRun
 from raytrl.config.sections.engines import cpu_cache_bytes
 from raytrl.plan.config_shapes import ModelShape
@@ -128,22 +128,10 @@ def estimates(run: Run, shapes: Mapping[str, ModelShape]) -> dict[str, Estimate]
         shapes: by key of the run file, as `shapes.read_shapes` gives them.
     """
     found: dict[str, Estimate] = {}
-    model = shapes.get("model.path")
-    if isinstance(run, SupervisedRun):
-        return {} if model is None else {"learner.workers": supervised_worker(run, model)}
-    assert isinstance(run, PpoRun | EvalRun)
-    others = ("value_model.init", "reference.path") if isinstance(run, PpoRun) else ()
-    named = [key for key in others if getattr(getattr(run, key.split(".")[0]), key.split(".")[1]) is not None]
-    if isinstance(run, PpoRun) and model is not None and all(key in shapes for key in named):
-        found["learner.workers"] = ppo_worker(run, model, *(shapes.get(key) for key in others))
-    sampled = [shapes[key] for key in ("model.path", "compare", "reference.path") if key in shapes]
-    if isinstance(run, PpoRun):
-        sampled = sampled[:1] if model is not None else []
-    if sampled:  # an evaluation loads one model after the other
-        found["rollout.actors"] = rollout_actor(run, max(sampled, key=lambda shape: shape.parameters))
-    keys = {s.name: f"reward.sources.{i}.model" for i, s in enumerate(run.reward.sources) if s.model is not None}
-    if all(key in shapes for key in keys.values()):
-        found["reward.actors"] = reward_actor(run, {name: shapes[key] for name, key in keys.items()})
+    for each in run.processes():
+        held = [use.key for use in run.models() if each.key in use.held_by]
+        if all(key in shapes for key in held):
+            found[each.key] = _ESTIMATES[each.role](run, {key: shapes[key] for key in held})
     return found
 
 
@@ -166,12 +154,12 @@ def supervised_worker(run: SupervisedRun, shape: ModelShape) -> Estimate:
         parts["optimizer"] *= _optimizer_share(str(run.training.get("optim", "adamw")))
     if half and size == 4:
         parts["weights"] += shape.parameters * 2.0  # autocast's copies
-    rows = run.rows_a_pass * (1 if run.kind == "sft" else 2)
+    rows = run.rows_a_pass * run.sequences_a_row
     tokens = rows * int(run.native("max_length") or 1024)
-    if run.kind == "dpo" and run.lora is None and not run.training.get("precompute_ref_log_probs"):
+    if run.has_reference:
         parts["reference"] = shape.parameters * float(size) / (workers if sharding.stage == 3 else 1)
     parts["activations"] = activations(shape, tokens, 2 if half else 4, bool(run.recompute))
-    if run.kind != "reward":
+    if run.head == "causal":
         head = shape.vocab * shape.hidden * 4.0 * (1 if run.lora is None else 0)
         parts["activations"] += head + _TILE_COPIES * 4.0 * min(tokens, _TILE[0]) * min(shape.vocab, _TILE[1])
     if run.lora is not None or sharding.stage == 3:  # the first worker merges or gathers the whole in RAM
@@ -186,41 +174,32 @@ def activations(shape: ModelShape, tokens: int, size: int, recomputed: bool) -> 
     return float(tokens * (kept + 2 * one_layer) * size)  # beside the gradients of the layer in hand
 
 
-def microbatch_tokens(run: PpoRun, shape: ModelShape) -> int:
-    """Tokens in one forward pass of the learner, as `PpoLearner` chooses them."""
-    chosen = run.ppo.microbatch_tokens(shape.vocab)
-    rows = -(-run.ppo.batch_size // run.learner.max_workers)
-    return min(max(chosen, _row(run)), rows * _row(run))
-
-
-def _row(run: PpoRun | EvalRun) -> int:
-    return run.rollout.max_prompt_length + run.rollout.sampling.max_new_tokens
-
-
 def ppo_worker(
     run: PpoRun, policy: ModelShape, value: ModelShape | None = None, reference: ModelShape | None = None
 ) -> Estimate:
     """One learner worker of PPO; `value` and `reference` where the run file names models of their own."""
     on_gpu, workers = run.learner.uses_gpu, run.learner.max_workers
     size = _size(run.model.dtype, on_gpu)
-    value_numbers = float((value or policy).parameters)
+    critics = 1.0 if run.has_critic else 0.0
+    value_numbers = critics * (value or policy).parameters
     if run.lora is None:
         trainable = policy.parameters + value_numbers
         frozen = (reference or policy).parameters * float(size)
         copies = trainable
     else:
         adapter = float(lora_parameters(policy, run.lora))
-        trainable = adapter + (adapter if value is None else value_numbers)
+        trainable = adapter + (critics * adapter if value is None else value_numbers)
         frozen = (policy.parameters + (reference.parameters if reference else 0)) * float(size)
         copies = 0.0 if value is None else value_numbers
     sharding = Sharding.of(run.learner.deepspeed, workers, on_gpu)
     parts, offloaded = sharding.states(trainable, 4, frozen)  # what learns is float32
     if size == 2:
         parts["weights"] += 2 * copies  # autocast's copies of float32 weights
-    tokens = microbatch_tokens(run, policy)
+    tokens = run.microbatch_tokens(policy.vocab)
     recomputed = run.ppo.gradient_checkpointing
-    graphs = activations(policy, tokens, size, recomputed) + activations(value or policy, tokens, size, recomputed)
-    responses = tokens * run.rollout.sampling.max_new_tokens / _row(run)
+    graphs = activations(policy, tokens, size, recomputed)
+    graphs += critics * activations(value or policy, tokens, size, recomputed)
+    responses = tokens * run.rollout.sampling.max_new_tokens / run.longest_row
     parts["activations"] = graphs + responses * policy.vocab * 16.0
     # DeepSpeed writes to all weights when it starts, so none of them stay pages of a file.
     files = [shape.file_size for shape in (policy, reference) if shape is not None]
@@ -229,38 +208,37 @@ def ppo_worker(
     return replace(estimate, mapped=frozen if is_mapped else 0.0)
 
 
-def rollout_actor(run: PpoRun | EvalRun, shape: ModelShape) -> Estimate:
+def rollout_actor(run: RolloutRun, shape: ModelShape) -> Estimate:
     """One rollout actor: weights, and with transformers the key-value cache of the chunk in hand."""
     if run.rollout.engine == "vllm":
         return _vllm_actor(run, shape)
     on_gpu = run.rollout.resources.get("GPU", 0) > 0
-    size = _size(run.model.dtype, run.learner.uses_gpu if isinstance(run, PpoRun) else on_gpu)
-    samples = run.ppo.responses_per_prompt if isinstance(run, PpoRun) else 1
-    rows = run.rollout.chunk_prompts * samples
+    size = _size(run.model.dtype, run.uses_gpu)
+    rows = run.rollout.chunk_prompts * run.samples_a_prompt
     parts = {
         "weights": shape.parameters * float(size),
-        "cache": float(rows * _row(run) * shape.layers * shape.kv_width * size),
+        "cache": float(rows * run.longest_row * shape.layers * shape.kv_width * size),
         "activations": rows * run.rollout.max_prompt_length * (2.0 * shape.hidden + 3 * shape.widest) * size,
     }
     sampling = rows * shape.vocab * 24.0  # float64 probabilities, always on the CPU
-    travelling = 0.0 if isinstance(run, PpoRun) and run.lora is not None else shape.parameters * float(size)
+    travelling = shape.parameters * float(size) if run.loads_whole_models else 0.0
     if not on_gpu:
         parts["sampling and new weights"] = sampling + travelling
     return _finish(parts, sampling if on_gpu else 0.0, on_gpu, "rollout", travelling)
 
 
-def _vllm_actor(run: PpoRun | EvalRun, shape: ModelShape) -> Estimate:
+def _vllm_actor(run: RolloutRun, shape: ModelShape) -> Estimate:
     """One rollout actor with vLLM; on a GPU its cache takes what is left of its share."""
     on_gpu = run.rollout.resources.get("GPU", 0) > 0
-    size = _size(run.model.dtype, run.learner.uses_gpu if isinstance(run, PpoRun) else on_gpu)
+    size = _size(run.model.dtype, run.uses_gpu)
     tokens = run.rollout.engine_args.get("max_num_batched_tokens") or _VLLM_BATCH
     weights = shape.parameters * float(size)
     parts = {"weights": weights, "activations": tokens * (2.0 * shape.hidden + 3 * shape.widest) * size}
     # With LoRA the base lies in mapped files, from which the merged layers are made one by one.
-    travelling = 0.0 if isinstance(run, PpoRun) and run.lora is not None else weights
+    travelling = weights if run.loads_whole_models else 0.0
     if not on_gpu:
         parts["weights"] += 2.0 * shape.vocab * shape.hidden * size  # embedding and head are kept packed as well
-        parts["cache"] = float(cpu_cache_bytes(run.rollout, shape.layers * shape.kv_width * size, _row(run) + 1))
+        parts["cache"] = float(cpu_cache_bytes(run.rollout, shape.layers * shape.kv_width * size, run.longest_row + 1))
         parts["new weights"] = travelling
     estimate = _finish(parts, 0.0, on_gpu, "vllm", travelling)
     if not on_gpu:
@@ -269,18 +247,18 @@ def _vllm_actor(run: PpoRun | EvalRun, shape: ModelShape) -> Estimate:
     return replace(estimate, share=float(share))
 
 
-def reward_actor(run: PpoRun | EvalRun, shapes: Mapping[str, ModelShape]) -> Estimate:
-    """One reward actor: each of its models (by source name), and a process for each function."""
+def reward_actor(run: RolloutRun, shapes: Mapping[str, ModelShape]) -> Estimate:
+    """One reward actor: each of its models (by key of the run file), and a process for each function."""
     on_gpu = run.reward.resources.get("GPU", 0) > 0
     weights = batch = largest = 0.0
     functions = sum(source.kind == "function" for source in run.reward.sources)
-    for source in run.reward.sources:
-        if (shape := shapes.get(source.name)) is None:
+    for i, source in enumerate(run.reward.sources):
+        if (shape := shapes.get(f"reward.sources.{i}.model")) is None:
             continue
         size = _size(source.dtype, on_gpu)
         weights += shape.parameters * float(size)
         largest = max(largest, shape.parameters * float(size))
-        tokens = (source.batch_size or 32) * _row(run)
+        tokens = (source.batch_size or 32) * run.longest_row
         batch = max(batch, tokens * (2.0 * shape.hidden + 3 * shape.widest) * size)
     parts = {"weights": weights, "activations": batch}
     extra = functions * LIBRARIES_GIB["function"] * GIB
@@ -299,6 +277,11 @@ def _finish(parts: dict[str, float], offloaded: float, on_gpu: bool, libraries: 
     return Estimate({name: size for name, size in everything.items() if size})
 
 
+def _largest(shapes: Mapping[str, ModelShape]) -> ModelShape:
+    """An evaluation's engines load one model after the other."""
+    return max(shapes.values(), key=lambda shape: shape.parameters)
+
+
 def _size(dtype: str, on_gpu: bool) -> int:
     """Bytes of one number of `model.dtype`."""
     if dtype == "auto":
@@ -311,3 +294,14 @@ def _optimizer_share(optim: str) -> float:
     if "8bit" in optim:
         return 0.25
     return 0.0 if optim in ("sgd", "adafactor") else 0.5 if optim in ("rmsprop", "adagrad", "lion") else 1.0
+
+
+# By role: the run, and the shapes of the models that a process of it holds, by key → one process.
+_ESTIMATES: Mapping[str, Callable[[Any, Mapping[str, ModelShape]], Estimate]] = {
+    "trainer": lambda run, held: supervised_worker(run, held["model.path"]),
+    "learner": lambda run, held: ppo_worker(
+        run, held["model.path"], held.get("value_model.init"), held.get("reference.path")
+    ),
+    "rollout": lambda run, held: rollout_actor(run, _largest(held)),
+    "reward": lambda run, held: reward_actor(run, held),
+}

@@ -3,21 +3,22 @@
 import os
 from collections.abc import Sequence
 
-from raytrl.config.runs.base import Run, TrainingRun
+from raytrl.config.load import LoadedRun
+from raytrl.config.runs.base import Run
 from raytrl.config.sections.data import DataSource
 from raytrl.errors import ConfigError, DataError
 from raytrl.plan.capacity import CERTAINTY, Load, Room, check_memory
 from raytrl.plan.cluster import ADDED, Cluster, Node, amounts
-from raytrl.plan.idle import idle_settings
+from raytrl.plan.fit import fitted, in_words
 from raytrl.plan.memory import GIB, Estimate, estimates
 from raytrl.plan.need import need_of
 from raytrl.plan.shapes import read_shapes
 from raytrl.plan.where import THIS_MACHINE
-from raytrl.plan.words import total_steps, words_of
+from raytrl.plan.words import words_of
 from raytrl.records.plan import Plan, PlannedRole
 
 
-def plan(run: Run, cluster: Cluster, models: str = "") -> Plan:
+def plan(loaded: LoadedRun, cluster: Cluster, models: str = "") -> Plan:
     """Works out the plan of a run.
 
     Args:
@@ -27,23 +28,26 @@ def plan(run: Run, cluster: Cluster, models: str = "") -> Plan:
     Raises:
         ConfigError: it cannot run there; the message has the numbers and the nearest change that would fit.
     """
+    loaded, chosen = fitted(loaded, cluster)
+    run = loaded.run
     room = Room.on(cluster, need_of(run))
     shapes, problems = read_shapes(run, models)
     rows, missing = _rows(run)
     problems += missing
     if problems and room.where == THIS_MACHINE:
         raise ConfigError("\n".join(problems))
-    notes = [f"not known here, so not checked: {problem}" for problem in problems]
+    notes = in_words(chosen) + [f"not known here, so not checked: {problem}" for problem in problems]
     found, tight = check_memory(run, room, shapes)
-    steps = total_steps(run, rows)
-    if isinstance(run, TrainingRun) and run.learner.min_workers < run.learner.max_workers:
-        least, most = run.learner.min_workers, run.learner.max_workers
-        notes.append(f"learner.workers: {least} is the least that is needed; up to {most} where there is room")
-    notes += [*tight, *room.awaited(run), *(f"does nothing: {line}" for line in idle_settings(run, steps))]
+    notes += [
+        f"{each.key}: {each.count} is the least that is needed; up to {each.most} where there is room"
+        for each in run.processes()
+        if each.count < each.most
+    ]
+    notes += [*tight, *room.awaited(run), *(f"does nothing: {line}" for line in run.idle_settings(run.steps(rows)))]
     return Plan(
         where=f"{room.where}: {_sum_of([node for node in room.nodes if not node.name.startswith(ADDED)])}",
         roles=tuple(_roles(room, estimates(run, shapes))),
-        words=tuple(words_of(run, shapes, rows, steps)),
+        words=tuple(words_of(run, shapes, rows, {})),
         shared=tuple(_shared(found)),
         notes=tuple(notes),
     )

@@ -7,12 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from raytrl.config.runs.base import Run, TrainingRun
-from raytrl.config.runs.evaluation import EvalRun
-from raytrl.config.runs.ppo import PpoRun
+from raytrl.config.runs.base import Head, ModelUse, Run, TrainingRun
 from raytrl.config.sections.model import ModelSection, TokenizerSpec
 from raytrl.errors import ConfigError
-from raytrl.plan.config_shapes import Head, Linear, ModelShape, shape_of_values
+from raytrl.plan.config_shapes import Linear, ModelShape, shape_of_values
+from raytrl.plan.hub import hub_folder
 
 
 def shape_of_path(
@@ -69,23 +68,7 @@ def _place(path: str, key: str, revision: str | None, models: str) -> str:
     for folder in (path, os.path.join(path, "merged")):  # beside an adapter: the merged model
         if os.path.isfile(os.path.join(folder, "config.json")):
             return folder
-    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        if isinstance(cached := try_to_load_from_cache(path, "config.json", revision=revision), str):
-            return os.path.dirname(cached)
-        get_hf_file_metadata(hf_hub_url(path, "config.json", revision=revision), timeout=3)  # the download would retry
-        return os.path.dirname(hf_hub_download(path, "config.json", revision=revision))
-    except HFValidationError:
-        raise ConfigError(
-            f"{key}: no such folder, and no hub id can be written so; found: {path!r}; expected: a model folder; where "
-            f"another run makes it, that run comes first"
-        ) from None
-    except Exception as error:  # offline, gated, missing: each has its own class in each version
-        raise ConfigError(
-            f"{key}: {path!r}: no config.json on this machine, and not had from the hub ({type(error).__name__})"
-        ) from None
+    return hub_folder(path, key, revision)
 
 
 def _shape(config: Any, key: str, head: Head, trust_remote_code: bool) -> ModelShape:
@@ -133,36 +116,21 @@ def read_shapes(run: Run, models: str = "") -> tuple[dict[str, ModelShape], list
     Args:
         models: a folder that holds `<path>/config.json` of models that are not on this machine.
     """
-    wanted: list[tuple[str, str, Head]] = []
-    if isinstance(run, PpoRun | EvalRun):
-        rewards = enumerate(run.reward.sources)
-        wanted += [(f"reward.sources.{i}.model", str(s.model), "score") for i, s in rewards if s.model is not None]
-        if run.reference.path is not None:
-            wanted.append(("reference.path", run.reference.path, "causal"))
-    if isinstance(run, PpoRun) and run.value_model.init is not None:
-        wanted.append(("value_model.init", run.value_model.init, "score"))
-    if isinstance(run, EvalRun) and run.compare is not None:
-        wanted.append(("compare", run.compare, "causal"))
     shapes, problems = {}, []
-    if isinstance(run, TrainingRun | EvalRun):
-        head: Head = "score" if run.kind == "reward" else "causal"
-        if run.model.path is not None:
-            wanted.insert(0, ("model.path", run.model.path, head))
-        else:
-            try:
-                config = run.model.config or {}
-                shapes["model.path"] = shape_of_config(config, _vocabulary(run.model), "model.config", head)
-            except (ConfigError, OSError, ValueError) as error:
-                problems.append(str(error).splitlines()[0])
-    for key, path, kind in wanted:
+    for use in run.models():
         try:
-            revision, trust = None, False
-            if isinstance(run, TrainingRun | EvalRun) and not key.startswith("reward"):
-                revision, trust = run.model.revision, run.model.trust_remote_code
-            shapes[key] = shape_of_path(path, key, kind, revision=revision, trust_remote_code=trust, models=models)
-        except ConfigError as error:
-            problems.append(str(error))
+            shapes[use.key] = _shape_of(run, use, models)
+        except (ConfigError, OSError, ValueError) as error:
+            problems.append(str(error).splitlines()[0])
     return shapes, problems
+
+
+def _shape_of(run: Run, use: ModelUse, models: str) -> ModelShape:
+    if use.path is not None:
+        trust = use.trust_remote_code
+        return shape_of_path(use.path, use.key, use.head, revision=use.revision, trust_remote_code=trust, models=models)
+    assert isinstance(run, TrainingRun)  # only what trains can be made from nothing
+    return shape_of_config(run.model.config or {}, _vocabulary(run.model), "model.config", use.head)
 
 
 def _vocabulary(model: ModelSection) -> int:

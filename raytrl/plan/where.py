@@ -32,19 +32,17 @@ def check_one_node(run: Run) -> None:
     Raises:
         ResourceError: naming the key.
     """
-    for role, key in (("learner", "max_workers"), ("rollout", "actors"), ("reward", "actors")):
-        section = getattr(run, role, None)
-        if section is None:
-            continue
+    for each in run.processes():
+        role, section = each.key.partition(".")[0], each.section
         if section.labels:
             raise ResourceError(
                 f"{role}.labels: a local Ray is one node without labels; found: {section.labels}; expected: "
                 f"cluster.address or a Ray job, or no labels"
             )
-        if section.placement == "strict_spread" and getattr(section, key) > 1:
+        if section.placement == "strict_spread" and each.most > 1:
             raise ResourceError(
-                f"{role}.placement: strict_spread puts each process on a node of its own; found: {getattr(section, key)} "
-                f"processes and a local Ray, which is one node; expected: cluster.address or a Ray job, or spread"
+                f"{role}.placement: strict_spread puts each process on a node of its own; found: {each.most} processes and "
+                f"a local Ray, which is one node; expected: cluster.address or a Ray job, or spread"
             )
 
 

@@ -19,6 +19,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from raytrl.records.outcome import Trained
 from raytrl.records.progress import Progress as Event
 
 _PPO_PHASES = ("generate", "score", "experience", "update", "sync", "eval", "idle")
@@ -130,12 +131,12 @@ def _ppo_seconds(metrics: Mapping[str, float]) -> str:
     return f"{metrics['time/step_s']:.2f} s ({split})"
 
 
-def summary(manifest: dict[str, Any], run_dir: str) -> Table:
+def summary(outcome: Trained) -> Table:
     """The closing table of a finished run."""
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    for key, value in manifest.get("metrics", {}).items():
+    for key, value in outcome.metrics.items():
         if key in _CLOSING:
             table.add_row(key, f"{value:.4f}")
-    table.add_row("model", escape(manifest["model"]))
-    table.add_row("metrics", escape(f"{run_dir}/metrics.jsonl"))
+    table.add_row("model", escape(outcome.model))
+    table.add_row("metrics", escape(f"{outcome.place}/metrics.jsonl"))
     return table

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from raytrl.config.trials import short_name
+from raytrl.records.outcome import Swept
 from raytrl.records.progress import Progress
 from raytrl.records.sweep import Trial
 
@@ -20,9 +21,9 @@ _STYLES = {"done": "green", "running": "cyan", "failed": "red", "over limit": "y
 class SweepDisplay:
     """Shows what the driver of a sweep passes to it; use as a context manager around the sweep."""
 
-    def __init__(self, console: Console, title: str, metric: str, limits: Sequence[str]) -> None:
-        self._console, self._title = console, title
-        self._columns = list(dict.fromkeys([metric, *limits, "objective/kl"]))
+    def __init__(self, console: Console, title: str, columns: Sequence[str]) -> None:
+        """`columns`: the metrics to show."""
+        self._console, self._title, self._columns = console, title, columns
         self._live = Live(console=console, transient=True, auto_refresh=False)
         self._told: dict[str, str] = {}
 
@@ -85,12 +86,13 @@ def _shown(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else escape(str(value))
 
 
-def sweep_summary(manifest: dict[str, Any], place: str, curves: bool) -> Table:
+def sweep_summary(outcome: Swept, curves: bool) -> Table:
     """Where the results of a finished sweep are; `curves`: its trials write to TensorBoard."""
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    place = outcome.place
     rows = {
-        "best": manifest["best"],
-        "model": manifest["model"],
+        "best": outcome.best,
+        "model": outcome.model,
         "run file": f"{place}/best.yaml",
         "all trials": f"{place}/results.csv",
         "pictures": f"{place}/report.html",

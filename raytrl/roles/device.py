@@ -4,24 +4,17 @@ import platform
 import resource
 import sys
 
-from raytrl.config.runs.base import TrainingRun
-from raytrl.config.runs.evaluation import EvalRun
-from raytrl.config.runs.supervised import SupervisedRun
+from raytrl.config.runs.base import Run
 from raytrl.errors import ConfigError
 
 
-def check_cpu(run: TrainingRun | EvalRun) -> None:
+def check_cpu(run: Run) -> None:
     """Refuses bf16 where the CPU would only emulate it.
 
     Raises:
         ConfigError: naming the key.
     """
-    training = run.training if isinstance(run, SupervisedRun) else {}
-    key = next((k for k in ("bf16", "bf16_full_eval") if training.get(k)), None)
-    key = f"training.{key}" if key else "model.dtype" if run.model.dtype == "bfloat16" else None
-    deepspeed = run.learner.deepspeed if isinstance(run, TrainingRun) else None
-    if key is None and ((deepspeed or {}).get("bf16") or {}).get("enabled") is True:
-        key = "learner.deepspeed.bf16.enabled"
+    key = run.bfloat16_key()
     if key is not None and not has_cpu_bf16():
         raise ConfigError(
             f"{key}: this CPU ({platform.processor() or platform.machine()}) has no bf16 arithmetic; "

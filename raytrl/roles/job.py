@@ -1,25 +1,17 @@
 """What a driver hands to its workers. Imports nothing heavy, so that a driver can make it at once."""
 
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
-from raytrl.config.runs.ppo import PpoRun
-from raytrl.config.runs.supervised import SupervisedRun
+from raytrl.config.runs.base import TrainingRun
 
-
-@dataclass(frozen=True)
-class SupervisedJob:
-    """A supervised run as a worker needs it; pickled once, the same for every attempt."""
-
-    run: SupervisedRun
-    command: str
-    versions: dict[str, str]
-    has_tokenizer: bool  # the driver trained one: it lies in the run directory
+R_co = TypeVar("R_co", bound=TrainingRun, covariant=True)
 
 
 @dataclass(frozen=True)
-class PpoJob:
-    """A PPO run as a learner worker needs it; pickled once, the same for every attempt."""
+class Job(Generic[R_co]):
+    """A run as a worker needs it; pickled once, the same for every attempt."""
 
-    run: PpoRun
+    run: R_co
     command: str
     versions: dict[str, str]

@@ -130,11 +130,11 @@ REFUSED = {
 def test_what_is_refused_before_ray_starts(folder: Path, override: str) -> None:
     from raytrl.config.load import load_run
     from raytrl.errors import RaytrlError
-    from raytrl.launch.runs.run import train
+    from raytrl.launch.runs.run import kind_of, run_to_end
 
     file = ppo_file(folder, "refused")
     with pytest.raises(RaytrlError) as caught:
-        train(load_run(file, [override], "ppo"), "a test", False, lambda event: None)
+        run_to_end(kind_of(load_run(file, [override], "ppo")), "a test", False, lambda event: None)
     assert caught.value.exit_status == 2
     assert REFUSED[override] in str(caught.value)
     assert not (folder / "runs/refused/manifest.json").exists()

@@ -271,7 +271,7 @@ REFUSED = {
 def test_what_is_refused_before_ray_starts(folder: Path, override: str) -> None:
     from raytrl.config.load import load_run
     from raytrl.errors import RaytrlError
-    from raytrl.launch.sweep.sweep import tune
+    from raytrl.launch.runs.run import kind_of, run_to_end
 
     two_trials = (len(os.sched_getaffinity(0)) - 0.25) / 2.5
     base = base_file(folder, rollout={"actors": 1, "resources": {"CPU": round(two_trials - 0.5, 3)}})
@@ -279,7 +279,7 @@ def test_what_is_refused_before_ray_starts(folder: Path, override: str) -> None:
         folder, "refused", base, search={"ppo.learning_rate": {"grid": [1e-3, 1e-2, 1e-4]}}, metric=METRIC
     )
     with pytest.raises(RaytrlError) as caught:
-        tune(load_run(file, [override], "tune"), "a test", False, lambda event: None, lambda trials: None)
+        run_to_end(kind_of(load_run(file, [override], "tune")), "a test", False, lambda event: None)
     assert caught.value.exit_status == 2
     assert REFUSED[override] in str(caught.value)
     assert not (folder / "runs/refused/manifest.json").exists()

@@ -5,6 +5,7 @@ from io import StringIO
 import pytest
 from rich.console import Console
 
+from raytrl.records.outcome import Trained
 from raytrl.records.progress import Progress
 from raytrl.report.progress import Display, summary
 
@@ -62,8 +63,8 @@ def test_a_terminal_gets_a_bar() -> None:
 
 def test_the_summary_shows_losses_and_places() -> None:
     file = StringIO()
-    manifest = {"metrics": {"loss": 1.5, "eval_loss": 1.25, "epoch": 3.0}, "model": "runs/[a]/model"}
-    Console(file=file, width=100).print(summary(manifest, "runs/[a]"))
+    outcome = Trained("runs/[a]", False, "runs/[a]/model", {"loss": 1.5, "eval_loss": 1.25, "epoch": 3.0})
+    Console(file=file, width=100).print(summary(outcome))
     rows = dict(line.split() for line in file.getvalue().splitlines())
     assert rows == {
         "loss": "1.5000",

@@ -8,9 +8,15 @@ from typing import Any
 
 import pytest
 
-from raytrl.config.foreign.native import LORA_CLASS, TRAINING_CLASSES, ZERO_CLASS, native_fields, type_name
+from raytrl.config.foreign.native import LORA_CLASS, ZERO_CLASS, native_fields, type_name
 from raytrl.config.renamed import OWNED, RENAMED
 from raytrl.config.runs.base import TRACKERS
+from raytrl.config.runs.supervised import DpoRun, RewardRun, SftRun
+
+CLASSES = {
+    "lora": LORA_CLASS,
+    **{run.model_fields["kind"].default: run.native_class for run in (SftRun, RewardRun, DpoRun)},
+}
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +34,7 @@ def classes() -> dict[str, Any]:
 
 @pytest.mark.parametrize("kind", ["sft", "reward", "dpo", "lora"])
 def test_fields_and_defaults_are_those_of_the_class(kind: str, classes: dict[str, Any]) -> None:
-    read = native_fields(LORA_CLASS if kind == "lora" else TRAINING_CLASSES[kind])
+    read = native_fields(CLASSES[kind])
     real = {f.name: f for f in dataclasses.fields(classes[kind]) if f.init}
     assert set(read) == set(real)
     wrong = {}
@@ -44,7 +50,7 @@ def test_fields_and_defaults_are_those_of_the_class(kind: str, classes: dict[str
 
 @pytest.mark.parametrize("kind", ["sft", "reward", "dpo"])
 def test_a_field_that_takes_null_by_default_may_be_null(kind: str, classes: dict[str, Any]) -> None:
-    read = native_fields(TRAINING_CLASSES[kind])
+    read = native_fields(CLASSES[kind])
     for field in dataclasses.fields(classes[kind]):
         kinds = typing.get_args(read[field.name].type) if read[field.name].type is not Any else ()
         if field.type is not Any and "None" in str(field.type) and read[field.name].type is not Any:

@@ -35,8 +35,8 @@ def no_job(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def planned(file: str, *overrides: str, cluster: list[str] | None = None, models: str = "") -> Plan:
-    run = load_run(file, list(overrides)).run
-    return plan(run, planned_cluster(run, cluster or ()), models)
+    loaded = load_run(file, list(overrides))
+    return plan(loaded, planned_cluster(loaded.run, cluster or ()), models)
 
 
 def sft(tmp_path: Path, **sections: Any) -> str:

@@ -10,10 +10,12 @@ from raytrl.config.runs.supervised import SupervisedRun
 from raytrl.errors import ConfigError, ResourceError, RunError
 from raytrl.launch.session.nodes import machine_resources
 from raytrl.launch.session.session import _start_local
-from raytrl.plan.checks.supervised import preflight
+from raytrl.plan.checks.common import Facts
+from raytrl.plan.checks.supervised import prepare_supervised
 from raytrl.plan.cluster import Need
+from raytrl.plan.shapes import read_shapes
 from raytrl.plan.where import check_one_node, joins_cluster, refuse_client
-from raytrl.plan.words import describe
+from raytrl.plan.words import as_text, processes_of, words_of
 from raytrl.roles import device
 from raytrl.rundir import RunDirectory
 from tests.runs import pair_rows, run_file, text_rows, write_rows
@@ -26,8 +28,8 @@ def run_of(tmp_path: Path, **sections: Any) -> SupervisedRun:
     return run
 
 
-def check(run: SupervisedRun) -> tuple[dict[str, int], bool]:
-    return preflight(run, RunDirectory(run.output_dir, run.name))
+def check(run: SupervisedRun) -> Facts:
+    return prepare_supervised(run, RunDirectory(run.output_dir, run.name))
 
 
 def test_this_machine_has_the_processors_this_process_may_use() -> None:
@@ -100,10 +102,10 @@ def test_a_model_folder_must_hold_a_model(tmp_path: Path) -> None:
 def test_rows_are_counted_and_the_tokenizer_is_trained_once(tmp_path: Path) -> None:
     write_rows(tmp_path / "test.jsonl", text_rows(7))
     run = run_of(tmp_path, data={"eval": str(tmp_path / "test.jsonl")})
-    assert check(run) == ({"train": 60, "eval": 7}, True)
+    assert check(run) == Facts({"data.train": 60, "data.eval": 7})
     file = tmp_path / "runs" / "a" / "tokenizer" / "tokenizer.json"
     written = file.stat().st_mtime_ns
-    assert check(run) == ({"train": 60, "eval": 7}, True)
+    assert check(run) == Facts({"data.train": 60, "data.eval": 7})
     assert file.stat().st_mtime_ns == written
 
 
@@ -116,14 +118,17 @@ def test_a_problem_in_the_evaluation_rows_names_them(tmp_path: Path) -> None:
 def test_the_plan_says_what_runs_where(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     run = run_of(tmp_path, training={"gradient_accumulation_steps": 3}, lora={"r": 4})
-    text = describe(run, {"train": 1234})
-    assert "a new llama, LoRA r=4" in text
-    assert "1,234 rows" in text
-    assert "2 x CPU 1, DDP, on a local Ray on this machine" in text
-    assert "24 rows a step = 4 a worker x 3 accumulated x 2 workers" in text
-    elastic = describe(run_of(tmp_path, learner={"workers": [1, 2]}), {"train": 1234})
-    assert "1 to 2 x CPU 1, DDP" in elastic
-    assert "8 rows a step = 4 a worker x 2 workers; fewer accumulate more" in elastic
+    words = dict([*words_of(run, read_shapes(run)[0], {"data.train": 1234}, {}), processes_of(run, "this machine")])
+    assert words["model"].startswith("a new llama, 0.0 million parameters, ")
+    assert words["training"] == "LoRA r=4, data parallel"
+    assert words["data"] == "1,234 rows"
+    assert words["processes"] == "learner.workers 2 x CPU 1, on this machine"
+    assert words["step"] == "24 rows = 4 a forward pass x 3 accumulated x 2 workers"
+    run = run_of(tmp_path, learner={"workers": [1, 2]})
+    elastic = dict([*words_of(run, {}, {"data.train": 1234}, {}), processes_of(run, "this machine")])
+    assert elastic["processes"] == "learner.workers 1 to 2 x CPU 1, on this machine"
+    assert elastic["step"] == "8 rows = 4 a forward pass x 2 workers; fewer accumulate more"
+    assert as_text([("a", "one"), ("longer", "two")]) == "a       one\nlonger  two"
 
 
 def test_a_ray_that_does_not_start_is_told_in_one_message(monkeypatch: pytest.MonkeyPatch) -> None:

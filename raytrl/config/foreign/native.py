@@ -41,11 +41,6 @@ class NativeClass:
         return f"{self.package}.{self.name}"
 
 
-TRAINING_CLASSES = {
-    "sft": NativeClass("trl", "trainer/sft_config.py", "SFTConfig"),
-    "reward": NativeClass("trl", "trainer/reward_config.py", "RewardConfig"),
-    "dpo": NativeClass("trl", "trainer/dpo_config.py", "DPOConfig"),
-}
 LORA_CLASS = NativeClass("peft", "tuners/lora/config.py", "LoraConfig")
 ZERO_CLASS = NativeClass("deepspeed", "runtime/zero/config.py", "DeepSpeedZeroConfig")
 DEEPSPEED_SECTIONS = {

@@ -1,10 +1,13 @@
-"""What every run file has, and what every one that trains has."""
+"""What every run file has, and what every one that trains has; and what each answers about itself."""
 
 import re
-from typing import Any, TypeVar
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, TypeVar
 
 from pydantic import Field, field_validator
 
+from raytrl.config.foreign.deepspeed import zero_stage
 from raytrl.config.foreign.native import (
     LORA_CLASS,
     check_values,
@@ -15,6 +18,8 @@ from raytrl.config.sections.base import Section
 from raytrl.config.sections.data import DataSection
 from raytrl.config.sections.learner import CheckpointSection, ClusterSection, LearnerSection
 from raytrl.config.sections.model import ModelSection
+from raytrl.config.sections.reward import RewardSection
+from raytrl.config.sections.rollout import RolloutSection
 
 T = TypeVar("T")
 
@@ -26,8 +31,38 @@ TRACKERS = (
 )
 
 
+Head = Literal["causal", "score"]
+Columns = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Processes:
+    """Equal processes of a run, and the section of the run file that says what each of them takes."""
+
+    key: str  # of their number in the run file
+    role: Literal["trainer", "learner", "rollout", "reward"]
+    section: LearnerSection | RolloutSection | RewardSection
+    count: int  # that the run cannot do without
+    most: int  # that it can use
+
+
+@dataclass(frozen=True)
+class ModelUse:
+    """A network that a run loads, and the processes that hold it."""
+
+    key: str
+    path: str | None  # None: it is made from model.config
+    head: Head
+    held_by: tuple[str, ...]  # keys of `Processes`
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+
 class Run(Section):
     """What every kind of run has."""
+
+    also_taken: ClassVar[Columns] = ()  # columns that go before a layout's own where the data have them
+    launcher: ClassVar[str]  # what in `launch` runs it: package.module:name
 
     kind: str
     name: str = Field(description="the run directory is <output_dir>/<name>")
@@ -42,9 +77,68 @@ class Run(Section):
             raise ValueError(f"found: {name!r}; expected: a folder name of letters, digits, '.', '_' and '-'")
         return name
 
+    def processes(self) -> tuple[Processes, ...]:
+        """All of them, in the order in which they are started."""
+        return ()
+
+    def models(self) -> tuple[ModelUse, ...]:
+        """Every network that is loaded, the one that the run is about first."""
+        return ()
+
+    def layouts(self) -> tuple[Columns, ...]:
+        """The columns that it can work on (TRL's dataset types); the first that are all there are taken."""
+        return ()
+
+    def steps(self, rows: Mapping[str, int]) -> int | None:
+        """Optimizer or PPO steps of the whole run; None where nothing trains, or the rows are not there to be counted.
+
+        Args:
+            rows: of each dataset, by its key.
+        """
+        return None
+
+    def in_words(self, rows: Mapping[str, int], vocabulary: int | None) -> list[tuple[str, str]]:
+        """(subject, sentence) pairs for people: what it does, how large a step is, how many there are.
+
+        Args:
+            rows: of each dataset, by its key.
+            vocabulary: token ids of the model; None where that is not known.
+        """
+        return []
+
+    def idle_settings(self, steps: int | None) -> list[str]:
+        """Settings that would change nothing, one line each; what can never make sense is refused when it is read.
+
+        Args:
+            steps: of the whole run, where they are known.
+        """
+        return []
+
+    def savings(self) -> Iterator[Mapping[str, Any]]:
+        """Settings that save memory, as dotted keys, the least intrusive first."""
+        yield from ()
+
+    def bfloat16_key(self) -> str | None:
+        """The key that asks for arithmetic in bfloat16 wherever the run is; None where none does."""
+        return None
+
+    @property
+    def uses_gpu(self) -> bool:
+        """Whether its network computes on a GPU: `model.dtype: auto` follows from it."""
+        return False
+
+    @property
+    def travelling_model(self) -> str | None:
+        """The model whose weights go to rollout actors at every step; None where none do, or adapters alone."""
+        return None
+
 
 class TrainingRun(Run):
     """What every kind has that trains a network on Ray Train workers."""
+
+    task: ClassVar[str]  # what it does, in words
+    step_name: ClassVar[str] = "optimizer steps"
+    trl_trainer: ClassVar[str | None] = None  # the class that trains; None: raytrl's own learner
 
     model: ModelSection
     lora: dict[str, Any] | None = Field(default=None, description="PEFT LoraConfig fields; absent: full fine-tuning")
@@ -76,6 +170,58 @@ class TrainingRun(Run):
         if "task_type" in lora:
             problems.append("task_type: is set by `kind`")
         return or_raise(problems, lora)
+
+    @property
+    def uses_gpu(self) -> bool:
+        return self.learner.uses_gpu
+
+    @property
+    def how_trained(self) -> str:
+        """`LoRA r=16, DeepSpeed ZeRO-2`."""
+        tuning = "full fine-tuning" if self.lora is None else f"LoRA r={self.lora.get('r', 8)}"
+        stage = zero_stage(self.learner.deepspeed)
+        alone = "one process" if self.learner.max_workers == 1 else "data parallel"
+        return f"{tuning}, {f'DeepSpeed ZeRO-{stage}' if stage else alone}"
+
+    @property
+    def rows_a_worker(self) -> int | None:
+        """Rows of a step for each of `learner.max_workers`; None where a step has as many rows however many share it."""
+        return None
+
+    @property
+    def responses_a_step(self) -> int | None:
+        """Responses that a step samples; None where nothing is sampled."""
+        return None
+
+    def why_never_evaluated(self) -> tuple[str, str] | None:
+        """What keeps the run from ever logging a metric of an evaluation (found, expected); None: nothing does."""
+        return None if self.data.eval is not None else ("no data.eval", "data.eval, or another metric")
+
+    def idle_settings(self, steps: int | None) -> list[str]:
+        lines, every = [], self.checkpoint.every
+        if steps is not None and every >= steps:
+            lines.append(
+                f"checkpoint.every: {every}, and the run has {steps} steps: a run that is cut off would start from the "
+                f"beginning"
+            )
+        zero = (self.learner.deepspeed or {}).get("zero_optimization") or {}
+        offloads = zero.get("offload_optimizer") or zero.get("offload_param")
+        if zero_stage(self.learner.deepspeed) and self.learner.max_workers == 1 and not offloads:
+            lines.append("learner.deepspeed: ZeRO shards over workers, and there is one: it saves nothing")
+        return lines
+
+    def savings(self) -> Iterator[Mapping[str, Any]]:
+        for zero in ({"stage": 2}, {"stage": 3}, {"stage": 3, "offload_optimizer": {"device": "cpu"}}):
+            if self.learner.max_workers > 1 or "offload_optimizer" in zero:
+                yield {"learner.deepspeed": {"zero_optimization": zero}}
+        if self.lora is None:
+            yield {"lora": {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}}
+
+    def bfloat16_key(self) -> str | None:
+        if self.model.dtype == "bfloat16":
+            return "model.dtype"
+        is_on = ((self.learner.deepspeed or {}).get("bf16") or {}).get("enabled") is True
+        return "learner.deepspeed.bf16.enabled" if is_on else None
 
 
 def or_raise(problems: list[str], value: T) -> T:

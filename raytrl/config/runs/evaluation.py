@@ -1,15 +1,16 @@
 """The run file of `raytrl eval`: one or two finished models, prompts, and what scores the responses."""
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import ClassVar, Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
-from raytrl.config.runs.base import Run, or_raise
+from raytrl.config.runs.base import ModelUse, or_raise
+from raytrl.config.runs.rollout import RolloutRun
 from raytrl.config.sections.base import Section
 from raytrl.config.sections.data import DataSource
 from raytrl.config.sections.engines import Asked, chosen_engine, engine_problems
-from raytrl.config.sections.model import ModelSection, TokenizerSpec
-from raytrl.config.sections.reward import RewardSection
+from raytrl.config.sections.model import TokenizerSpec
 from raytrl.config.sections.rollout import RolloutSection
 
 
@@ -17,43 +18,58 @@ class EvalData(Section):
     eval: DataSource
 
 
-class EvalReference(Section):
-    """What the KL of the responses is measured against."""
-
-    path: str | None = Field(default=None, description="a model with the same tokenizer; null: no KL")
-
-
-class EvalRun(Run):
+class EvalRun(RolloutRun):
     """Evaluation: rollout and reward actors as in PPO, and nothing is trained."""
 
+    launcher: ClassVar[str] = "raytrl.launch.runs.evaluation:EvalKind"
+
     kind: Literal["eval"] = "eval"
-    model: ModelSection
     compare: str | None = Field(default=None, description="a second model, with its own tokenizer, on the same prompts")
     data: EvalData
     rows: PositiveInt | None = Field(default=64, description="the first rows of data.eval; null: all")
     greedy: bool = Field(default=False, description="false: sampled, the same random numbers for both models")
-    rollout: RolloutSection = RolloutSection()
-    reward: RewardSection
-    reference: EvalReference = EvalReference()
 
     @property
-    def tokenizer_path(self) -> str:
-        """Where the tokenizer of `model` is."""
-        assert isinstance(self.model.tokenizer, str | None)
-        return str(self.model.tokenizer or self.model.path)
-
-    @property
-    def models(self) -> dict[str, tuple[str, str]]:
+    def evaluated(self) -> dict[str, tuple[str, str]]:
         """What is evaluated: key → folders or ids of model and tokenizer."""
         found = {"model": (str(self.model.path), self.tokenizer_path)}
         return found if self.compare is None else {**found, "compare": (self.compare, self.compare)}
 
     @property
+    def versions(self) -> list[str]:
+        """The models that engines load one after the other, the reference last: what each version stands for."""
+        paths = [path for path, _ in self.evaluated.values()]
+        return paths if self.reference.path is None else [*paths, self.reference.path]
+
+    @property
     def asked(self) -> Asked:
-        """What the run wants of its rollout engine."""
-        paths = [path for path, _ in self.models.values()]
-        reference = self.reference.path
-        return Asked(self.rollout, paths if reference is None else [*paths, reference], logprobs=reference is not None)
+        return Asked(self.rollout, self.versions, logprobs=self.reference.path is not None)
+
+    @property
+    def prompts_at_a_time(self) -> int | None:
+        return self.rows
+
+    def models(self) -> tuple[ModelUse, ...]:
+        held_by = ("rollout.actors",)
+        paths = {"model.path": str(self.model.path), "compare": self.compare, "reference.path": self.reference.path}
+        own = tuple(self._use(key, path, held_by) for key, path in paths.items() if path is not None)
+        return (*own, *self._reward_models())
+
+    def in_words(self, rows: Mapping[str, int], vocabulary: int | None) -> list[tuple[str, str]]:
+        known = [count for count in (self.rows, rows.get("data.eval")) if count is not None]
+        count = f"{min(known):,}" if known else "all"
+        how = "greedy" if self.greedy else f"sampled at temperature {self.rollout.sampling.temperature:g}"
+        words = [
+            self._rewards_in_words(),
+            self._engine_in_words(),
+            ("prompts", f"{count}, in chunks of {self.rollout.chunk_prompts}; responses are {how}"),
+        ]
+        if self.reference.path is not None:
+            words.append(("KL to", self.reference.path))
+        return words
+
+    def idle_settings(self, steps: int | None) -> list[str]:
+        return self._idle_actors()
 
     @property
     def uses_gpu(self) -> bool:

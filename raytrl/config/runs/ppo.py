@@ -1,46 +1,140 @@
 """The run file of `raytrl ppo`: its sections, and what must agree between them."""
 
-from collections.abc import Mapping
-from typing import Any, Literal
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar, Literal
 
 from pydantic import model_validator
 
 from raytrl.config.foreign.deepspeed import check_for_ppo
-from raytrl.config.runs.base import TrainingRun, or_raise
+from raytrl.config.runs.base import ModelUse, Processes, TrainingRun, or_raise
+from raytrl.config.runs.rollout import RolloutRun
 from raytrl.config.sections.engines import Asked, chosen_engine, engine_problems
 from raytrl.config.sections.model import TokenizerSpec
-from raytrl.config.sections.ppo import EvalSection, KlSection, PpoSection, ReferenceSection, ValueModelSection
-from raytrl.config.sections.reward import RewardSection
-from raytrl.config.sections.rollout import RolloutSection
+from raytrl.config.sections.ppo import EvalSection, KlSection, PpoSection, ValueModelSection
 from raytrl.config.sections.weight_transfer import chosen_transfer, transfer_problems
 
 
-class PpoRun(TrainingRun):
+class PpoRun(TrainingRun, RolloutRun):
     """PPO: learner workers on Ray Train, rollout and reward actors beside them."""
 
+    launcher: ClassVar[str] = "raytrl.launch.runs.ppo:PpoKind"
+    task: ClassVar[str] = "proximal policy optimisation (PPO)"
+    step_name: ClassVar[str] = "PPO steps"
+    has_critic: ClassVar[bool] = True
+
     kind: Literal["ppo"] = "ppo"
-    rollout: RolloutSection = RolloutSection()
-    reward: RewardSection
     ppo: PpoSection = PpoSection()
     value_model: ValueModelSection = ValueModelSection()
-    reference: ReferenceSection = ReferenceSection()
     eval: EvalSection | None = None
 
     @property
-    def tokenizer_path(self) -> str:
-        """Where the policy's tokenizer is."""
-        assert isinstance(self.model.tokenizer, str | None)
-        return str(self.model.tokenizer or self.model.path)
-
-    @property
     def asked(self) -> Asked:
-        """What the run wants of its rollout engine."""
         return Asked(self.rollout, [str(self.model.path)], self.lora)
 
     @property
     def chunks_per_step(self) -> int:
         """Pieces that a step's prompts are sampled in."""
         return -(-self.ppo.prompts_per_step // self.rollout.chunk_prompts)
+
+    @property
+    def prompts_at_a_time(self) -> int:
+        return self.ppo.prompts_per_step
+
+    @property
+    def samples_a_prompt(self) -> int:
+        return self.ppo.responses_per_prompt
+
+    @property
+    def responses_a_step(self) -> int:
+        return self.ppo.batch_size
+
+    @property
+    def loads_whole_models(self) -> bool:
+        return self.lora is None
+
+    @property
+    def travelling_model(self) -> str | None:
+        return self.model.path if self.lora is None else None
+
+    def microbatch_tokens(self, vocabulary: int) -> int:
+        """Tokens in one forward pass of the learner, as `PpoLearner` chooses them for a policy with so many token ids."""
+        rows = -(-self.ppo.batch_size // self.learner.max_workers)
+        return min(max(self.ppo.microbatch_tokens(vocabulary), self.longest_row), rows * self.longest_row)
+
+    def processes(self) -> tuple[Processes, ...]:
+        learner = self.learner
+        own = Processes("learner.workers", "learner", learner, learner.max_workers, learner.max_workers)
+        return (*super().processes(), own)
+
+    def models(self) -> tuple[ModelUse, ...]:
+        learner = ("learner.workers",)
+        others = [("value_model.init", self.value_model.init), ("reference.path", self.reference.path)]
+        return (
+            self._use("model.path", str(self.model.path), ("learner.workers", "rollout.actors")),
+            *(self._use(key, path, learner, key == "value_model.init") for key, path in others if path is not None),
+            *self._reward_models(),
+        )
+
+    def steps(self, rows: Mapping[str, int]) -> int:
+        return self.ppo.steps
+
+    def why_never_evaluated(self) -> tuple[str, str] | None:
+        if self.eval is not None and self.eval.every > self.ppo.steps:
+            return (
+                f"eval.every {self.eval.every}, more than ppo.steps {self.ppo.steps}, so never,",
+                f"at most {self.ppo.steps}",
+            )
+        return super().why_never_evaluated()
+
+    def in_words(self, rows: Mapping[str, int], vocabulary: int | None) -> list[tuple[str, str]]:
+        ppo, prompts, workers = self.ppo, self.ppo.prompts_per_step, self.learner.max_workers
+        ways = {"object_store": "through the object store", "broadcast": "by broadcast ({}) to all engines"}
+        way = ways[self.rollout.weight_transfer].format("NCCL" if self.learner.uses_gpu else "gloo")
+        learners = "one learner worker" if workers == 1 else f"{workers} learner workers"
+        words = [
+            ("training", self.how_trained),
+            self._rewards_in_words(),
+            self._engine_in_words(),
+            ("weights", f"{way}, at each step"),
+            (
+                "step",
+                f"{ppo.batch_size} responses, {self.samples_a_prompt} to each of {prompts} prompts, over {learners}",
+            ),
+            (
+                "update",
+                f"{ppo.epochs * ppo.minibatches} optimizer steps = {ppo.epochs} epochs x {ppo.minibatches} minibatches of "
+                f"{ppo.batch_size // ppo.minibatches} responses",
+            ),
+            ("KL", f"coefficient {ppo.kl.coef:g}" + (f", target {ppo.kl.target:g}" if ppo.kl.target else "")),
+        ]
+        if vocabulary is not None:
+            tokens, row = self.microbatch_tokens(vocabulary), self.longest_row
+            fit = "one row" if tokens // row == 1 else f"{tokens // row} rows"
+            sentence = f"{tokens:,} tokens a forward pass: {fit} of at most {row} tokens, or more that are shorter"
+            words.append(("microbatch", sentence))
+        count, all_prompts = rows.get("data.train"), ppo.steps * prompts
+        share = f" = {all_prompts / count:.2g} epochs of {count:,} prompts" if count else ""
+        words.append(
+            ("steps", f"{ppo.steps:,}; {ppo.steps * ppo.batch_size:,} responses, {all_prompts:,} prompts{share}")
+        )
+        return words
+
+    def idle_settings(self, steps: int | None) -> list[str]:
+        lines, ppo = super().idle_settings(steps), self.ppo
+        if self.eval is not None and self.eval.every > ppo.steps:
+            lines.append(f"eval.every: {self.eval.every}, and the run has {ppo.steps} steps: it would never evaluate")
+        if self.reference.path is not None and ppo.kl.coef == 0:
+            lines.append("reference.path: changes only the metric objective/kl, as ppo.kl.coef is 0")
+        if ppo.value_coef == 0:
+            lines.append("ppo.value_coef: is 0: the value function would never learn")
+        if ppo.epochs * ppo.minibatches == 1 and ppo.max_lag == 0:
+            lines.append("ppo.clip_range: clips nothing: with one optimizer step a batch the ratio is always 1")
+        return lines + self._idle_actors()
+
+    def savings(self) -> Iterator[Mapping[str, Any]]:
+        yield {"ppo.max_tokens_per_microbatch": self.longest_row}
+        yield {"rollout.chunk_prompts": 1}
+        yield from super().savings()
 
     @model_validator(mode="before")
     @classmethod
@@ -57,7 +151,7 @@ class PpoRun(TrainingRun):
         # auto becomes a name here, so that the run file in the run directory says what a run was made with.
         transfer = chosen_transfer(self.rollout, self.learner, self.lora)
         self.__dict__["rollout"] = self.rollout.chosen(engine=chosen_engine(self.asked), weight_transfer=transfer)
-        or_raise(self._model_problems() + self._role_problems() + self._idle_settings(), None)
+        or_raise(self._model_problems() + self._role_problems() + self._useless_settings(), None)
         return self
 
     def _model_problems(self) -> list[str]:
@@ -98,7 +192,7 @@ class PpoRun(TrainingRun):
             problems.append("report_to: ppo needs trackers by name; found: 'all'; expected: for example [wandb]")
         return problems
 
-    def _idle_settings(self) -> list[str]:
+    def _useless_settings(self) -> list[str]:
         """Settings that would do nothing. A default written out does no harm: config.yaml holds every value."""
         ppo, problems = self.ppo, []
         if self.eval is not None and self.data.eval is None:

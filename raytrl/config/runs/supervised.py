@@ -1,28 +1,26 @@
 """The run files of `raytrl sft`, `reward` and `dpo`: one TRL trainer on Ray Train workers."""
 
 import math
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from raytrl.config.foreign.deepspeed import check_deepspeed
-from raytrl.config.foreign.native import (
-    TRAINING_CLASSES,
-    NativeClass,
-    check_values,
-    native_default,
-    native_fields,
-)
+from raytrl.config.foreign.native import NativeClass, check_values, native_default, native_fields
 from raytrl.config.renamed import OWNED, unknown_key
-from raytrl.config.runs.base import TrainingRun, or_raise
+from raytrl.config.runs.base import Columns, Head, ModelUse, Processes, TrainingRun, or_raise
 
 
 class SupervisedRun(TrainingRun):
     """SFT, reward modelling or DPO: one TRL trainer on Ray Train workers."""
 
-    training: dict[str, Any] = Field(default={}, description="fields of TRL's config class for this kind")
-
+    launcher: ClassVar[str] = "raytrl.launch.runs.supervised:SupervisedKind"
     native_class: ClassVar[NativeClass]
+    head: ClassVar[Head] = "causal"  # of the network
+    sequences_a_row: ClassVar[int] = 1
+
+    training: dict[str, Any] = Field(default={}, description="fields of TRL's config class for this kind")
 
     @field_validator("training", mode="after")
     @classmethod
@@ -100,17 +98,145 @@ class SupervisedRun(TrainingRun):
         or_raise(problems, None)
         return self
 
+    def processes(self) -> tuple[Processes, ...]:
+        learner = self.learner
+        return (Processes("learner.workers", "trainer", learner, learner.min_workers, learner.max_workers),)
+
+    def models(self) -> tuple[ModelUse, ...]:
+        model = self.model
+        held_by = ("learner.workers",)
+        return (ModelUse("model.path", model.path, self.head, held_by, model.revision, model.trust_remote_code),)
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether a frozen copy of the whole model lies beside the one that learns."""
+        return False
+
+    @property
+    def rows_a_worker(self) -> int:
+        return self.rows_a_pass * self.accumulated
+
+    def steps(self, rows: Mapping[str, int]) -> int | None:
+        if self._max_steps > 0:
+            return self._max_steps
+        per_epoch = self._steps_an_epoch(rows)
+        return None if per_epoch is None else -(-int(per_epoch * 100 * self._epochs) // 100)
+
+    @property
+    def _max_steps(self) -> int:
+        return int(self.training.get("max_steps", -1))
+
+    @property
+    def _epochs(self) -> float:
+        return float(self.native("num_train_epochs"))
+
+    def _steps_an_epoch(self, rows: Mapping[str, int]) -> int | None:
+        """As transformers' Trainer counts them; packing makes fewer and longer rows, how many is known only afterwards."""
+        count = rows.get("data.train")
+        if count is None or self.training.get("packing"):
+            return None
+        batch = self.rows_a_pass * self.learner.max_workers
+        batches = count // batch if self.training.get("dataloader_drop_last") else -(-count // batch)
+        return max(1, -(-batches // self.accumulated))
+
+    def in_words(self, rows: Mapping[str, int], vocabulary: int | None) -> list[tuple[str, str]]:
+        batch, accumulate, most = self.rows_a_pass, self.accumulated, self.learner.max_workers
+        accumulated = f" x {accumulate} accumulated" if accumulate > 1 else ""
+        workers = "one worker" if most == 1 else f"{most} workers"
+        fewer = "; fewer accumulate more" if self.learner.min_workers < most else ""
+        step = batch * accumulate * most
+        return [
+            ("training", self.how_trained),
+            ("step", f"{step} rows = {batch} a forward pass{accumulated} x {workers}{fewer}"),
+            ("backward", "activations are recomputed" if self.recompute else "activations are kept"),
+            self._steps_in_words(rows, step),
+        ]
+
+    def _steps_in_words(self, rows: Mapping[str, int], step: int) -> tuple[str, str]:
+        count, per_epoch, steps = rows.get("data.train"), self._steps_an_epoch(rows), self.steps(rows)
+        if self._max_steps > 0:
+            share = f", {self._max_steps * step / count:.2g} epochs of {count:,} rows" if count else ""
+            return "steps", f"{steps:,} optimizer steps{share}"
+        if per_epoch is not None and count is not None:
+            return "steps", f"{steps:,} optimizer steps = {per_epoch:,} an epoch ({count:,} rows) x {self._epochs:g}"
+        why = "rows are packed" if self.training.get("packing") else "the rows are not here to be counted"
+        return "epochs", f"{self._epochs:g}; how many steps is not known: {why}"
+
+    def idle_settings(self, steps: int | None) -> list[str]:
+        lines, training = super().idle_settings(steps), self.training
+        if training.get("max_steps", 0) > 0 and "num_train_epochs" in training:
+            lines.append(f"training.num_train_epochs: does nothing beside training.max_steps {training['max_steps']}")
+        if training.get("eval_strategy", "no") == "no":
+            lines += [
+                f"training.{key}: does nothing with training.eval_strategy: no"
+                for key in ("eval_steps", "eval_delay")
+                if key in training
+            ]
+        if self.data.eval is None:
+            lines += [
+                f"training.{key}: does nothing without data.eval"
+                for key in ("per_device_eval_batch_size", "eval_accumulation_steps", "eval_on_start", "bf16_full_eval")
+                if training.get(key)
+            ]
+        if training.get("lr_scheduler_type") == "constant" and training.get("warmup_steps"):
+            lines.append(
+                "training.warmup_steps: does nothing with lr_scheduler_type: constant (constant_with_warmup uses it)"
+            )
+        return lines
+
+    def savings(self) -> Iterator[Mapping[str, Any]]:
+        if not self.recompute:
+            yield {"training.gradient_checkpointing": True}
+        if self.rows_a_pass > 1:
+            yield {
+                "training.per_device_train_batch_size": 1,
+                "training.gradient_accumulation_steps": self.rows_a_worker,
+            }
+        yield from super().savings()
+
+    def bfloat16_key(self) -> str | None:
+        key = next((key for key in ("bf16", "bf16_full_eval") if self.training.get(key)), None)
+        return super().bfloat16_key() if key is None else f"training.{key}"
+
 
 class SftRun(SupervisedRun):
+    task: ClassVar[str] = "supervised fine-tuning"
+    trl_trainer: ClassVar[str | None] = "SFTTrainer"
+    native_class: ClassVar[NativeClass] = NativeClass("trl", "trainer/sft_config.py", "SFTConfig")
+
     kind: Literal["sft"] = "sft"
-    native_class: ClassVar[NativeClass] = TRAINING_CLASSES["sft"]
+
+    def layouts(self) -> tuple[Columns, ...]:
+        text = str(self.training.get("dataset_text_field", "text"))
+        return (("messages",), ("conversations",), ("prompt", "completion"), (text,), ("input_ids",))
 
 
 class RewardRun(SupervisedRun):
+    task: ClassVar[str] = "reward modelling"
+    trl_trainer: ClassVar[str | None] = "RewardTrainer"
+    native_class: ClassVar[NativeClass] = NativeClass("trl", "trainer/reward_config.py", "RewardConfig")
+    head: ClassVar[Head] = "score"
+    sequences_a_row: ClassVar[int] = 2  # chosen and rejected
+    also_taken: ClassVar[Columns] = ("prompt",)
+
     kind: Literal["reward"] = "reward"
-    native_class: ClassVar[NativeClass] = TRAINING_CLASSES["reward"]
+
+    def layouts(self) -> tuple[Columns, ...]:
+        return (("chosen", "rejected"),)
 
 
 class DpoRun(SupervisedRun):
+    task: ClassVar[str] = "direct preference optimisation"
+    trl_trainer: ClassVar[str | None] = "DPOTrainer"
+    native_class: ClassVar[NativeClass] = NativeClass("trl", "trainer/dpo_config.py", "DPOConfig")
+    sequences_a_row: ClassVar[int] = 2
+    also_taken: ClassVar[Columns] = ("prompt",)
+
     kind: Literal["dpo"] = "dpo"
-    native_class: ClassVar[NativeClass] = TRAINING_CLASSES["dpo"]
+
+    def layouts(self) -> tuple[Columns, ...]:
+        return (("chosen", "rejected"),)
+
+    @property
+    def has_reference(self) -> bool:
+        return self.lora is None and not self.training.get("precompute_ref_log_probs")

@@ -4,12 +4,15 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
+from raytrl.config.runs.rollout import RolloutRun
 from raytrl.config.sections.engines import CPU_SEQUENCES
 from raytrl.config.sections.rollout import RolloutSection
 from raytrl.errors import RunError, WeightsVersionError
 from raytrl.launch.actors.base import MAX_IN_FLIGHT
+from raytrl.launch.actors.calls import RayCalls
 from raytrl.launch.actors.pool import Pool, Request
 from raytrl.launch.actors.transport import Receivers, SentWeights
+from raytrl.launch.session.gauges import RoleGauges
 from raytrl.records.samples import Attempt, Prompt, Response, chunks
 from raytrl.roles.weights.buckets import Weights
 
@@ -111,6 +114,20 @@ class PoolGenerator:
             if [(r.step, r.row, r.sample, r.policy_version) for r in responses] != wanted:
                 raise RunError(f"rollout actors: the answer to {request.name} is not what was asked for; please report")
             yield responses
+
+
+def generator_on(
+    handles: Sequence[Any], run: RolloutRun, *, who: str, attempt: Attempt, send_weights: SendWeights
+) -> PoolGenerator:
+    """The generator of a learner worker, or of an evaluation, on these rollout actors; `who` is it, for messages."""
+    pool = Pool(
+        RayCalls(handles, RoleGauges(run.name, "rollout")),
+        "rollout actors",
+        who,
+        run.rollout.timeout_s,
+        window=requests_in_flight(run.rollout, run.samples_a_prompt),
+    )
+    return PoolGenerator(pool, run.rollout, samples=run.samples_a_prompt, attempt=attempt, send_weights=send_weights)
 
 
 def requests_in_flight(rollout: RolloutSection, samples: int) -> int:

@@ -1,13 +1,19 @@
 """The loop's `Scorer` on a pool of reward actors, one in every learner worker."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
+from raytrl.config.runs.rollout import RolloutRun
 from raytrl.config.sections.reward import RewardSection
 from raytrl.config.sections.rollout import RolloutSection
+from raytrl.launch.actors.calls import RayCalls
 from raytrl.launch.actors.pool import Pool, Request
+from raytrl.launch.session.gauges import RoleGauges
 from raytrl.records.samples import Attempt, Prompt, Response, Score
 from raytrl.roles.reward.call import Pair
 from raytrl.roles.reward.sources import check_dropped
+
+Gather = Callable[[Sequence[Score]], Sequence[Score]]
 
 
 class PoolScorer:
@@ -20,7 +26,7 @@ class PoolScorer:
         *,
         attempt: Attempt,
         start_timeout_s: float,
-        gather: Callable[[Sequence[Score]], Sequence[Score]],
+        gather: Gather,
     ) -> None:
         """
         Args:
@@ -50,6 +56,18 @@ class PoolScorer:
         if self._section.on_error == "drop":  # judged over the step's whole batch, whoever scored it
             check_dropped(self._gather(scores), self._section.drop_budget)
         return scores
+
+
+def scorer_on(handles: Sequence[Any], run: RolloutRun, *, who: str, attempt: Attempt, gather: Gather) -> PoolScorer:
+    """The scorer of a learner worker, or of an evaluation, on these reward actors; `who` is it, for messages."""
+    limit_s = scoring_limit_s(run.rollout, run.reward, run.samples_a_prompt)
+    return PoolScorer(
+        Pool(RayCalls(handles, RoleGauges(run.name, "reward")), "reward actors", who, limit_s),
+        run.reward,
+        attempt=attempt,
+        start_timeout_s=run.rollout.start_timeout_s,
+        gather=gather,
+    )
 
 
 def scoring_limit_s(rollout: RolloutSection, reward: RewardSection, responses_per_prompt: int) -> float:

@@ -13,8 +13,7 @@ import ray.exceptions
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from raytrl.config.runs.evaluation import EvalRun
-from raytrl.config.runs.ppo import PpoRun
+from raytrl.config.runs.rollout import RolloutRun
 from raytrl.config.sections.reward import RewardSection
 from raytrl.config.sections.rollout import RolloutSection
 from raytrl.errors import ResourceError
@@ -28,7 +27,7 @@ from raytrl.rundir import RunDirectory
 
 @contextmanager
 def started_actors(
-    run: PpoRun | EvalRun,
+    run: RolloutRun,
     make_engine: Callable[[], Any] | None,
     make_sources: Callable[[], Any] | None,
     group: Any = None,

@@ -7,25 +7,23 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from raytrl.config.load import LoadedRun
 from raytrl.config.runs.evaluation import EvalRun
-from raytrl.launch.runs.resume import inspect_run
-from raytrl.launch.runs.run import failure_noted, write_start
-from raytrl.launch.session.session import check_output_dir, cluster_of, prepare_environment, ray_session
-from raytrl.plan.capacity import Room
+from raytrl.launch.runs.resume import Standing
+from raytrl.launch.runs.run import Kind, Start
+from raytrl.launch.session.session import ray_session
+from raytrl.plan.checks.common import Facts
+from raytrl.plan.checks.evaluation import check_eval
+from raytrl.records.outcome import Evaluated
 from raytrl.records.progress import Progress
 from raytrl.records.samples import Attempt, Prompt, Response, Score, sample_row
 from raytrl.roles.reward.summary import compare, summarize
-from raytrl.rundir import RunDirectory, now
+from raytrl.rundir import RunDirectory
 
 if TYPE_CHECKING:
     from raytrl.launch.actors.generator import PoolGenerator
     from raytrl.launch.actors.scorer import PoolScorer
     from raytrl.roles.rollout.engine import RolloutEngine
     from raytrl.roles.rollout.folder import FolderEngine
-from raytrl.plan.checks.evaluation import check_eval
-from raytrl.plan.need import need_of
-from raytrl.plan.words import describe_eval
 
 
 @dataclass
@@ -38,85 +36,48 @@ class Answers:
     kls: list[float] | None = field(default=None)  # one a response, nats
 
 
-def evaluate(loaded: LoadedRun, command: str, fresh: bool, show: Callable[[Progress], None]) -> dict[str, Any]:
-    """Runs an evaluation to its end; one that is finished is not done again.
+class EvalKind(Kind[EvalRun, Evaluated]):
+    """`run.Kind` of an evaluation; it is done as a whole, or anew."""
 
-    Returns:
-        The manifest with `results` (what results.json holds) and `samples` (rows of samples.jsonl).
+    def standing(self, run_dir: RunDirectory, fresh: bool) -> Standing:
+        found = super().standing(run_dir, fresh)
+        return found if found.state == "done" else Standing("fresh")
 
-    Raises:
-        ConfigError: the request cannot be run; nothing was started.
-        RunError: it was started and failed.
-    """
-    run = loaded.run
-    assert isinstance(run, EvalRun)
-    prepare_environment()
-    check_output_dir(run)
-    started = time.time()
-    run_dir = RunDirectory(run.output_dir, run.name)
-    need = need_of(run)
-    with run_dir.locked():
-        already = not fresh and inspect_run(run, run_dir).state == "done"
-        if not already:
-            with cluster_of(run) as cluster:
-                room = Room.on(cluster, need)
-                prompts = check_eval(run)
-                memory, notes = room.memory(run)
-                for note in notes:
-                    show(Progress("notice", text=note))
-                show(Progress("plan", text=describe_eval(run, run_dir, prompts) + memory))
-                run_dir.clear()
-                write_start(loaded, run_dir, command)
-                with failure_noted(run_dir), ray_session(run, need):
-                    answers = _on_actors(run, show)
-            _write(run, run_dir, answers, time.time() - started)
-            run_dir.update_manifest(state="done", finished=now())
+    def check(self, run_dir: RunDirectory) -> Facts:
+        return check_eval(self.run)
+
+    def work(self, start: Start) -> dict[str, Any]:
+        started = time.time()
+        with ray_session(self.run, start.need):
+            answers = _on_actors(self.run, start.show)
+        seconds = time.time() - started + start.clock["checks_s"]
+        _write(self.run, start.run_dir, answers, seconds)
+        return {}
+
+    def outcome(self, run_dir: RunDirectory, already_done: bool) -> Evaluated:
         results = json.loads(run_dir.read("results.json") or "{}")
-        return run_dir.manifest() | {
-            "already_done": already,
-            "results": results,
-            "samples": run_dir.rows("samples.jsonl"),
-        }
+        return Evaluated(str(run_dir), already_done, results, run_dir.rows("samples.jsonl"))
 
 
 def _on_actors(run: EvalRun, show: Callable[[Progress], None]) -> dict[str, Answers]:
     """Every model's answers; the actors hold one model after the other, version by version."""
-    from raytrl.launch.actors.calls import RayCalls
-    from raytrl.launch.actors.generator import PoolGenerator, requests_in_flight
-    from raytrl.launch.actors.pool import Pool
-    from raytrl.launch.actors.scorer import PoolScorer, scoring_limit_s
+    from raytrl.launch.actors.generator import generator_on
+    from raytrl.launch.actors.scorer import scorer_on
     from raytrl.launch.actors.start import started_actors
     from raytrl.launch.actors.transport import send
     from raytrl.launch.runs.ppo import make_sources
-    from raytrl.launch.session.gauges import RoleGauges
     from raytrl.roles.weights.buckets import weights_on_disk
 
     show(Progress("phase", text="starting actors"))
-    who, limit_s = "the evaluation", scoring_limit_s(run.rollout, run.reward, 1)
-    with started_actors(run, functools.partial(make_engine, run), functools.partial(make_sources, run)) as actors:
-        generator = PoolGenerator(
-            Pool(
-                RayCalls(actors[0], RoleGauges(run.name, "rollout")),
-                "rollout actors",
-                who,
-                run.rollout.timeout_s,
-                window=requests_in_flight(run.rollout, 1),
-            ),
-            run.rollout,
-            samples=1,
-            attempt=Attempt(run.name, 1),
-            send_weights=send,
-        )
-        scorer = PoolScorer(
-            Pool(RayCalls(actors[1], RoleGauges(run.name, "reward")), "reward actors", who, limit_s),
-            run.reward,
-            attempt=Attempt(run.name, 1),
-            start_timeout_s=run.rollout.start_timeout_s,
-            gather=lambda scores: scores,
-        )
+    who, attempt = "the evaluation", Attempt(run.name, 1)
+    with started_actors(
+        run, functools.partial(make_folder_engine, run), functools.partial(make_sources, run)
+    ) as actors:
+        generator = generator_on(actors[0], run, who=who, attempt=attempt, send_weights=send)
+        scorer = scorer_on(actors[1], run, who=who, attempt=attempt, gather=lambda scores: scores)
         answers = {}
-        paths = _paths(run)
-        for version, key in enumerate(run.models):
+        paths = run.versions
+        for version, key in enumerate(run.evaluated):
             show(Progress("phase", text=f"sampling and scoring: {key}"))
             generator.load_weights(weights_on_disk(version, paths[version]))
             answers[key] = _answers(_prompts(run, key), version, run.greedy, generator, scorer)
@@ -146,26 +107,20 @@ def _prompts(run: EvalRun, key: str) -> list[Prompt]:
     from raytrl.roles.models.tokenizer import load_tokenizer
     from raytrl.roles.prompts import PromptTable
 
-    tokenizer = load_tokenizer(run.models[key][1], None, run.model.trust_remote_code)
+    tokenizer = load_tokenizer(run.evaluated[key][1], None, run.model.trust_remote_code)
     table = PromptTable(load_data(run.data.eval, "data.eval"), tokenizer, run.rollout, "data.eval")
     return [table.prompt(row, 0, row) for row in range(min(run.rows or len(table), len(table)))]
 
 
-def _paths(run: EvalRun) -> list[str]:
-    """What each version stands for."""
-    paths = [path for path, _ in run.models.values()]
-    return paths if run.reference.path is None else [*paths, run.reference.path]
-
-
-def make_engine(run: EvalRun) -> "FolderEngine":
+def make_folder_engine(run: EvalRun) -> "FolderEngine":
     """The engine of one rollout actor."""
     from raytrl.roles.models.base import torch_dtype
     from raytrl.roles.rollout.engines import engine_class
     from raytrl.roles.rollout.folder import FolderEngine
 
     engine = engine_class(run.rollout.engine)
-    paths = _paths(run)
-    tokenizers = [tokenizer for _, tokenizer in run.models.values()]
+    paths = run.versions
+    tokenizers = [tokenizer for _, tokenizer in run.evaluated.values()]
 
     def load(version: int) -> "RolloutEngine":
         return engine.from_pretrained(
@@ -183,10 +138,10 @@ def make_engine(run: EvalRun) -> "FolderEngine":
 
 def _write(run: EvalRun, run_dir: RunDirectory, answers: dict[str, Answers], seconds: float) -> None:
     """samples.jsonl, then results.json."""
-    rows = [row for key, found in answers.items() for row in _sample_rows(key, found)]
+    rows = [row for key, found in answers.items() for row in _rows(key, found)]
     run_dir.write("samples.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     results: dict[str, Any] = {
-        key: {"path": run.models[key][0], **summarize(found.responses, found.scores, found.kls).to_json()}
+        key: {"path": run.evaluated[key][0], **summarize(found.responses, found.scores, found.kls).to_json()}
         for key, found in answers.items()
     }
     if "compare" in answers:
@@ -195,7 +150,7 @@ def _write(run: EvalRun, run_dir: RunDirectory, answers: dict[str, Answers], sec
     run_dir.write("results.json", json.dumps(results, indent=2) + "\n")
 
 
-def _sample_rows(key: str, found: Answers) -> list[dict[str, Any]]:
+def _rows(key: str, found: Answers) -> list[dict[str, Any]]:
     prompts = {prompt.row: prompt for prompt in found.prompts}
     scores = {(score.row, score.sample): score for score in found.scores}
     kls: list[float | None] = [*found.kls] if found.kls is not None else [None] * len(found.responses)

@@ -1,16 +1,17 @@
 """What is particular to launching PPO: checks, and the actors that the driver owns."""
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from raytrl.config.runs.evaluation import EvalRun
 from raytrl.config.runs.ppo import PpoRun
+from raytrl.config.runs.rollout import RolloutRun
+from raytrl.launch.runs.run import versions
+from raytrl.launch.runs.training import TrainingKind
+from raytrl.plan.checks.common import Facts
 from raytrl.plan.checks.ppo import check_ppo
-from raytrl.plan.words import describe_ppo
-from raytrl.roles.job import PpoJob
+from raytrl.roles.job import Job
 from raytrl.rundir import RunDirectory
 
 if TYPE_CHECKING:
@@ -18,35 +19,23 @@ if TYPE_CHECKING:
     from raytrl.roles.rollout.engine import RolloutEngine
 
 
-@dataclass(frozen=True)
-class Lent:
-    """What a sweep, which has checked all its runs, lends to one of them."""
+class PpoKind(TrainingKind[PpoRun]):
+    """`run.Kind` of PPO: rollout and reward actors belong to the driver, learners to Ray Train."""
 
-    group: Any  # a placement group for the run's own actors
-    reward_actors: Sequence[Any] | None  # handles of those that all trials share; None: the run starts its own
-
-
-class PpoKind:
-    """`run.Kind` of PPO."""
-
-    def __init__(self, run: PpoRun, lent: Lent | None = None) -> None:
-        self._run, self._lent = run, lent
-        self._rewards = lent.reward_actors if lent else None
-        self.reward_shared = self._rewards is not None
-
-    def check(self, run_dir: RunDirectory) -> str:
-        return "checked by the sweep" if self._lent else describe_ppo(self._run, check_ppo(self._run))
+    def check(self, run_dir: RunDirectory) -> Facts:
+        return Facts() if self.lent else check_ppo(self.run)
 
     @contextmanager
-    def running(self, command: str, versions: dict[str, str]) -> Iterator[tuple[Any, dict[str, Any]]]:
+    def running(self, command: str) -> Iterator[tuple[Any, dict[str, Any]]]:
         from raytrl.launch.actors.start import started_actors
 
-        run = self._run
-        shared = self._rewards
+        run, group, shared = self.run, None, None
+        if self.lent is not None:
+            group, shared = self.lent.group, self.lent.reward_actors
         engine = functools.partial(make_engine, run)
         sources = functools.partial(make_sources, run) if shared is None else None
-        with started_actors(run, engine, sources, self._lent.group if self._lent else None) as (rollout, own):
-            job = PpoJob(run, command, versions)
+        with started_actors(run, engine, sources, group) as (rollout, own):
+            job = Job(run, command, versions())
             yield ppo_worker, {"job": job, "rollout": rollout, "reward": own if shared is None else list(shared)}
 
 
@@ -70,7 +59,7 @@ def make_engine(run: PpoRun) -> "RolloutEngine":
     )
 
 
-def make_sources(run: PpoRun | EvalRun) -> "RewardSources":
+def make_sources(run: RolloutRun) -> "RewardSources":
     """The sources of one reward actor. It sees parts of a batch, so how many may be dropped is judged by the learner."""
     from raytrl.roles.reward.sources import RewardSources
 

@@ -18,7 +18,7 @@ from raytrl.roles.learner.learner import PpoLearner
 from raytrl.roles.trackers import Trackers
 
 
-class StepReporter:
+class PpoReporter:
     """`loop.protocols.Reporter`: rank 0 tells the driver and the tracker; all ranks commit checkpoints."""
 
     def __init__(
@@ -86,10 +86,10 @@ class StepReporter:
         run, count = self._run, self._run.rollout.samples
         chosen = _spread(run.ppo.batch_size, count)
         keys = {divmod(place, run.ppo.responses_per_prompt) for place in chosen}
-        mine = _sample_rows(rollout, keys, step, "train")
+        mine = _chosen_rows(rollout, keys, step, "train")
         if evaluation is not None:
             num_rows = sum(gather_over_workers([len(evaluation.prompts)]))
-            mine += _sample_rows(evaluation, {(row, 0) for row in _spread(num_rows, count)}, step, "eval")
+            mine += _chosen_rows(evaluation, {(row, 0) for row in _spread(num_rows, count)}, step, "eval")
         return tuple(
             sorted(gather_over_workers(mine), key=lambda row: (row["data"] == "eval", row["row"], row["sample"]))
         )
@@ -108,7 +108,7 @@ def _spread(size: int, count: int) -> list[int]:
     return [i * size // count for i in range(count)] if count < size else list(range(size))
 
 
-def _sample_rows(rollout: Rollout, keys: set[tuple[int, int]], step: int, data: str) -> list[dict[str, Any]]:
+def _chosen_rows(rollout: Rollout, keys: set[tuple[int, int]], step: int, data: str) -> list[dict[str, Any]]:
     """The (row, sample) of `keys` that this worker's share holds, as rows of samples.jsonl."""
     prompts = {prompt.row: prompt for prompt in rollout.prompts}
     scores = {(score.row, score.sample): score for score in rollout.scores}

@@ -12,19 +12,16 @@ from ray.train.collective import broadcast_from_rank_zero
 from raytrl.config.foreign.deepspeed import without_auto, zero_stage
 from raytrl.config.runs.ppo import PpoRun
 from raytrl.data import load_data
-from raytrl.launch.actors.calls import RayCalls
-from raytrl.launch.actors.generator import PoolGenerator, requests_in_flight
-from raytrl.launch.actors.pool import Pool
-from raytrl.launch.actors.scorer import PoolScorer, scoring_limit_s
+from raytrl.launch.actors.generator import generator_on
+from raytrl.launch.actors.scorer import scorer_on
 from raytrl.launch.actors.send_weights import WeightSender
-from raytrl.launch.runs.ppo_reporter import StepReporter, without_times
+from raytrl.launch.runs.ppo_reporter import PpoReporter, without_times
 from raytrl.launch.runs.worker import RayWorkerContext
-from raytrl.launch.session.gauges import RoleGauges
 from raytrl.launch.session.logs import LOG, set_version
 from raytrl.loop import loop
 from raytrl.records.progress import Progress
 from raytrl.records.samples import Attempt
-from raytrl.roles.job import PpoJob
+from raytrl.roles.job import Job
 from raytrl.roles.learner.backend import Backend
 from raytrl.roles.learner.build import build_backend, build_networks
 from raytrl.roles.learner.collectives import gather_over_workers, worker_rank
@@ -38,7 +35,7 @@ from raytrl.rundir import RunDirectory
 
 
 def train_ppo(
-    job: PpoJob, context: RayWorkerContext, rollout_actors: list[Any], reward_actors: list[Any], tensorboard: str
+    job: Job[PpoRun], context: RayWorkerContext, rollout_actors: list[Any], reward_actors: list[Any], tensorboard: str
 ) -> dict[str, float]:
     """Runs one learner worker from the last committed checkpoint to the finished model; returns the last metrics."""
     run = job.run
@@ -55,36 +52,14 @@ def train_ppo(
     say("waiting for rollout and reward actors")
     attempt = Attempt(run.name, broadcast_from_rank_zero(time.time_ns()))
     who = f"learner worker {context.rank}"
-    generator = PoolGenerator(
-        Pool(
-            RayCalls(rollout_actors, RoleGauges(run.name, "rollout")),
-            "rollout actors",
-            who,
-            run.rollout.timeout_s,
-            window=requests_in_flight(run.rollout, run.ppo.responses_per_prompt),
-        ),
-        run.rollout,
-        samples=run.ppo.responses_per_prompt,
-        attempt=attempt,
-        send_weights=WeightSender(context, backend.device, broadcasts=run.rollout.weight_transfer == "broadcast"),
-    )
-    scorer = PoolScorer(
-        Pool(
-            RayCalls(reward_actors, RoleGauges(run.name, "reward")),
-            "reward actors",
-            who,
-            scoring_limit_s(run.rollout, run.reward, run.ppo.responses_per_prompt),
-        ),
-        run.reward,
-        attempt=attempt,
-        start_timeout_s=run.rollout.start_timeout_s,
-        gather=gather_over_workers,
-    )
-    reporter = StepReporter(run, context, tensorboard, learner, backend.networks.policy, lambda: generator.num_up)
+    sender = WeightSender(context, backend.device, broadcasts=run.rollout.weight_transfer == "broadcast")
+    generator = generator_on(rollout_actors, run, who=who, attempt=attempt, send_weights=sender)
+    scorer = scorer_on(reward_actors, run, who=who, attempt=attempt, gather=gather_over_workers)
+    reporter = PpoReporter(run, context, tensorboard, learner, backend.networks.policy, lambda: generator.num_up)
     loop.run(_schedule(run), _prompts(run, tokenizer, context), generator, scorer, learner, reporter)
     reporter.close()
     say("saving model")
-    _save(job, _whole_networks(run, backend), tokenizer, learner.step, reporter.last, context)
+    _save_models(job, _whole_networks(run, backend), tokenizer, learner.step, reporter.last, context)
     context.barrier()  # no rank leaves before the model is in place
     return {key: value for key, value in reporter.last.items() if value - value == 0.0}
 
@@ -174,8 +149,8 @@ class _Phases:
             self._context.progress(Progress("phase", text=text))
 
 
-def _save(
-    job: PpoJob,
+def _save_models(
+    job: Job[PpoRun],
     networks: Networks,
     tokenizer: Any,
     steps: int,

@@ -13,17 +13,14 @@ from typing import Any
 from raytrl.config.load import LoadedRun, load_run
 from raytrl.errors import ConfigError
 from raytrl.film_reviews import make_film_reviews, write_film_reviews
-from raytrl.launch.runs.evaluation import evaluate
-from raytrl.launch.runs.run import train
+from raytrl.launch.runs.run import Show, kind_of, run_to_end
 from raytrl.launch.session.session import kept_ray, prepare_environment
-from raytrl.records.progress import Progress
+from raytrl.records.outcome import Outcome
 from raytrl.rundir import RunDirectory
 
 STAGES = ("sft", "reward", "ppo", "eval")
 _FILES = Path(__file__).parents[3] / "configs/quickstart"
 _WRITTEN = "runs/quickstart"  # the folder that the run files name
-
-Show = Callable[[Progress], None]
 
 
 @dataclass(frozen=True)
@@ -32,7 +29,7 @@ class Stage:
 
     kind: str
     command: str  # what would run this stage alone
-    manifest: dict[str, Any]
+    outcome: Outcome
     rows: list[dict[str, Any]]  # metrics.jsonl
     seconds: float | None  # None: it was finished before
 
@@ -121,7 +118,7 @@ def _run_stage(
     kind = loaded.run.kind
     started = time.monotonic()
     with showing(f"{STAGES.index(kind) + 1}/{len(STAGES)}  {command}") as show:
-        manifest = (evaluate if kind == "eval" else train)(loaded, command, fresh, show)
+        outcome = run_to_end(kind_of(loaded), command, fresh, show)
     rows = RunDirectory(loaded.run.output_dir, loaded.run.name).rows("metrics.jsonl")
-    seconds = None if manifest.get("already_done") else time.monotonic() - started
-    return Stage(kind, command, manifest, rows, seconds)
+    seconds = None if outcome.already_done else time.monotonic() - started
+    return Stage(kind, command, outcome, rows, seconds)

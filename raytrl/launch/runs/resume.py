@@ -2,13 +2,12 @@
 
 import posixpath
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
 from raytrl.config.foreign.deepspeed import zero_stage
 from raytrl.config.runs.base import Run, TrainingRun
-from raytrl.config.runs.supervised import SupervisedRun
 from raytrl.errors import ConfigError
 from raytrl.rundir import RunDirectory
 
@@ -56,9 +55,10 @@ class Committed:
 class Standing:
     """What was found in the run directory; `notices` are for the user to read before the run goes on."""
 
-    state: str  # fresh | continue | done
-    checkpoint: Committed | None = None
+    state: Literal["fresh", "continue", "done"]
+    checkpoint: Committed | None = None  # that Ray Train goes on from
     notices: tuple[str, ...] = ()
+    resume: str = ""  # continue: from where, in words
 
 
 def inspect_run(run: Run, run_dir: RunDirectory) -> Standing:
@@ -73,15 +73,15 @@ def inspect_run(run: Run, run_dir: RunDirectory) -> Standing:
     done = manifest["state"] == "done"
     checkpoint = None if done else last_committed(run_dir)
     if checkpoint is None and not done:
-        return Standing("fresh", None, ("the earlier start left no complete checkpoint: starts from the beginning",))
+        return Standing("fresh", notices=("the earlier start left no complete checkpoint: starts from the beginning",))
     notices = refuse_changes(run_dir, "config.yaml", run)
     if checkpoint is None:
         return Standing("done")
-    sweep(run_dir)
-    if isinstance(run, TrainingRun):
-        before = yaml.safe_load(run_dir.read("config.yaml") or "{}")
-        notices += _worker_change(run, checkpoint, run_dir, _most_workers(before))
-    return Standing("continue", checkpoint, tuple(notices))
+    drop_half_written(run_dir)
+    assert isinstance(run, TrainingRun)  # or it would have no checkpoints
+    before = yaml.safe_load(run_dir.read("config.yaml") or "{}")
+    notices += _worker_change(run, checkpoint, run_dir, _most_workers(before))
+    return Standing("continue", checkpoint, tuple(notices), f"from step {checkpoint.step}")
 
 
 def refuse_changes(run_dir: RunDirectory, name: str, run: Run) -> list[str]:
@@ -112,7 +112,7 @@ def last_committed(run_dir: RunDirectory) -> Committed | None:
     return Committed(int(found.metrics["step"]), int(found.metrics["world_size"]), found.checkpoint.path)
 
 
-def sweep(run_dir: RunDirectory) -> None:
+def drop_half_written(run_dir: RunDirectory) -> None:
     """Deletes half-written checkpoints: folders that the record of committed ones does not name."""
     from ray.train import Result
 
@@ -156,8 +156,7 @@ def _worker_change(
             f"{checkpoint.world_size} workers under ZeRO-{stage}, and DeepSpeed loads it only on as many; "
             f"found: {learner.workers}; expected: {checkpoint.world_size}, or --fresh"
         )
-    if isinstance(run, SupervisedRun) and most_before is not None and most_before != learner.max_workers:
-        rows = run.rows_a_pass * run.accumulated
+    if (rows := run.rows_a_worker) is not None and most_before is not None and most_before != learner.max_workers:
         return [
             f"{written}: with {learner.workers} a step takes {rows * learner.max_workers} rows instead of "
             f"{rows * most_before}, an epoch has accordingly more or fewer steps, and the result is not the one "

@@ -1,131 +1,195 @@
-"""A training run on Ray Train, of whatever kind: checks, starts, watches, finishes."""
+"""The frame of every run, of whatever kind: look where it stands, check, plan, start, finish."""
 
 import importlib.metadata
 import os
+import pkgutil
 import platform
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
-from typing import Any, Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar, cast
 
 from raytrl.config.load import LoadedRun
-from raytrl.config.runs.base import TrainingRun
-from raytrl.config.runs.ppo import PpoRun
-from raytrl.config.runs.supervised import SupervisedRun
+from raytrl.config.runs.base import Run
 from raytrl.errors import RaytrlError
-from raytrl.launch.runs.resume import Standing, inspect_run, sweep
-from raytrl.launch.session.session import check_output_dir, cluster_of, prepare_environment, ray_session
-from raytrl.plan.capacity import Room
-from raytrl.plan.cluster import Need
+from raytrl.launch.runs.resume import Standing, drop_half_written, inspect_run
+from raytrl.launch.session.session import check_output_dir, cluster_of, prepare_environment
+from raytrl.plan.capacity import Room, check_memory
+from raytrl.plan.checks.common import Facts
+from raytrl.plan.cluster import Cluster, Need
+from raytrl.plan.fit import fitted, in_words
 from raytrl.plan.need import need_of
+from raytrl.plan.shapes import read_shapes
+from raytrl.plan.words import Words, as_text, processes_of, words_of
+from raytrl.records.outcome import Outcome
 from raytrl.records.progress import Progress
 from raytrl.rundir import RunDirectory, now
 
 _LIBRARIES = ("raytrl", "ray", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "deepspeed")
-_RESIZE_CHECK_S = 20.0  # an elastic run looks this often for a node that could take another worker
-Worker = Callable[[dict[str, Any]], dict[str, float]]
+
+Show = Callable[[Progress], None]
+R = TypeVar("R", bound=Run)
+O_co = TypeVar("O_co", bound=Outcome, covariant=True)
 
 
-class Kind(Protocol):
-    """What differs between the kinds of run."""
+@dataclass(frozen=True)
+class Lent:
+    """What a sweep, which has checked all its runs and their memory, lends to one of them."""
 
-    reward_shared: bool  # whether its reward actors are a sweep's
+    group: Any  # a placement group for the run's own actors
+    reward_actors: Sequence[Any] | None  # handles of those that all trials share; None: the run starts its own
 
-    def check(self, run_dir: RunDirectory) -> str:
-        """Everything that can be checked before Ray starts; returns what will run where, for people.
 
-        A tokenizer that the run trains for itself is read from, or put into, this directory.
+@dataclass(frozen=True)
+class Planned:
+    """What is known of a run before it starts: what it takes, and what its user is told."""
+
+    need: Need
+    words: Words
+    notices: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Start:
+    """A run that has passed all checks."""
+
+    run_dir: RunDirectory
+    command: str  # what the user typed, for the manifest and the model card
+    need: Need
+    clock: dict[str, float]  # seconds by phase of the start
+    show: Show
+
+
+class Kind(ABC, Generic[R, O_co]):
+    """What differs between the kinds of run; `run_to_end` asks in the order of these methods."""
+
+    def __init__(self, loaded: LoadedRun, lent: Lent | None = None) -> None:
+        self.loaded, self.lent = loaded, lent
+
+    @property
+    def run(self) -> R:
+        return cast(R, self.loaded.run)  # the run file names its kind's class
+
+    def standing(self, run_dir: RunDirectory, fresh: bool) -> Standing:
+        """What an earlier start has left; `fresh`: it is to be thrown away.
+
+        Raises:
+            ConfigError: the directory holds a run of other settings.
+        """
+        return Standing("fresh") if fresh else inspect_run(self.run, run_dir)
+
+    def plan(self, cluster: Cluster, run_dir: RunDirectory) -> Planned:
+        """Everything that can be checked before anything starts, and what will run where.
+
+        Args:
+            run_dir: what the run makes for itself beforehand, a tokenizer, is read from or put there.
 
         Raises:
             ConfigError: the request cannot be run.
         """
-        ...
+        self.loaded, chosen = fitted(self.loaded, cluster)
+        run = self.run
+        need = need_of(run, reward_shared=self.lent is not None and self.lent.reward_actors is not None)
+        room = Room.on(cluster, need)
+        facts = self.check(run_dir)
+        if self.lent is not None:
+            return Planned(need, [("checked", "by the sweep")])
+        shapes, unknown = read_shapes(run)
+        loads, notices = check_memory(run, room, shapes)
+        notices += [f"memory is not estimated: {problem}" for problem in unknown]
+        words = words_of(run, shapes, facts.rows, facts.words)
+        words.append(processes_of(run, cluster.where))
+        if loads:
+            words.append(("memory", f"about {', '.join(map(str, loads[:4]))}"))
+        return Planned(need, words, [*in_words(chosen), *notices, *room.awaited(run)])
 
-    def running(self, command: str, versions: dict[str, str]) -> AbstractContextManager[tuple[Worker, dict[str, Any]]]:
-        """Ray runs: starts what belongs to the driver; gives Ray Train's function and its config."""
-        ...
+    @abstractmethod
+    def check(self, run_dir: RunDirectory) -> Facts:
+        """Data, models, tokenizers, rewards: what this kind is made from.
+
+        Raises:
+            ConfigError: naming the key.
+        """
+
+    def begin(self, run_dir: RunDirectory) -> None:
+        """All checks have passed, nothing has started: what has to be in the directory from now on."""
+
+    @abstractmethod
+    def work(self, start: Start) -> dict[str, Any]:
+        """The run itself, on Ray; returns what its manifest says in the end.
+
+        Raises:
+            RunError: it failed.
+        """
+
+    @abstractmethod
+    def outcome(self, run_dir: RunDirectory, already_done: bool) -> O_co:
+        """What the directory of a finished run holds."""
 
 
-def kind_of(run: TrainingRun) -> Kind:
-    """The kind's own part of a run."""
-    if isinstance(run, PpoRun):
-        from raytrl.launch.runs.ppo import PpoKind
-
-        return PpoKind(run)
-    from raytrl.launch.runs.supervised import SupervisedKind
-
-    assert isinstance(run, SupervisedRun)
-    return SupervisedKind(run)
+def kind_of(loaded: LoadedRun, lent: Lent | None = None) -> Kind[Any, Outcome]:
+    """What launches a run of this kind; `lent` by a sweep."""
+    kind: Kind[Any, Outcome] = pkgutil.resolve_name(loaded.run.launcher)(loaded, lent)
+    return kind
 
 
-def train(
-    loaded: LoadedRun,
-    command: str,
-    fresh: bool,
-    show: Callable[[Progress], None],
-    kind: Kind | None = None,
-    *,
-    memory_checked: bool = False,
-) -> dict[str, Any]:
-    """Runs SFT, reward modelling, DPO or PPO to its end, from wherever the run stands.
+def run_to_end(kind: Kind[Any, O_co], command: str, fresh: bool, show: Show) -> O_co:
+    """Runs whatever it is to its end, from wherever it stands.
 
     Args:
-        loaded: the checked run file.
         command: what the user typed, for the manifest and the model card.
         fresh: throw away what the run directory holds.
         show: called in this thread with each piece of progress.
-        kind: the run's kind where it shares something with other runs; default: made for this run alone.
-        memory_checked: by a sweep, for all its trials together; it takes seconds to import what counts parameters.
-
-    Returns:
-        The manifest's final values: model path, steps, metrics, seconds by phase of the start.
 
     Raises:
         ConfigError: the request cannot be run; nothing was started.
         RunError: it was started and failed.
     """
-    run = loaded.run
-    assert isinstance(run, TrainingRun)
     prepare_environment()
+    run, started = kind.run, time.time()
     check_output_dir(run)
-    started = time.time()
     run_dir = RunDirectory(run.output_dir, run.name)
-    kind = kind or kind_of(run)
-    need = need_of(run, reward_shared=kind.reward_shared)
     with run_dir.locked():
-        standing = Standing("fresh") if fresh else inspect_run(run, run_dir)
+        standing = kind.standing(run_dir, fresh)
         if standing.state == "done":
-            return run_dir.manifest() | {"already_done": True}
-        for notice in standing.notices:
-            show(Progress("notice", text=notice))
+            return kind.outcome(run_dir, already_done=True)
+        _tell(standing.notices, show)
         with cluster_of(run) as cluster:
-            room = Room.on(cluster, need)
-            with (
-                tempfile.TemporaryDirectory() as staging
-            ):  # nothing of an earlier run is touched before all checks passed
-                staged = run_dir if standing.state == "continue" else RunDirectory(staging, run.name)
-                plan = kind.check(staged)
-                memory, notes = ("", []) if memory_checked else room.memory(run)
-                plan += memory
-                for note in notes:
-                    show(Progress("notice", text=note))
-                if staged is not run_dir:
-                    run_dir.clear()
-                    if staged.exists("tokenizer"):
-                        run_dir.store(staged.at("tokenizer"), "tokenizer")
-            if standing.checkpoint is not None:
-                plan += f"\nresume   from step {standing.checkpoint.step}"
-            plan += f"\noutput   {run_dir}\nlogs     {log_place(run_dir)}"
-            clock = {"checks_s": time.time() - started}
-            show(Progress("plan", text=plan))
-            write_start(loaded, run_dir, command)
-            with failure_noted(run_dir):
-                metrics = _run_on_ray(run, kind, need, run_dir, command, clock, show)
-        run_dir.update_manifest(state="done", finished=now(), model=f"{run_dir}/model", metrics=metrics, startup=clock)
-        sweep(run_dir)
-        return run_dir.manifest()
+            planned = _planned(kind, cluster, run_dir, standing)
+            words = [*planned.words, ("output", str(run_dir)), ("logs", log_place(run_dir))]
+            if standing.resume:
+                words.insert(-2, ("resume", standing.resume))
+            _tell(planned.notices, show)
+            show(Progress("plan", text=as_text(words)))
+            _write_start(kind.loaded, run_dir, command)
+            kind.begin(run_dir)
+            with _failure_noted(run_dir):
+                start = Start(run_dir, command, planned.need, {"checks_s": time.time() - started}, show)
+                values = kind.work(start)
+        run_dir.update_manifest(state="done", finished=now(), **values)
+        drop_half_written(run_dir)
+        return kind.outcome(run_dir, already_done=False)
+
+
+def _planned(kind: Kind[Any, O_co], cluster: Cluster, run_dir: RunDirectory, standing: Standing) -> Planned:
+    """Of a run that starts anew, nothing of an earlier one is touched before all checks have passed."""
+    if standing.state == "continue":
+        return kind.plan(cluster, run_dir)
+    with tempfile.TemporaryDirectory() as folder:
+        staged = RunDirectory(folder, kind.run.name)
+        planned = kind.plan(cluster, staged)
+        run_dir.clear()
+        if staged.exists("tokenizer"):
+            run_dir.store(staged.at("tokenizer"), "tokenizer")
+    return planned
+
+
+def _tell(notices: Sequence[str], show: Show) -> None:
+    for notice in notices:
+        show(Progress("notice", text=notice))
 
 
 def log_place(run_dir: RunDirectory) -> str:
@@ -136,7 +200,7 @@ def log_place(run_dir: RunDirectory) -> str:
 
 
 @contextmanager
-def failure_noted(run_dir: RunDirectory) -> Iterator[None]:
+def _failure_noted(run_dir: RunDirectory) -> Iterator[None]:
     """An error of the block goes into the manifest on its way."""
     try:
         yield
@@ -153,7 +217,7 @@ def versions() -> dict[str, str]:
     return found
 
 
-def write_start(loaded: LoadedRun, run_dir: RunDirectory, command: str) -> None:
+def _write_start(loaded: LoadedRun, run_dir: RunDirectory, command: str) -> None:
     """Writes config.yaml and the manifest of a run that starts, or starts again."""
     run_dir.write("config.yaml", loaded.as_yaml())
     earlier = run_dir.manifest()
@@ -166,70 +230,4 @@ def write_start(loaded: LoadedRun, run_dir: RunDirectory, command: str) -> None:
         origins={key: origin for key, _, origin in loaded.values() if origin != "default"},
         started=earlier.get("started", now()),
         starts=earlier.get("starts", 0) + 1,
-    )
-
-
-def _run_on_ray(
-    run: TrainingRun,
-    kind: Kind,
-    need: Need,
-    run_dir: RunDirectory,
-    command: str,
-    clock: dict[str, float],
-    show: Callable[[Progress], None],
-) -> dict[str, float]:
-    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(run.learner.start_timeout_s)
-    os.environ["RAY_TRAIN_COLLECTIVE_TIMEOUT_S"] = str(run.learner.stall_timeout_s)
-    show(Progress("phase", text="starting Ray"))
-    # The driver needs Ray Train's torch backend, whose import takes as long as Ray's own start: do both at once.
-    importer = threading.Thread(target=_import_train, daemon=True)
-    importer.start()
-    mark = time.time()
-    with ray_session(run, need):
-        importer.join()
-        clock["ray_s"] = time.time() - mark
-        from raytrl.launch.runs.watch import Watch, start_board
-        from raytrl.launch.session.storage import check_storage
-
-        check_storage(run_dir)
-        board = start_board(run)
-        show(Progress("phase", text="starting workers"))
-        with kind.running(command, versions()) as (worker, config):
-            trainer = _trainer(run, run_dir, board, worker, config)
-            return Watch(run, run_dir, board, clock, show).until_done(trainer)
-
-
-def _import_train() -> None:
-    import ray.train.torch  # noqa: F401
-
-
-def _trainer(run: TrainingRun, run_dir: RunDirectory, board: Any, worker: Worker, config: dict[str, Any]) -> Any:
-    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
-
-    local = run_dir.path if run_dir.is_local else os.path.join(tempfile.gettempdir(), f"raytrl-{run.name}")
-    return TorchTrainer(
-        worker,
-        train_loop_config={
-            "board": board,
-            "cwd": os.getcwd(),
-            "scratch": os.path.join(local, ".scratch"),
-            "tensorboard": os.path.join(local, "tensorboard"),
-            **config,
-        },
-        torch_config=TorchConfig(timeout_s=int(run.learner.stall_timeout_s)),
-        scaling_config=ScalingConfig(
-            num_workers=run.learner.workers,
-            use_gpu=run.learner.uses_gpu,
-            resources_per_worker=run.learner.resources,
-            placement_strategy=run.learner.placement.upper(),
-            label_selector=run.learner.labels or None,
-            elastic_resize_monitor_interval_s=_RESIZE_CHECK_S,
-        ),
-        run_config=RunConfig(
-            name="checkpoints",
-            storage_path=run_dir.uri,
-            failure_config=FailureConfig(max_failures=run.learner.max_failures, controller_failure_limit=2),
-            checkpoint_config=CheckpointConfig(num_to_keep=run.checkpoint.keep),
-        ),
     )

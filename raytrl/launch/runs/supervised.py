@@ -5,27 +5,22 @@ from contextlib import contextmanager
 from typing import Any
 
 from raytrl.config.runs.supervised import SupervisedRun
-from raytrl.plan.checks.supervised import preflight
-from raytrl.plan.words import describe
-from raytrl.roles.job import SupervisedJob
+from raytrl.launch.runs.run import versions
+from raytrl.launch.runs.training import TrainingKind
+from raytrl.plan.checks.common import Facts
+from raytrl.plan.checks.supervised import prepare_supervised
+from raytrl.roles.job import Job
 from raytrl.rundir import RunDirectory
 
 
-class SupervisedKind:
+class SupervisedKind(TrainingKind[SupervisedRun]):
     """`run.Kind` of a TRL trainer: workers alone."""
 
-    reward_shared = False
-
-    def __init__(self, run: SupervisedRun) -> None:
-        self._run = run
-        self._has_tokenizer = False
-
-    def check(self, run_dir: RunDirectory) -> str:
-        rows, self._has_tokenizer = preflight(self._run, run_dir)
-        return describe(self._run, rows)
+    def check(self, run_dir: RunDirectory) -> Facts:
+        return prepare_supervised(self.run, run_dir)
 
     @contextmanager
-    def running(self, command: str, versions: dict[str, str]) -> Iterator[tuple[Any, dict[str, Any]]]:
+    def running(self, command: str) -> Iterator[tuple[Any, dict[str, Any]]]:
         from raytrl.launch.runs.worker import supervised_worker
 
-        yield supervised_worker, {"job": SupervisedJob(self._run, command, versions, self._has_tokenizer)}
+        yield supervised_worker, {"job": Job(self.run, command, versions())}

@@ -1,10 +1,10 @@
 """What a run shows in Ray's metrics: gauges that Ray's dashboard and Prometheus read as `ray_raytrl_…`."""
 
 from collections.abc import Mapping
-from typing import Any
 
 from ray.util.metrics import Gauge
 
+from raytrl.config.runs.base import TrainingRun
 from raytrl.records.progress import Progress
 
 # name → what it means, and the tags beside `run`. Ray puts `ray_` before each name.
@@ -105,7 +105,6 @@ class RoleGauges:
         self._gauges.set("raytrl_restarts", count, role=self._role)
 
 
-def step_gauges(run: Any) -> StepGauges:
-    """For a run of any kind."""
-    ppo = getattr(run, "ppo", None)
-    return StepGauges(run.name, None if ppo is None else ppo.batch_size)
+def step_gauges(run: TrainingRun) -> StepGauges:
+    """For a run of any kind that trains."""
+    return StepGauges(run.name, run.responses_a_step)

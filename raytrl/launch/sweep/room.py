@@ -2,17 +2,17 @@
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from raytrl.config.load import LoadedRun
-from raytrl.config.runs.base import TrainingRun
-from raytrl.config.runs.ppo import PpoRun
+from raytrl.config.runs.base import Run
 from raytrl.config.runs.sweep import TuneRun
 from raytrl.config.trials import Edge, trial_run
 from raytrl.errors import ConfigError, ResourceError
 from raytrl.plan.capacity import CERTAINTY, Load, Room, check_memory, loads
 from raytrl.plan.cluster import Cluster, Group, Need, Node, amounts
 from raytrl.plan.config_shapes import ModelShape
+from raytrl.plan.fit import Chosen
 from raytrl.plan.memory import GIB, Estimate, estimates
 from raytrl.plan.need import need_of
 from raytrl.plan.placement import Placement, place_trials
@@ -27,26 +27,19 @@ TRIAL_GIB = 1.0
 class Sweep:
     """A sweep that has been checked."""
 
-    loaded: LoadedRun
+    run: TuneRun
     base: LoadedRun
-    command: str
-
-    @property
-    def run(self) -> TuneRun:
-        assert isinstance(self.loaded.run, TuneRun)
-        return self.loaded.run
+    chosen: Chosen = field(default_factory=dict)  # resources that nobody wrote, of every trial
 
     @property
     def shares_reward(self) -> bool:
         """Whether one set of reward actors serves all trials: nothing of the reward is searched."""
-        return isinstance(self.base.run, PpoRun) and not any(key.startswith("reward.") for key in self.run.search)
+        has_reward = any(each.role == "reward" for each in self.base.run.processes())
+        return has_reward and not any(key.startswith("reward.") for key in self.run.search)
 
     def shared_need(self) -> Need:
-        if not self.shares_reward:
-            return Need(())
-        assert isinstance(self.base.run, PpoRun)
-        reward = self.base.run.reward
-        return Need((Group.of("reward.actors", reward.actors, reward),))
+        groups = [Group.of(each) for each in self.base.run.processes() if each.role == "reward"]
+        return Need(tuple(groups) if self.shares_reward else ())
 
     def trial_need(self, loaded: LoadedRun) -> Need:
         return need_of(loaded.run, reward_shared=self.shares_reward)
@@ -56,7 +49,7 @@ class Sweep:
 class Memory:
     """What the processes of the largest trial take, by key of the run file; worked out once for all trials."""
 
-    run: TrainingRun
+    run: Run
     shapes: Mapping[str, ModelShape]
     found: Mapping[str, Estimate]
     notes: Sequence[str] = ()  # what could not be estimated
@@ -68,6 +61,7 @@ class AtOnce:
 
     count: int
     words: str
+    memory: str
     notes: Sequence[str] = ()
 
 
@@ -90,7 +84,6 @@ def largest_memory(sweep: Sweep, edges: Sequence[Edge]) -> Memory:
 
 
 def _memory(loaded: LoadedRun) -> Memory:
-    assert isinstance(loaded.run, TrainingRun)
     shapes, problems = read_shapes(loaded.run)
     notes = [f"memory is not estimated: {problem}" for problem in problems]
     return Memory(loaded.run, shapes, estimates(loaded.run, shapes), notes)
@@ -173,7 +166,7 @@ def _in_memory(
         notes = [*notes, f"memory: {text}; so {count} at once, where there are places for {most}"]
     elif load.is_tight:
         notes = [*notes, f"memory is tight: {load}, and the estimate may be off by a quarter"]
-    return AtOnce(count, f"{_places(sweep, count)}\nmemory   about {load}", list(dict.fromkeys(notes)))
+    return AtOnce(count, _places(sweep, count), f"about {load}", list(dict.fromkeys(notes)))
 
 
 def _places(sweep: Sweep, count: int) -> str:

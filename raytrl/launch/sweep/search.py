@@ -17,6 +17,7 @@ from raytrl.config.runs.sweep import Distribution, TuneRun
 from raytrl.config.trials import trial_name, trial_run
 from raytrl.errors import ConfigError
 from raytrl.launch.sweep.book import TrialBook, over_limit, trials_folder
+from raytrl.plan.fit import Chosen, with_chosen
 from raytrl.records.sweep import Trial
 
 _NO_END = 1_000_000_000  # asha: no rung is the last because of it
@@ -138,8 +139,17 @@ def make_optuna(run: TuneRun) -> Any:
 class TrialSearcher(Searcher):  # type: ignore[misc]
     """Hands trials to Ray Tune: those of the book that have not ended, then new ones; each is in the book first."""
 
-    def __init__(self, run: TuneRun, book: TrialBook, optuna: Any, on_refused: Callable[[Trial], None]) -> None:
+    def __init__(
+        self,
+        run: TuneRun,
+        book: TrialBook,
+        optuna: Any,
+        on_refused: Callable[[Trial], None],
+        chosen: Chosen | None = None,
+    ) -> None:
+        """`chosen`: resources that nobody wrote, of every trial."""
         super().__init__(metric=run.metric, mode=run.mode)
+        self._chosen = chosen or {}
         self._run, self._book, self._optuna, self._on_refused = run, book, optuna, on_refused
         self._names: dict[str, str] = {}  # Ray Tune's trial id → trial
         self._waiting = [trial.name for trial in book.all if not trial.is_ended]
@@ -173,7 +183,7 @@ class TrialSearcher(Searcher):  # type: ignore[misc]
             return {"loaded": loaded}
 
     def loaded(self, trial: Trial) -> LoadedRun:
-        return trial_run(self._run, trial.values, trial.name, trials_folder(self._run))
+        return with_chosen(trial_run(self._run, trial.values, trial.name, trials_folder(self._run)), self._chosen)
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """Optuna is told how a trial ended."""

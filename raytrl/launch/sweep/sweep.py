@@ -5,25 +5,29 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from raytrl.config.load import LoadedRun
-from raytrl.config.runs.base import TrainingRun
-from raytrl.config.runs.ppo import PpoRun
+from raytrl.config.runs.rollout import RolloutRun
 from raytrl.config.runs.sweep import TuneRun
-from raytrl.config.trials import Edge, check_edges, load_base
+from raytrl.config.trials import check_edges, load_base
 from raytrl.errors import ConfigError, RunError
-from raytrl.launch.runs.resume import refuse_changes
-from raytrl.launch.runs.run import failure_noted, kind_of, write_start
-from raytrl.launch.session.session import check_output_dir, cluster_of, prepare_environment, ray_session
+from raytrl.launch.runs.resume import Standing, refuse_changes
+from raytrl.launch.runs.run import Kind, Lent, Planned, Start, kind_of
+from raytrl.launch.session.session import ray_session
 from raytrl.launch.sweep.book import TrialBook, best_trial, trials_folder
 from raytrl.launch.sweep.end import write_end
 from raytrl.launch.sweep.room import AtOnce, Sweep, concurrent_trials
+from raytrl.plan.checks.common import Facts
 from raytrl.plan.cluster import Cluster, Need
+from raytrl.plan.fit import fitted, in_words, with_chosen
+from raytrl.plan.shapes import read_shapes
 from raytrl.plan.where import check_one_node, joins_cluster, refuse_client
-from raytrl.records.progress import Progress
+from raytrl.plan.words import Words, as_text, words_of
+from raytrl.records.outcome import Swept
 from raytrl.records.sweep import Trial
-from raytrl.rundir import RunDirectory, now
+from raytrl.rundir import RunDirectory
 
 # Read by Ray Tune. Trials keep their own records; and a row need not hold the metric of an evaluation that was not due.
 _ENVIRONMENT = {
@@ -34,85 +38,111 @@ _ENVIRONMENT = {
 
 _BASE = "base.yaml"  # the base run, resolved
 
-Show = Callable[[Progress], None]
 ShowTrials = Callable[[Sequence[Trial]], None]
 
 
-def tune(loaded: LoadedRun, command: str, fresh: bool, show: Show, show_trials: ShowTrials) -> dict[str, Any]:
-    """Runs a sweep to its end, from wherever it stands.
+class SweepKind(Kind[TuneRun, Swept]):
+    """`run.Kind` of a sweep: its checks are those of its base run, for every value that is searched."""
 
-    Args:
-        loaded: the sweep's run file.
-        command: what the user typed.
-        fresh: throw away what the sweep's directory holds.
-        show: called with the plan and with notices.
-        show_trials: called with all trials, about once a second.
+    show_trials: ShowTrials = staticmethod(lambda trials: None)  # called with all trials, about once a second
 
-    Returns:
-        The manifest with `trials`, a list of Trial.
+    def __init__(self, loaded: LoadedRun, lent: Lent | None = None) -> None:
+        """
+        Raises:
+            ConfigError: the base file, or a value of the search space on it, is refused.
+        """
+        base = load_base(loaded)
+        super().__init__(_at_address_of(base, loaded), lent)
+        self._sweep, self._edges = Sweep(self.run, base), check_edges(self.loaded)
+        self._goes_on = False
+        self._first_trials: list[Trial] = []
+        for name, value in _ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
 
-    Raises:
-        ConfigError: the request cannot be run; nothing was started.
-        RunError: too many trials failed, or none came to its end.
-    """
-    prepare_environment()
-    for name, value in _ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    check_output_dir(loaded.run)
-    base = load_base(loaded)
-    loaded = _at_address_of(base, loaded)
-    sweep = Sweep(loaded, base, command)
-    run = sweep.run
-    edges = check_edges(loaded)
-    run_dir = RunDirectory(run.output_dir, run.name)
-    with run_dir.locked():
-        goes_on = not fresh and run_dir.exists(_BASE)
-        for notice in [] if fresh else _check_unchanged(sweep, run_dir):
-            show(Progress("notice", text=notice))
-        if goes_on and run_dir.manifest()["state"] == "done":
-            return run_dir.manifest() | {"already_done": True, "trials": TrialBook(run, run_dir).all}
-        refuse_client(run)
-        if not joins_cluster(run):
-            assert isinstance(base.run, TrainingRun)
-            check_one_node(base.run)
-        with cluster_of(run) as cluster:
-            return _run(sweep, edges, cluster, run_dir, goes_on, show, show_trials)
+    def standing(self, run_dir: RunDirectory, fresh: bool) -> Standing:
+        notices = [] if fresh else self._check_unchanged(run_dir)
+        self._goes_on = not fresh and run_dir.exists(_BASE)
+        if self._goes_on and run_dir.manifest()["state"] == "done":
+            return Standing("done")
+        refuse_client(self.run)
+        if not self._goes_on:
+            return Standing("fresh", notices=tuple(notices))
+        trials = TrialBook(self.run, run_dir).all
+        ended = f"{sum(trial.is_ended for trial in trials)} of {len(trials)} trials have ended"
+        return Standing("continue", notices=tuple(notices), resume=ended)
 
+    def _check_unchanged(self, run_dir: RunDirectory) -> list[str]:
+        """Notices about what changed since the sweep was started.
 
-def _run(
-    sweep: Sweep,
-    edges: Sequence[Edge],
-    cluster: Cluster,
-    run_dir: RunDirectory,
-    goes_on: bool,
-    show: Show,
-    show_trials: ShowTrials,
-) -> dict[str, Any]:
-    """Checks the sweep against the cluster and its data, then runs it; the manifest as `tune` returns it."""
-    from raytrl.launch.sweep.search import first_trials, make_optuna, make_scheduler
+        Raises:
+            ConfigError: it is another sweep now.
+        """
+        found = [("config.yaml", self.run), (_BASE, self._sweep.base.run)]
+        return [notice for name, run in found if run_dir.exists(name) for notice in refuse_changes(run_dir, name, run)]
 
-    run = sweep.run
-    scheduler, optuna = make_scheduler(run), make_optuna(run)
-    at_once = concurrent_trials(sweep, edges, cluster)
-    trials = [] if goes_on else first_trials(run)
-    words = _check_runs(sweep, edges)
-    if not goes_on:
-        run_dir.clear()
-    write_start(sweep.loaded, run_dir, sweep.command)
-    book = TrialBook(run, run_dir)
-    book.add(trials)
-    run_dir.write(_BASE, sweep.base.as_yaml())  # last: from now on there is a sweep to go on with
-    book.take_up_again()
-    for notice in at_once.notes:
-        show(Progress("notice", text=notice))
-    show(Progress("plan", text=_describe(sweep, book, words, at_once, run_dir)))
-    with failure_noted(run_dir):
-        _run_on_ray(sweep, at_once, book, scheduler, optuna, run_dir, show, show_trials)
+    def plan(self, cluster: Cluster, run_dir: RunDirectory) -> Planned:
+        from raytrl.launch.sweep.search import first_trials, make_optuna, make_scheduler
+
+        if not joins_cluster(self.run):
+            check_one_node(self._sweep.base.run)
+        base, chosen = fitted(self._sweep.base, cluster)
+        self._sweep = replace(self._sweep, base=base, chosen=chosen)
+        self._edges = [replace(edge, loaded=with_chosen(edge.loaded, chosen)) for edge in self._edges]
+        self._scheduler, self._optuna = make_scheduler(self.run), make_optuna(self.run)
+        self._at_once = concurrent_trials(self._sweep, self._edges, cluster)
+        self._first_trials = [] if self._goes_on else first_trials(self.run)
+        facts = self.check(run_dir)
+        one = self._sweep.trial_need(base)
+        store = one.object_store_bytes * self._at_once.count
+        need = Need((*self._sweep.shared_need().groups, *one.groups), store)
+        return Planned(need, _words(self._sweep, self._at_once, facts), [*in_words(chosen), *self._at_once.notes])
+
+    def check(self, run_dir: RunDirectory) -> Facts:
+        """Data, models and reward sources of the base run, and of every value that may name others."""
+        with tempfile.TemporaryDirectory() as staging:
+            facts = kind_of(self._sweep.base).check(RunDirectory(staging, "base"))
+            for number, edge in enumerate(self._edges):
+                if edge.key.startswith("ppo.") or isinstance(edge.value, float):
+                    continue  # a matter of numbers, which the loader has checked
+                try:
+                    kind_of(edge.loaded).check(RunDirectory(staging, str(number)))
+                except ConfigError as error:
+                    raise ConfigError(f"search.{edge.key}: value {edge.value!r} is refused: {error}") from None
+        return facts
+
+    def begin(self, run_dir: RunDirectory) -> None:
+        book = TrialBook(self.run, run_dir)
+        book.add(self._first_trials)
+        run_dir.write(_BASE, self._sweep.base.as_yaml())  # last: from now on there is a sweep to go on with
+        book.take_up_again()
+
+    def work(self, start: Start) -> dict[str, Any]:
+        run, run_dir = self.run, start.run_dir
+        book = TrialBook(run, run_dir)
+        if len(book) < run.num_trials or not all(trial.is_ended for trial in book.all):
+            self._run_trials(book, start)
         best = _best(run, book)
-    model = write_end(run, book, best, run_dir)
-    run_dir.delete(".tune")
-    run_dir.update_manifest(state="done", finished=now(), best=best.name, model=model)
-    return run_dir.manifest() | {"trials": book.all}
+        model = write_end(run, book, best, run_dir)
+        run_dir.delete(".tune")
+        return {"best": best.name, "model": model}
+
+    def _run_trials(self, book: TrialBook, start: Start) -> None:
+        with ray_session(self.run, start.need):
+            from raytrl.launch.session.storage import check_storage
+            from raytrl.launch.sweep.search import replay
+            from raytrl.launch.sweep.watch import SweepWatch
+
+            check_storage(start.run_dir)
+            replay(self._scheduler, self.run, book)
+            with _reward_actors(self._sweep) as rewards:
+                SweepWatch(self._sweep, book, start.run_dir, start.show, self.show_trials).until_done(
+                    start.command, self._at_once.count, self._scheduler, self._optuna, rewards
+                )
+
+    def outcome(self, run_dir: RunDirectory, already_done: bool) -> Swept:
+        manifest = run_dir.manifest()
+        trials = TrialBook(self.run, run_dir).all
+        return Swept(str(run_dir), already_done, trials, manifest["best"], manifest["model"])
 
 
 def _at_address_of(base: LoadedRun, loaded: LoadedRun) -> LoadedRun:
@@ -123,75 +153,21 @@ def _at_address_of(base: LoadedRun, loaded: LoadedRun) -> LoadedRun:
     return LoadedRun(run.model_copy(update={"cluster": base.run.cluster}), loaded.origins, loaded.file)
 
 
-def _check_unchanged(sweep: Sweep, run_dir: RunDirectory) -> list[str]:
-    """Notices about what changed since the sweep was started.
-
-    Raises:
-        ConfigError: it is another sweep now.
-    """
-    found = [("config.yaml", sweep.run), (_BASE, sweep.base.run)]
-    return [notice for name, run in found if run_dir.exists(name) for notice in refuse_changes(run_dir, name, run)]
-
-
-def _check_runs(sweep: Sweep, edges: Sequence[Edge]) -> str:
-    """Data, models and reward sources of the base run, and of every value that may name others; words for people."""
-    assert isinstance(sweep.base.run, TrainingRun)
-    with tempfile.TemporaryDirectory() as staging:
-        words = kind_of(sweep.base.run).check(RunDirectory(staging, "base"))
-        for number, edge in enumerate(edges):
-            if edge.key.startswith("ppo.") or isinstance(edge.value, float):
-                continue  # a matter of numbers, which the loader has checked
-            assert isinstance(edge.loaded.run, TrainingRun)
-            try:
-                kind_of(edge.loaded.run).check(RunDirectory(staging, str(number)))
-            except ConfigError as error:
-                raise ConfigError(f"search.{edge.key}: value {edge.value!r} is refused: {error}") from None
-    return words
-
-
-def _describe(sweep: Sweep, book: TrialBook, words: str, at_once: AtOnce, run_dir: RunDirectory) -> str:
-    run = sweep.run
+def _words(sweep: Sweep, at_once: AtOnce, facts: Facts) -> Words:
+    run, base = sweep.run, sweep.base.run
     searched = [f"{key}: {d.name} {list(d.arguments)}" for key, d in run.search.items()]
     stopping = "no trial is stopped early" if run.scheduler.name == "none" else f"{run.scheduler.name} stops early"
     limits = "".join(f"; {key} at most {value:g}" for key, value in run.limit.items())
-    ended = sum(trial.is_ended for trial in book.all)
-    lines = [
-        f"base     {run.base}",
-        *(f"         {line}" for line in words.splitlines()),
-        *(f"{'search' if i == 0 else '':<9}{line}" for i, line in enumerate(searched)),
-        f"trials   {run.num_trials} by {run.algorithm.name}" + (f", {ended} of them ended" if ended else ""),
-        f"aim      {run.mode} {run.metric}{limits}; {stopping}",
-        f"at once  {at_once.words}",
+    of_base = as_text(words_of(base, read_shapes(base)[0], facts.rows, facts.words))
+    return [
+        ("base", run.base),
+        *(("", line) for line in of_base.splitlines()),
+        *(("search" if i == 0 else "", line) for i, line in enumerate(searched)),
+        ("trials", f"{run.num_trials} by {run.algorithm.name}"),
+        ("aim", f"{run.mode} {run.metric}{limits}; {stopping}"),
+        ("at once", at_once.words),
+        ("memory", at_once.memory),
     ]
-    return "\n".join([*lines, f"output   {run_dir}"])
-
-
-def _run_on_ray(
-    sweep: Sweep,
-    at_once: AtOnce,
-    book: TrialBook,
-    scheduler: Any,
-    optuna: Any,
-    run_dir: RunDirectory,
-    show: Show,
-    show_trials: ShowTrials,
-) -> None:
-    if all(trial.is_ended for trial in book.all) and len(book) >= sweep.run.num_trials:
-        return
-    run, one = sweep.run, sweep.trial_need(sweep.base)
-    shared = sweep.shared_need()
-    store = one.object_store_bytes * at_once.count
-    with ray_session(run, Need((*shared.groups, *one.groups), store)):
-        from raytrl.launch.session.storage import check_storage
-        from raytrl.launch.sweep.search import replay
-        from raytrl.launch.sweep.watch import SweepWatch
-
-        check_storage(run_dir)
-        replay(scheduler, run, book)
-        with _reward_actors(sweep) as rewards:
-            SweepWatch(run, book, run_dir, show, show_trials).until_done(
-                sweep.command, at_once.count, scheduler, optuna, rewards
-            )
 
 
 @contextmanager
@@ -203,8 +179,8 @@ def _reward_actors(sweep: Sweep) -> Iterator[list[Any] | None]:
     from raytrl.launch.actors.start import started_actors
     from raytrl.launch.runs.ppo import make_sources
 
-    assert isinstance(sweep.base.run, PpoRun)
     base, run = sweep.base.run, sweep.run
+    assert isinstance(base, RolloutRun)  # nothing else has reward actors
     owner = base.model_copy(update={"output_dir": run.output_dir, "name": run.name})  # their logs are the sweep's
     with started_actors(owner, None, functools.partial(make_sources, base)) as (_, rewards):
         yield rewards

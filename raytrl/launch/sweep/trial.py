@@ -4,20 +4,15 @@ import os
 import traceback
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from raytrl.config.load import LoadedRun
-from raytrl.config.runs.base import Run
-from raytrl.config.runs.ppo import PpoRun
 from raytrl.config.runs.sweep import TuneRun
 from raytrl.errors import RaytrlError, RunError, TrialStoppedError
 from raytrl.launch.session.session import prepare_environment
 from raytrl.launch.sweep.book import LimitWatch
 from raytrl.records.progress import Progress
 from raytrl.rundir import RunDirectory, now
-
-if TYPE_CHECKING:
-    from raytrl.launch.runs.run import Kind
 
 
 def run_trial(config: dict[str, Any], sweep: TuneRun, command: str, reward_actors: Sequence[Any] | None) -> None:
@@ -36,14 +31,17 @@ def run_trial(config: dict[str, Any], sweep: TuneRun, command: str, reward_actor
     from ray import tune
 
     os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address  # a run on a Ray that exists, as in a job
-    from raytrl.launch.runs.run import train
+    from ray.util import get_current_placement_group
+
+    from raytrl.launch.runs.run import Lent, kind_of, run_to_end
 
     loaded: LoadedRun = config["loaded"]
     run = loaded.run
     run_dir = RunDirectory(run.output_dir, run.name)
     reports = TrialReports(sweep, run_dir)
     try:
-        train(loaded, command, False, reports.show, _kind(run, reward_actors), memory_checked=True)
+        kind = kind_of(loaded, Lent(get_current_placement_group(), reward_actors))
+        run_to_end(kind, command, False, reports.show)
         end = {"end": "done", "cause": ""}
     except TrialStoppedError as error:
         run_dir.update_manifest(state="stopped", error=str(error), finished=now())
@@ -55,17 +53,6 @@ def run_trial(config: dict[str, Any], sweep: TuneRun, command: str, reward_actor
         run_dir.write("failures.log", text)
         end = {"end": "failed", "cause": f"{type(error).__name__}: {error}; traceback: {run_dir}/failures.log"}
     tune.report({**reports.last, **end})
-
-
-def _kind(run: Run, reward_actors: Sequence[Any] | None) -> "Kind | None":
-    """PPO with what the sweep holds for it; other kinds have nothing to share."""
-    if not isinstance(run, PpoRun):
-        return None
-    from ray.util import get_current_placement_group
-
-    from raytrl.launch.runs.ppo import Lent, PpoKind
-
-    return PpoKind(run, Lent(get_current_placement_group(), reward_actors))
 
 
 def trial_resources(config: dict[str, Any], shares_reward: bool) -> Any:
@@ -82,9 +69,11 @@ def trial_resources(config: dict[str, Any], shares_reward: bool) -> Any:
     resources: list[dict[str, float]] = [{"memory": 1}]
     labels: list[dict[str, str]] = [{}]
     strategy = "PACK"
-    if isinstance(run, PpoRun):
-        strategy = run.rollout.placement.upper()
-        for asked, wanted in [bundles(run.rollout), *([] if shares_reward else [bundles(run.reward)])]:
+    for each in run.processes():
+        if each.role == "rollout":
+            strategy = each.section.placement.upper()
+        if each.role == "rollout" or (each.role == "reward" and not shares_reward):
+            asked, wanted = bundles(each.section)
             resources += asked
             labels += wanted
     return PlacementGroupFactory(resources, strategy, bundle_label_selector=labels if any(labels) else None)

@@ -13,6 +13,7 @@ from raytrl.config.runs.sweep import TuneRun
 from raytrl.errors import RunError
 from raytrl.launch.sweep.book import TrialBook, folder_below
 from raytrl.launch.sweep.leftovers import free_left_places
+from raytrl.launch.sweep.room import Sweep
 from raytrl.launch.sweep.search import TrialSearcher
 from raytrl.launch.sweep.trial import run_trial, trial_resources
 from raytrl.records.progress import Progress
@@ -27,13 +28,13 @@ class SweepWatch:
 
     def __init__(
         self,
-        run: TuneRun,
+        sweep: Sweep,
         book: TrialBook,
         run_dir: RunDirectory,
         show: Callable[[Progress], None],
         show_trials: Callable[[Sequence[Trial]], None],
     ) -> None:
-        self._run, self._book, self._run_dir = run, book, run_dir
+        self._run, self._chosen, self._book, self._run_dir = sweep.run, sweep.chosen, book, run_dir
         self._show, self._show_trials = show, show_trials
         self._poll_s = 1.0 if run_dir.is_local else 5.0
 
@@ -46,7 +47,7 @@ class SweepWatch:
             RunError: too many failed, or Ray Tune itself did.
         """
         keeper = _Keeper(self._run, self._book, self._show)
-        searcher = TrialSearcher(self._run, self._book, optuna, keeper.refused)
+        searcher = TrialSearcher(self._run, self._book, optuna, keeper.refused, self._chosen)
         tuner = tune.Tuner(
             tune.with_resources(
                 tune.with_parameters(run_trial, sweep=self._run, command=command, reward_actors=reward_actors),

@@ -2,14 +2,39 @@
 
 import importlib.util
 import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
-from raytrl.config.runs.base import TrainingRun
-from raytrl.config.runs.evaluation import EvalRun
-from raytrl.config.runs.ppo import PpoRun
+from raytrl.config.runs.base import Run, TrainingRun
+from raytrl.config.runs.rollout import RolloutRun
 from raytrl.config.sections.data import DataSource
 from raytrl.config.sections.reward import RewardSection
 from raytrl.errors import ConfigError
+from raytrl.plan.hub import hub_folder
+from raytrl.plan.where import joins_cluster
+from raytrl.roles.device import check_cpu
 from raytrl.roles.reward.function import FunctionSource
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the checks of a run found out about its datasets, by their keys: how many rows, and words about them."""
+
+    rows: Mapping[str, int] = field(default_factory=dict)
+    words: Mapping[str, str] = field(default_factory=dict)
+
+
+def check_run(run: Run) -> None:
+    """What every kind has: its models can be had, and this machine can compute as asked.
+
+    Raises:
+        ConfigError: naming the key.
+    """
+    for use in run.models():
+        if use.path is not None:
+            check_model_path(use.path, use.key, use.revision, adapters=use.key.startswith("reward."))
+    if not run.uses_gpu and not joins_cluster(run):
+        check_cpu(run)
 
 
 def check_trackers(run: TrainingRun) -> None:
@@ -39,34 +64,18 @@ def check_model_path(path: str, key: str, revision: str | None = None, adapters:
             found = "an adapter; use the model in its folder merged/" if is_adapter else "a folder without config.json"
             raise ConfigError(f"{key}: found: {path!r}, {found}; expected: a Hugging Face model folder")
         return
-    from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        if isinstance(try_to_load_from_cache(path, "config.json", revision=revision), str):
-            return
-        get_hf_file_metadata(hf_hub_url(path, "config.json", revision=revision), timeout=3)
-    except HFValidationError:
-        raise ConfigError(f"{key}: no such folder; found: {path!r} (nor can it be a hub id)") from None
-    except Exception as error:  # offline, gated, missing: each has its own class in each version of the client
-        raise ConfigError(
-            f"{key}: {path!r} cannot be had: no such folder, not in the local cache, and the hub says: "
-            f"{type(error).__name__}: {str(error).splitlines()[0]}"
-        ) from None
+    hub_folder(path, key, revision)
 
 
-def check_sources(section: RewardSection) -> None:
-    """Reward models can be had, reward functions can be loaded."""
-    for i, source in enumerate(section.sources):
-        key = f"reward.sources.{i}"
-        if source.model is not None:
-            check_model_path(source.model, f"{key}.model", adapters=True)
-        elif source.function is not None:
-            FunctionSource(source).close()  # in a process of its own, as in the run
+def check_functions(section: RewardSection) -> None:
+    """Reward functions can be loaded, each in a process of its own, as in the run."""
+    for source in section.sources:
+        if source.function is not None:
+            FunctionSource(source).close()
 
 
-def check_prompt_data(run: PpoRun | EvalRun, source: DataSource, where: str) -> str:
-    """Goes through every prompt; returns words about them."""
+def check_prompts_of(run: RolloutRun, source: DataSource, where: str) -> tuple[int, str]:
+    """Goes through every prompt; returns how many there are, and words about them."""
     from raytrl.data import check_columns, load_data  # datasets: 1.3 s
     from raytrl.roles.models.tokenizer import load_tokenizer
     from raytrl.roles.prompts import PromptTable, check_prompts, max_positions
@@ -87,4 +96,4 @@ def check_prompt_data(run: PpoRun | EvalRun, source: DataSource, where: str) -> 
             f"rollout.max_prompt_length"
         )
     cut = f", {num_cut:,} cut to rollout.max_prompt_length" if num_cut else ""
-    return f"{len(dataset):,} prompts of up to {longest} tokens{cut}"
+    return len(dataset), f"{len(dataset):,} prompts of up to {longest} tokens{cut}"

@@ -1,33 +1,18 @@
-"""What is checked before a PPO run is started, and what is then going to run where."""
+"""What is checked before a PPO run starts."""
 
 from raytrl.config.runs.ppo import PpoRun
-from raytrl.plan.checks.common import check_model_path, check_prompt_data, check_sources, check_trackers
-from raytrl.plan.where import joins_cluster
-from raytrl.roles.device import check_cpu
+from raytrl.plan.checks.common import Facts, check_functions, check_prompts_of, check_run, check_trackers
 
 
-def check_ppo(run: PpoRun) -> dict[str, str]:
+def check_ppo(run: PpoRun) -> Facts:
     """Checks models, tokenizer, reward sources and every prompt.
-
-    Returns:
-        Words about the data, by dataset key.
 
     Raises:
         ConfigError: something is missing, or does not fit together.
     """
-    models = {
-        "model.path": run.model.path,
-        "value_model.init": run.value_model.init,
-        "reference.path": run.reference.path,
-    }
-    for key, path in models.items():
-        if path is not None:
-            check_model_path(path, key)
-    check_sources(run.reward)
+    check_run(run)
+    check_functions(run.reward)
     check_trackers(run)
-    if not run.learner.uses_gpu and not joins_cluster(run):
-        check_cpu(run)
-    words = {"data.train": check_prompt_data(run, run.data.train, "data.train")}
-    if run.data.eval is not None:
-        words["data.eval"] = check_prompt_data(run, run.data.eval, "data.eval")
-    return words
+    sources = {"data.train": run.data.train, "data.eval": run.data.eval}
+    found = {key: check_prompts_of(run, source, key) for key, source in sources.items() if source is not None}
+    return Facts({key: rows for key, (rows, _) in found.items()}, {key: words for key, (_, words) in found.items()})

@@ -1,34 +1,34 @@
-"""What is checked before anything is started, and what is then going to run where."""
+"""What is checked, and made ready, before SFT, reward modelling or DPO starts."""
 
 import tempfile
 
 from raytrl.config.runs.supervised import SupervisedRun
 from raytrl.config.sections.model import TokenizerSpec
 from raytrl.errors import ConfigError
-from raytrl.plan.checks.common import check_model_path, check_trackers
-from raytrl.plan.where import joins_cluster
-from raytrl.roles.device import check_cpu
+from raytrl.plan.checks.common import Facts, check_run, check_trackers
 from raytrl.rundir import RunDirectory
 
 
-def preflight(run: SupervisedRun, run_dir: RunDirectory) -> tuple[dict[str, int], bool]:
-    """Checks data, tokenizer and model before anything is started, and trains the tokenizer where one is asked for.
+def prepare_supervised(run: SupervisedRun, run_dir: RunDirectory) -> Facts:
+    """Checks data, tokenizer and model, and trains the tokenizer where one is asked for.
 
-    Returns:
-        Rows by split, and whether a trained tokenizer lies in the run directory.
+    Args:
+        run_dir: where a trained tokenizer is read from, or put.
+
+    Raises:
+        ConfigError: something is missing, or does not fit together.
     """
     from raytrl.data import check_columns, conversation_of, load_data, texts_of  # datasets: 1.3 s
 
     check_trackers(run)
-    if run.model.path is not None:
-        check_model_path(run.model.path, "model.path", run.model.revision)
+    check_run(run)
     train_rows = load_data(run.data.train, "data.train")
     columns = check_columns(train_rows, run, "data.train")
-    rows = {"train": len(train_rows)}
+    rows = {"data.train": len(train_rows)}
     if run.data.eval is not None:
         eval_rows = load_data(run.data.eval, "data.eval")
         check_columns(eval_rows, run, "data.eval")
-        rows["eval"] = len(eval_rows)
+        rows["data.eval"] = len(eval_rows)
     from raytrl.roles.models.tokenizer import check_tokenizer, load_tokenizer, train_tokenizer
 
     spec = run.model.tokenizer
@@ -47,6 +47,4 @@ def preflight(run: SupervisedRun, run_dir: RunDirectory) -> tuple[dict[str, int]
         except (OSError, ValueError) as error:
             raise ConfigError(f"model.tokenizer: cannot be loaded: {str(error).splitlines()[0]}") from None
     check_tokenizer(tokenizer, run, conversation_of(train_rows, columns))
-    if not run.learner.uses_gpu and not joins_cluster(run):
-        check_cpu(run)
-    return rows, isinstance(spec, TokenizerSpec)
+    return Facts(rows)

@@ -40,7 +40,7 @@ def merge_adapter(run: SupervisedRun, base: str, adapter: str, tokenizer: Any, f
 
     unset_hf_deepspeed_config()  # else, under ZeRO-3, this rank alone would wait for all to partition the model
 
-    model = auto_class(run.kind).from_pretrained(
+    model = auto_class(run.head).from_pretrained(
         base, dtype="auto", trust_remote_code=run.model.trust_remote_code, **labels_of(run)
     )
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:

@@ -5,13 +5,14 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, set_seed
 
+from raytrl.config.runs.base import Head
 from raytrl.config.runs.supervised import SupervisedRun
 from raytrl.errors import ConfigError
 
 
-def auto_class(kind: str) -> Any:
-    """The transformers class for a kind of run: a scorer for reward models, a language model otherwise."""
-    return AutoModelForSequenceClassification if kind == "reward" else AutoModelForCausalLM
+def auto_class(head: Head) -> Any:
+    """The transformers class of a network with this head."""
+    return AutoModelForSequenceClassification if head == "score" else AutoModelForCausalLM
 
 
 def torch_dtype(dtype: str, on_gpu: bool) -> torch.dtype:
@@ -36,14 +37,14 @@ def make_base(run: SupervisedRun, tokenizer: Any, folder: str) -> None:
     """
     set_seed(run.seed)
     own = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
-    if run.kind == "reward":
+    if run.head == "score":
         own["num_labels"] = 1
     if run.model.config is not None:
         values = dict(run.model.config)
         architecture = values.pop("model_type")
         try:
             config = AutoConfig.for_model(architecture, **{"vocab_size": len(tokenizer)} | values | own)
-            model = auto_class(run.kind).from_config(config)
+            model = auto_class(run.head).from_config(config)
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"model.config: cannot be built: {str(error).splitlines()[0]}") from error
         unknown = set(values) - set(type(config)().to_dict())
@@ -51,7 +52,7 @@ def make_base(run: SupervisedRun, tokenizer: Any, folder: str) -> None:
             raise ConfigError(f"model.config: {architecture} has no {', '.join(sorted(unknown))}")
     else:
         assert run.model.path is not None
-        model = auto_class(run.kind).from_pretrained(
+        model = auto_class(run.head).from_pretrained(
             run.model.path, revision=run.model.revision, trust_remote_code=run.model.trust_remote_code, **labels_of(run)
         )
         if len(tokenizer) > model.get_input_embeddings().num_embeddings:
@@ -63,4 +64,4 @@ def make_base(run: SupervisedRun, tokenizer: Any, folder: str) -> None:
 
 def labels_of(run: SupervisedRun) -> dict[str, Any]:
     """What `from_pretrained` is told of the outputs: a reward model has one."""
-    return {"num_labels": 1} if run.kind == "reward" else {}
+    return {"num_labels": 1} if run.head == "score" else {}

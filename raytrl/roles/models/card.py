@@ -7,13 +7,6 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from raytrl.config.runs.base import TrainingRun
 
-_TASKS = {
-    "sft": "supervised fine-tuning",
-    "reward": "reward modelling",
-    "dpo": "direct preference optimisation",
-    "ppo": "proximal policy optimisation (PPO)",
-}
-
 
 def write_model_card(
     folder: str, run: TrainingRun, command: str, versions: dict[str, str], steps: int, metrics: dict[str, float]
@@ -23,22 +16,21 @@ def write_model_card(
     data = ModelCardData(
         base_model=base if base and not os.path.exists(base) else None,
         library_name="peft" if run.lora is not None else "transformers",
-        pipeline_tag="text-classification" if run.kind == "reward" else "text-generation",
-        tags=["raytrl", *(["trl"] if run.kind != "ppo" else []), run.kind, *(["lora"] if run.lora is not None else [])],
+        pipeline_tag="text-classification" if run.models()[0].head == "score" else "text-generation",
+        tags=["raytrl", *(["trl"] if run.trl_trainer else []), run.kind, *(["lora"] if run.lora is not None else [])],
     )
     origin = (
         f"`{base}`" if base else f"a {run.model.config['model_type'] if run.model.config else ''} with random weights"
     )
     rows = "\n".join(f"| {key} | {value:.6g} |" for key, value in metrics.items())
-    steps_of = "PPO steps" if run.kind == "ppo" else "optimizer steps"
     text = f"""---
 {data.to_yaml()}
 ---
 
 # {run.name}
 
-Made by {_TASKS[run.kind]} of {origin} on `{run.data.train.data_files or run.data.train.path}`, {steps} {steps_of},
-with raytrl on Ray Train{"" if run.kind == "ppo" else " and TRL"}.
+Made by {run.task} of {origin} on `{run.data.train.data_files or run.data.train.path}`, {steps} {run.step_name},
+with raytrl on Ray Train{" and TRL" if run.trl_trainer else ""}.
 
 | metric | value |
 |---|---|

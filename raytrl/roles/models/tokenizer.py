@@ -69,7 +69,7 @@ def check_tokenizer(tokenizer: Any, run: SupervisedRun, conversation: list[dict[
     if run.training.get("eos_token") and eos not in tokenizer.get_vocab():
         raise ConfigError(f"training.eos_token: found: {eos!r}, which is not in the tokenizer's vocabulary")
     pad = run.training.get("pad_token") or run.model.pad_token or tokenizer.pad_token
-    if run.kind == "reward" and (pad is None or pad == eos):
+    if run.head == "score" and (pad is None or pad == eos):
         raise ConfigError(
             f"model.pad_token: a reward model reads its score at the last token that is not padding, so padding and "
             f"end token must differ; found: pad {pad!r}, end {eos!r}; expected: model.pad_token set to another token, "

@@ -11,26 +11,21 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerContro
 from raytrl.config.foreign.deepspeed import with_gather
 from raytrl.config.foreign.native import native_fields
 from raytrl.config.runs.supervised import SupervisedRun
+from raytrl.config.sections.model import TokenizerSpec
 from raytrl.data import load_data
 from raytrl.errors import DataError, NonFiniteError
 from raytrl.records.progress import Progress
 from raytrl.roles.context import WorkerContext
 from raytrl.roles.device import check_cpu, peak_memory_gib
-from raytrl.roles.job import SupervisedJob
+from raytrl.roles.job import Job
 from raytrl.roles.models.adapters import merge_adapter
 from raytrl.roles.models.base import make_base, needs_base, torch_dtype
 from raytrl.roles.models.card import write_model_card
 from raytrl.roles.models.tokenizer import load_tokenizer
 from raytrl.rundir import RunDirectory
 
-_TRAINERS = {
-    "sft": ("SFTConfig", "SFTTrainer"),
-    "reward": ("RewardConfig", "RewardTrainer"),
-    "dpo": ("DPOConfig", "DPOTrainer"),
-}
 
-
-class StepReporter(TrainerCallback):  # type: ignore[misc]  # transformers' class is untyped
+class TrainerReporter(TrainerCallback):  # type: ignore[misc]  # transformers' class is untyped
     """Sends each logged step to the driver, and hands each checkpoint to the context as soon as all ranks wrote it."""
 
     def __init__(self, context: WorkerContext) -> None:
@@ -87,7 +82,7 @@ def _is_finite(value: float) -> bool:
     return value - value == 0.0
 
 
-def train(job: SupervisedJob, context: WorkerContext) -> dict[str, float]:
+def train(job: Job[SupervisedRun], context: WorkerContext) -> dict[str, float]:
     """Runs one rank from the last committed checkpoint to the finished model.
 
     Returns:
@@ -99,7 +94,8 @@ def train(job: SupervisedJob, context: WorkerContext) -> dict[str, float]:
     if not on_gpu:
         check_cpu(run)
     _phase(context, "loading libraries")
-    config_class, trainer_class = (getattr(importlib.import_module("trl"), name) for name in _TRAINERS[run.kind])
+    trl = importlib.import_module("trl")
+    config_class, trainer_class = getattr(trl, run.native_class.name), getattr(trl, str(run.trl_trainer))
     if run.learner.deepspeed is not None:
         _prepare_deepspeed(on_gpu)
     _phase(context, "loading model and data")
@@ -109,7 +105,7 @@ def train(job: SupervisedJob, context: WorkerContext) -> dict[str, float]:
         # After the base model is made: under ZeRO-3 the arguments switch on partitioned construction for all models.
         arguments = config_class(**training_arguments(run, context, on_gpu))
         arguments.model_init_kwargs = _model_init(run, base, on_gpu)
-        reporter = StepReporter(context)
+        reporter = TrainerReporter(context)
         rows = {"data.train": load_data(run.data.train, "data.train")}
         if run.data.eval is not None:
             rows["data.eval"] = load_data(run.data.eval, "data.eval")
@@ -200,19 +196,21 @@ def _prepare_deepspeed(on_gpu: bool) -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
-def _tokenizer(job: SupervisedJob, run_dir: RunDirectory, stack: ExitStack) -> PreTrainedTokenizerBase:
+def _tokenizer(job: Job[SupervisedRun], run_dir: RunDirectory, stack: ExitStack) -> PreTrainedTokenizerBase:
     model = job.run.model
-    if job.has_tokenizer:
+    if isinstance(model.tokenizer, TokenizerSpec):  # the driver trained it
         place = stack.enter_context(run_dir.local_copy("tokenizer"))
     else:
-        place = model.tokenizer if isinstance(model.tokenizer, str) else str(model.path)
+        place = model.tokenizer or str(model.path)
     tokenizer = load_tokenizer(place, model.revision, model.trust_remote_code)
     if model.pad_token is not None:
         tokenizer.add_special_tokens({"pad_token": model.pad_token})
     return tokenizer
 
 
-def _base(job: SupervisedJob, run_dir: RunDirectory, tokenizer: Any, context: WorkerContext, stack: ExitStack) -> str:
+def _base(
+    job: Job[SupervisedRun], run_dir: RunDirectory, tokenizer: Any, context: WorkerContext, stack: ExitStack
+) -> str:
     run = job.run
     if not needs_base(run):
         return str(run.model.path)
@@ -238,7 +236,7 @@ def _lora(run: SupervisedRun) -> Any:
         return None
     from peft import LoraConfig
 
-    return LoraConfig(task_type="SEQ_CLS" if run.kind == "reward" else "CAUSAL_LM", **run.lora)
+    return LoraConfig(task_type="SEQ_CLS" if run.head == "score" else "CAUSAL_LM", **run.lora)
 
 
 def _drop_printing(trainer: Any) -> None:
@@ -249,7 +247,7 @@ def _drop_printing(trainer: Any) -> None:
 
 
 def _save(
-    job: SupervisedJob,
+    job: Job[SupervisedRun],
     run_dir: RunDirectory,
     trainer: Any,
     base: str,

@@ -30,7 +30,7 @@ def eval_file(folder: Path, **sections: Any) -> str:
 def test_defaults(tmp_path: Path) -> None:
     run = load_run(eval_file(tmp_path), ["compare=other/model", "model.tokenizer=some/tokenizer"], "eval").run
     assert isinstance(run, EvalRun)
-    assert run.models == {"model": ("some/model", "some/tokenizer"), "compare": ("other/model", "other/model")}
+    assert run.evaluated == {"model": ("some/model", "some/tokenizer"), "compare": ("other/model", "other/model")}
     assert (run.rows, run.greedy, run.reference.path) == (64, False, None)
 
 

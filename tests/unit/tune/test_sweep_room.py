@@ -8,6 +8,7 @@ import pytest
 from transformers import LlamaConfig
 
 from raytrl.config.load import LoadedRun
+from raytrl.config.runs.sweep import TuneRun
 from raytrl.config.trials import check_edges, load_base
 from raytrl.errors import ResourceError
 from raytrl.launch.sweep.room import TRIAL_GIB, AtOnce, Sweep, concurrent_trials, largest_memory
@@ -37,7 +38,8 @@ def room(loaded: LoadedRun, *ram_gib: float, cpus: float = 41.0) -> AtOnce:
 
 
 def checked(loaded: LoadedRun) -> Sweep:
-    return Sweep(loaded, load_base(loaded), "a test")
+    assert isinstance(loaded.run, TuneRun)
+    return Sweep(loaded.run, load_base(loaded))
 
 
 def sizes(loaded: LoadedRun) -> tuple[float, float, float]:

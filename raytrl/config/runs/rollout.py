@@ -1,0 +1,95 @@
+"""What the run files of `raytrl ppo` and `raytrl eval` have in common: rollout and reward actors, and a reference."""
+
+from raytrl.config.runs.base import Columns, ModelUse, Processes, Run
+from raytrl.config.sections.engines import Asked, engine_words
+from raytrl.config.sections.model import ModelSection
+from raytrl.config.sections.ppo import ReferenceSection
+from raytrl.config.sections.reward import RewardSection
+from raytrl.config.sections.rollout import RolloutSection
+
+
+class RolloutRun(Run):
+    """A run whose model's responses are sampled and scored."""
+
+    model: ModelSection
+    rollout: RolloutSection = RolloutSection()
+    reward: RewardSection
+    reference: ReferenceSection = ReferenceSection()
+
+    @property
+    def tokenizer_path(self) -> str:
+        """Where the tokenizer of `model` is."""
+        assert isinstance(self.model.tokenizer, str | None)
+        return str(self.model.tokenizer or self.model.path)
+
+    @property
+    def asked(self) -> Asked:
+        """What the run wants of its rollout engine."""
+        raise NotImplementedError
+
+    @property
+    def prompts_at_a_time(self) -> int | None:
+        """Prompts that are sampled from at a time: of a step, or of all; None where nobody has counted them."""
+        raise NotImplementedError
+
+    @property
+    def samples_a_prompt(self) -> int:
+        return 1
+
+    @property
+    def longest_row(self) -> int:
+        """Tokens of a prompt and its response at most."""
+        return self.rollout.max_prompt_length + self.rollout.sampling.max_new_tokens
+
+    @property
+    def loads_whole_models(self) -> bool:
+        """Whether engines are given whole models, not adapters alone."""
+        return True
+
+    def processes(self) -> tuple[Processes, ...]:
+        rollout, reward = self.rollout, self.reward
+        return (
+            Processes("rollout.actors", "rollout", rollout, rollout.actors, rollout.actors),
+            Processes("reward.actors", "reward", reward, reward.actors, reward.actors),
+        )
+
+    def layouts(self) -> tuple[Columns, ...]:
+        return (("prompt",),)
+
+    def bfloat16_key(self) -> str | None:
+        return "model.dtype" if self.model.dtype == "bfloat16" else None
+
+    def _use(self, key: str, path: str, held_by: tuple[str, ...], score: bool = False) -> ModelUse:
+        return ModelUse(key, path, "score" if score else "causal", held_by, None, self.model.trust_remote_code)
+
+    def _reward_models(self) -> tuple[ModelUse, ...]:
+        return tuple(
+            ModelUse(f"reward.sources.{i}.model", source.model, "score", ("reward.actors",))
+            for i, source in enumerate(self.reward.sources)
+            if source.model is not None
+        )
+
+    def _rewards_in_words(self) -> tuple[str, str]:
+        return "reward", " + ".join(f"{source.weight:g} x {source.name}" for source in self.reward.sources)
+
+    def _engine_in_words(self) -> tuple[str, str]:
+        takes_rest = self.rollout.engine == "vllm" and self.rollout.resources.get("GPU")
+        cache = " (key-value cache: what is left of its share of the GPU)" if takes_rest else ""
+        return "rollout", engine_words(self.asked) + cache
+
+    def _idle_actors(self) -> list[str]:
+        """Actors for which there is never a chunk."""
+        rows, rollout, reward = self.prompts_at_a_time, self.rollout, self.reward
+        chunks = None if rows is None else -(-rows // rollout.chunk_prompts)
+        lines = []
+        if chunks is not None and rollout.actors > chunks:
+            lines.append(
+                f"rollout.actors: {rollout.actors - chunks} of {rollout.actors} would always be idle: the prompts come in "
+                f"{chunks} chunks of rollout.chunk_prompts {rollout.chunk_prompts}"
+            )
+        if chunks is not None and reward.actors > chunks:
+            lines.append(
+                f"reward.actors: {reward.actors - chunks} of {reward.actors} would always be idle: responses come in "
+                f"{chunks} chunks"
+            )
+        return lines

@@ -42,7 +42,7 @@ def shares(loaded: LoadedRun) -> dict[str, dict[str, float]]:
 
 def test_three_processes_share_two_cores(tmp_path: Path) -> None:
     loaded, chosen = fitted(ppo(tmp_path), machine(2))
-    assert shares(loaded) == dict.fromkeys(["rollout.actors", "reward.actors", "learner.workers"], {"CPU": 0.66})
+    assert shares(loaded) == {key: {"CPU": 0.66} for key in ("rollout.actors", "reward.actors", "learner.workers")}
     assert loaded.origins["learner.resources"] == "chosen for this machine"
     assert ("learner.resources.CPU", 0.66, "chosen for this machine") in loaded.values()
     assert Room.on(machine(2), need_of(loaded.run))
@@ -63,7 +63,7 @@ def test_what_somebody_wrote_is_kept_to(tmp_path: Path) -> None:
     written = ppo(tmp_path, **{name: {"resources": {"CPU": 1}} for name in ("learner", "rollout", "reward")})
     loaded, chosen = fitted(written, machine(2))
     assert chosen == {}
-    with pytest.raises(ResourceError, match=r"need 3 CPU; found: 2 on this machine"):
+    with pytest.raises(ResourceError, match=r"need 3 CPU; found: 2 CPU on this machine"):
         Room.on(machine(2), need_of(loaded.run))
 
 

@@ -9,12 +9,13 @@ import torch
 from ray.train.collective import broadcast_from_rank_zero
 
 from raytrl.errors import WeightGroupError
-from raytrl.launch.actors.transport import PackedBucket, Receivers, SentWeights, broadcast, send
+from raytrl.launch.actors.transport import Receivers, SentWeights, broadcast, send
 from raytrl.launch.session.logs import LOG
 from raytrl.records.progress import Progress
 from raytrl.roles.context import WorkerContext
 from raytrl.roles.weights.buckets import Weights
 from raytrl.roles.weights.group import WeightGroup
+from raytrl.roles.weights.packed import PackedBucket
 
 _LIMIT_S = 60.0  # for a message, or for the members to come; all are idle by then
 

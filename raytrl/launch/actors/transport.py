@@ -1,18 +1,12 @@
-"""Weights on their way, bucket by bucket: as plain bytes in the object store, which readers map instead of copying, or by
-broadcast in a process group."""
+"""Weights on their way, bucket by bucket: through the object store, or by broadcast in a process group."""
 
-import math
-import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-import torch
-
-from raytrl.roles.weights.buckets import Bucket, Weights, as_bytes, combined
+from raytrl.roles.weights.buckets import Bucket, Weights, combined
 from raytrl.roles.weights.group import Announcement, WeightGroup
+from raytrl.roles.weights.packed import PackedBucket, pack
 
 
 @dataclass(frozen=True)
@@ -26,23 +20,6 @@ class Receivers:
 
 
 @dataclass(frozen=True)
-class PackedTensor:
-    """Bytes, because numpy knows no bfloat16, with what they mean."""
-
-    data: npt.NDArray[np.uint8]
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class PackedBucket:
-    """`Bucket` with numpy arrays: Ray maps those into a reader's memory, while torch tensors are copied for each."""
-
-    tensors: Mapping[str, PackedTensor]
-    checksum: str
-
-
-@dataclass(frozen=True)
 class SentWeights:
     """All buckets of one version, where every actor can take them, and what it must prove to hold afterwards."""
 
@@ -50,28 +27,6 @@ class SentWeights:
     checksum: str
     num_buckets: int
     buckets: tuple[Any, ...]  # what `put` made of the packed buckets; empty: they were sent to whoever was there
-
-
-def pack(bucket: Bucket) -> PackedBucket:
-    """Shares the tensors' memory."""
-    packed = {
-        name: PackedTensor(as_bytes(tensor).numpy(), tensor.dtype, tuple(tensor.shape))
-        for name, tensor in bucket.tensors.items()
-    }
-    return PackedBucket(packed, bucket.checksum)
-
-
-def unpack(packed: PackedBucket) -> Bucket:
-    """Tensors on the packed memory; it is shared by every reader, so they are only to be copied from."""
-    tensors = {}
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-        for name, tensor in packed.tensors.items():
-            if math.prod(tensor.shape):
-                tensors[name] = torch.from_numpy(tensor.data).view(tensor.dtype).reshape(tensor.shape)
-            else:
-                tensors[name] = torch.empty(tensor.shape, dtype=tensor.dtype)
-    return Bucket(tensors, packed.checksum)
 
 
 def send(

@@ -20,10 +20,11 @@ from raytrl.launch.actors.pool import ActorLostError, Arrivals, Pool, Request
 from raytrl.launch.actors.reward import RewardActor
 from raytrl.launch.actors.rollout import RolloutActor
 from raytrl.launch.actors.scorer import PoolScorer
-from raytrl.launch.actors.transport import PackedBucket, Receivers, pack, send, unpack
+from raytrl.launch.actors.transport import Receivers, send
 from raytrl.records.samples import Attempt, Prompt, Response, Score
 from raytrl.roles.models.adapters import policy_parameters
 from raytrl.roles.weights.buckets import Bucket, Weights
+from raytrl.roles.weights.packed import PackedBucket, pack, unpack
 
 ROLLOUT = RolloutSection(chunk_prompts=4)
 

@@ -154,13 +154,14 @@ def _tune(file: str, overrides: list[str] | None, fresh: bool) -> None:
     loaded = load_run(file, overrides or [], "tune")
     from raytrl.launch.runs.run import run_to_end
     from raytrl.launch.sweep.sweep import SweepKind
+    from raytrl.records.metrics import KL
     from raytrl.report.sweep import SweepDisplay, sweep_summary, trials_table
     from raytrl.report.sweep_page import write_sweep_page
     from raytrl.rundir import RunDirectory
 
     _stop_on_sigterm()
     kind = SweepKind(loaded)
-    run, columns = kind.run, list(dict.fromkeys([kind.run.metric, *kind.run.limit, "objective/kl"]))
+    run, columns = kind.run, list(dict.fromkeys([kind.run.metric, *kind.run.limit, KL]))
     with SweepDisplay(out, f"tune {run.name}", columns) as display:
         kind.show_trials = display.show_trials
         outcome = run_to_end(kind, _command(), fresh, display.show)

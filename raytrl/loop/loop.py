@@ -6,9 +6,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from raytrl.loop.protocols import E, Generator, Learner, PromptSource, Reporter, Rollout, Scorer, W
+from raytrl.records.metrics import EVAL_SCORE, PHASES, STEP_S, time_of
 from raytrl.records.samples import Prompt, Response
-
-PHASES = ("generate", "score", "experience", "update", "sync")
 
 
 @dataclass(frozen=True)
@@ -60,8 +59,9 @@ def run(
             generator.load_weights(learner.weights())
         evaluation = None
         if schedule.due(schedule.eval_every, learner.step):
-            evaluation, found = _evaluate(prompts, generator, scorer, learner, schedule.eval_greedy)
-            metrics |= found
+            with clock.phase("eval"):
+                evaluation = _evaluate(prompts, generator, scorer, learner, schedule.eval_greedy)
+            metrics[EVAL_SCORE] = learner.mean_score(evaluation.scores)
         save = learner.save if schedule.due(schedule.checkpoint_every, learner.step) else None
         reporter.report(learner.step, metrics | clock.metrics(), rollout, evaluation, save)
 
@@ -93,12 +93,10 @@ def _collect(request: _Request, scorer: Scorer, clock: "Clock") -> Rollout:
 
 def _evaluate(
     prompts: PromptSource, generator: Generator[W], scorer: Scorer, learner: Learner[E, W], greedy: bool
-) -> tuple[Rollout, dict[str, float]]:
-    clock = Clock()
+) -> Rollout:
     questions = prompts.evaluation(learner.step)
     request = _Request(questions, generator.generate(questions, learner.step, greedy=greedy))
-    rollout = _collect(request, scorer, clock)
-    return rollout, {"eval/score": learner.mean_score(rollout.scores), "time/eval_s": clock.total_s()}
+    return _collect(request, scorer, Clock())
 
 
 @dataclass
@@ -114,13 +112,10 @@ class Clock:
         try:
             yield
         finally:
-            self.phases[name] += time.perf_counter() - begin
-
-    def total_s(self) -> float:
-        return time.perf_counter() - self.started
+            self.phases[name] = self.phases.get(name, 0.0) + time.perf_counter() - begin
 
     def metrics(self) -> dict[str, float]:
         """`time/<phase>_s`, `time/idle_s` and `time/step_s`."""
-        total = self.total_s()
-        times = {f"time/{name}_s": spent for name, spent in self.phases.items()}
-        return times | {"time/idle_s": total - sum(self.phases.values()), "time/step_s": total}
+        total = time.perf_counter() - self.started
+        times = {time_of(name): spent for name, spent in self.phases.items()}
+        return times | {time_of("idle"): total - sum(self.phases.values()), STEP_S: total}

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from raytrl.config.runs.base import ModelUse, Run
 from raytrl.plan.cluster import amounts
 from raytrl.plan.config_shapes import ModelShape
+from raytrl.records.metrics import STEP_S
 from raytrl.rundir import RunDirectory
 
 Words = list[tuple[str, str]]
@@ -58,7 +59,7 @@ def _millions(count: int) -> str:
 def _former(run: Run, steps: int | None) -> Words:
     """Seconds a step, from what the run directory holds of an earlier start."""
     rows = RunDirectory(run.output_dir, run.name).rows("metrics.jsonl")
-    seconds = [float(row["time/step_s"]) for row in rows if "time/step_s" in row]
+    seconds = [float(row[STEP_S]) for row in rows if STEP_S in row]
     if not seconds:
         return []
     typical = statistics.median(seconds[-50:])

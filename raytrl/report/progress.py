@@ -19,13 +19,28 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from raytrl.records.metrics import (
+    ALL_PHASES,
+    CLIPPED,
+    DROPPED,
+    ENTROPY,
+    EVAL_ACCURACY,
+    EVAL_LOSS,
+    EVAL_SCORE,
+    KL,
+    LENGTH,
+    LOSS,
+    SCORE,
+    STEP_S,
+    time_of,
+)
 from raytrl.records.outcome import Trained
 from raytrl.records.progress import Progress as Event
 
-_PPO_PHASES = ("generate", "score", "experience", "update", "sync", "eval", "idle")
-_CLOSING = (
-    *("loss", "eval_loss", "eval_accuracy", "eval_mean_token_accuracy", "eval_margin"),
-    *("objective/scores_raw", "objective/kl", "response/length", "eval/score"),
+# Of the closing table.
+CLOSING = (
+    *(LOSS, EVAL_LOSS, EVAL_ACCURACY, "eval_mean_token_accuracy", "eval_margin"),
+    *(SCORE, KL, LENGTH, EVAL_SCORE),
 )
 
 
@@ -89,20 +104,20 @@ class Display:
         self._describe("training", total=event.total_steps, completed=event.step)
 
     def _on_step(self, event: Event) -> None:
-        is_ppo = "objective/kl" in event.metrics
-        text = _ppo_text(event.metrics) if is_ppo else f"loss {event.metrics['loss']:.4f}"
+        is_ppo = KL in event.metrics
+        text = _ppo_text(event.metrics) if is_ppo else f"loss {event.metrics[LOSS]:.4f}"
         self._describe("training", completed=event.step, loss=text)
         # A log file wants a sign of life, not every step; PPO's take so long, and tell so much, that each has a line.
         due = is_ppo or time.monotonic() >= self._line_due or event.step == event.total_steps
         if not self._console.is_terminal and due:
             self._line_due = time.monotonic() + 5
-            spent = _ppo_seconds(event.metrics) if is_ppo else f"{event.metrics.get('time/step_s', 0.0):.2f} s"
+            spent = _ppo_seconds(event.metrics) if is_ppo else f"{event.metrics.get(STEP_S, 0.0):.2f} s"
             self._console.print(
                 f"step {event.step}/{event.total_steps}  {text}  {spent}", highlight=False, soft_wrap=True
             )
 
     def _on_eval(self, event: Event) -> None:
-        shown = {k.removeprefix("eval_"): v for k, v in event.metrics.items() if k in ("eval_loss", "eval_accuracy")}
+        shown = {k.removeprefix("eval_"): v for k, v in event.metrics.items() if k in (EVAL_LOSS, EVAL_ACCURACY)}
         text = "  ".join(f"{name} {value:.4f}" for name, value in shown.items())
         self._console.print(f"step {event.step}  evaluation: {text}", highlight=False)
 
@@ -112,30 +127,30 @@ class Display:
 
 def _ppo_text(metrics: Mapping[str, float]) -> str:
     parts = [
-        f"score {metrics['objective/scores_raw']:.3f}",
-        f"KL {metrics['objective/kl']:.3f}",
-        f"entropy {metrics['policy/entropy_avg']:.2f}",
-        f"length {metrics['response/length']:.1f}",
-        f"clipped {metrics['policy/clipfrac_avg']:.0%}",
+        f"score {metrics[SCORE]:.3f}",
+        f"KL {metrics[KL]:.3f}",
+        f"entropy {metrics[ENTROPY]:.2f}",
+        f"length {metrics[LENGTH]:.1f}",
+        f"clipped {metrics[CLIPPED]:.0%}",
     ]
-    if "eval/score" in metrics:
-        parts.append(f"evaluation {metrics['eval/score']:.3f}")
-    if dropped := metrics.get("objective/dropped"):
+    if EVAL_SCORE in metrics:
+        parts.append(f"evaluation {metrics[EVAL_SCORE]:.3f}")
+    if dropped := metrics.get(DROPPED):
         parts.append(f"dropped {dropped:g}")
     return "  ".join(parts)
 
 
 def _ppo_seconds(metrics: Mapping[str, float]) -> str:
-    phases = [(name, metrics[f"time/{name}_s"]) for name in _PPO_PHASES if metrics.get(f"time/{name}_s", 0.0) >= 0.005]
+    phases = [(name, metrics[time_of(name)]) for name in ALL_PHASES if metrics.get(time_of(name), 0.0) >= 0.005]
     split = " ".join(f"{name} {seconds:.2f}" for name, seconds in phases)
-    return f"{metrics['time/step_s']:.2f} s ({split})"
+    return f"{metrics[STEP_S]:.2f} s ({split})"
 
 
 def summary(outcome: Trained) -> Table:
     """The closing table of a finished run."""
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     for key, value in outcome.metrics.items():
-        if key in _CLOSING:
+        if key in CLOSING:
             table.add_row(key, f"{value:.4f}")
     table.add_row("model", escape(outcome.model))
     table.add_row("metrics", escape(f"{outcome.place}/metrics.jsonl"))

@@ -5,15 +5,17 @@ from typing import Any
 
 from rich.table import Table
 
+from raytrl.records.metrics import EVAL_ACCURACY, EVAL_LOSS, KL, SCORE
+
 Rows = Sequence[Mapping[str, Any]]
 
 # Of each training stage: what is shown, its metric, and how.
 _SHOWN = {
-    "sft": [("loss on held-out reviews", "eval_loss", "{:z.2f}")],
-    "reward": [("right on held-out pairs", "eval_accuracy", "{:.0%}")],
+    "sft": [("loss on held-out reviews", EVAL_LOSS, "{:z.2f}")],
+    "reward": [("right on held-out pairs", EVAL_ACCURACY, "{:.0%}")],
     "ppo": [
-        ("learned reward, as it trains", "objective/scores_raw", "{:z.2f}"),
-        ("KL to the SFT model, nats", "objective/kl", "{:z.2f}"),
+        ("learned reward, as it trains", SCORE, "{:z.2f}"),
+        ("KL to the SFT model, nats", KL, "{:z.2f}"),
     ],
 }
 

@@ -5,38 +5,47 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from raytrl.errors import ConfigError
+from raytrl.records.metrics import (
+    ALL_PHASES,
+    CLIPPED,
+    ENTROPY,
+    EVAL_ACCURACY,
+    EVAL_LOSS,
+    EVAL_SCORE,
+    KL,
+    LENGTH,
+    LOSS,
+    METRICS,
+    SCORE,
+    STEP_S,
+    time_of,
+)
 from raytrl.report.page import as_svg, page, panels, table
 from raytrl.rundir import RunDirectory
 
 Rows = Sequence[Mapping[str, Any]]
 
 # What is drawn: a picture's title and its lines, each a metric and its name there. Pictures without data are left out.
-_PICTURES: dict[str, list[tuple[str, dict[str, str]]]] = {
-    "supervised": [
-        ("loss", {"loss": "training", "eval_loss": "held out"}),
-        ("accuracy", {"accuracy": "training", "eval_accuracy": "held out", "eval_rewards/accuracies": "held out"}),
-        ("token accuracy", {"mean_token_accuracy": "training", "eval_mean_token_accuracy": "held out"}),
-        ("margin", {"margin": "training", "eval_margin": "held out", "rewards/margins": "training"}),
-        ("learning rate", {"learning_rate": "learning rate"}),
-        ("gradient norm", {"grad_norm": "gradient norm"}),
-        ("seconds a step", {"time/step_s": "seconds"}),
-        ("peak memory, GiB", {"memory/peak_gib": "GiB"}),
-    ],
-    "ppo": [
-        ("score", {"objective/scores_raw": "sampled", "eval/score": "held out"}),
-        ("KL to the reference, nats a response", {"objective/kl": "KL"}),
-        ("entropy, nats a token", {"policy/entropy_avg": "entropy"}),
-        ("tokens a response", {"response/length": "tokens"}),
-        ("ended by themselves", {"response/ended_fraction": "share"}),
-        ("share clipped", {"policy/clipfrac_avg": "policy", "val/clipfrac_avg": "value"}),
-        ("policy loss", {"loss/policy_avg": "policy"}),
-        ("value loss", {"loss/value_avg": "value"}),
-        ("explained variance of the values", {"val/explained_variance": "explained"}),
-        ("KL coefficient", {"objective/kl_coef": "coefficient"}),
-        ("learning rate", {"lr": "learning rate"}),
-    ],
-}
-_PHASES = ("generate", "score", "experience", "update", "sync", "idle")
+PICTURES: tuple[tuple[str, dict[str, str]], ...] = (
+    ("loss", {LOSS: "training", EVAL_LOSS: "held out"}),
+    ("accuracy", {"accuracy": "training", EVAL_ACCURACY: "held out", "eval_rewards/accuracies": "held out"}),
+    ("token accuracy", {"mean_token_accuracy": "training", "eval_mean_token_accuracy": "held out"}),
+    ("margin", {"margin": "training", "eval_margin": "held out", "rewards/margins": "training"}),
+    ("score", {SCORE: "sampled", EVAL_SCORE: "held out"}),
+    (f"KL to the reference, {METRICS[KL].unit}", {KL: "KL"}),
+    (f"entropy, {METRICS[ENTROPY].unit}", {ENTROPY: "entropy"}),
+    ("tokens a response", {LENGTH: "tokens"}),
+    ("ended by themselves", {"response/ended_fraction": "share"}),
+    ("share clipped", {CLIPPED: "policy", "val/clipfrac_avg": "value"}),
+    ("policy loss", {"loss/policy_avg": "policy"}),
+    ("value loss", {"loss/value_avg": "value"}),
+    ("explained variance of the values", {"val/explained_variance": "explained"}),
+    ("KL coefficient", {"objective/kl_coef": "coefficient"}),
+    ("learning rate", {"learning_rate": "learning rate", "lr": "learning rate"}),
+    ("gradient norm", {"grad_norm": "gradient norm"}),
+    ("seconds a step", {STEP_S: "seconds"}),
+    ("peak memory, GiB", {"memory/peak_gib": "GiB"}),
+)
 
 
 def write_run_page(run_dir: RunDirectory) -> str:
@@ -65,7 +74,7 @@ def run_page(title: str, manifest: Mapping[str, Any], metrics: Rows, samples: Ro
     parts = [_summary(manifest, metrics)]
     if (curves := _curves(metrics)) is not None:
         parts.append(f"<figure>{curves}</figure>")
-    if any("time/generate_s" in row for row in metrics):
+    if _has_phases(metrics):
         parts.append(f"<h2>Where the time goes</h2><figure>{_phases(metrics)}</figure>")
     if samples:
         parts.append(f"<h2>Responses</h2>{_samples(samples)}")
@@ -92,11 +101,10 @@ def _summary(manifest: Mapping[str, Any], metrics: Rows) -> str:
 
 
 def _curves(metrics: Rows) -> str | None:
-    pictures = _PICTURES["ppo" if any("objective/kl" in row for row in metrics) else "supervised"]
     found = []
-    for title, lines in pictures:
+    for title, lines in PICTURES:
         drawn = {key: [(row["step"], row[key]) for row in metrics if key in row] for key in lines}
-        if any(drawn.values()):
+        if any(drawn.values()) and not (STEP_S in lines and _has_phases(metrics)):  # drawn phase by phase
             found.append((title, {lines[key]: points for key, points in drawn.items() if points}))
     if not found:
         return None
@@ -112,15 +120,20 @@ def _curves(metrics: Rows) -> str | None:
     return as_svg(figure)
 
 
+def _has_phases(metrics: Rows) -> bool:
+    return any(time_of("generate") in row for row in metrics)
+
+
 def _phases(metrics: Rows) -> str:
     """Seconds of each step, one phase on top of the other."""
     figure, (axes,) = panels(1)
     figure.set_size_inches(11, 3)
-    rows = [row for row in metrics if "time/generate_s" in row]
-    parts = [[row.get(f"time/{phase}_s", 0.0) for row in rows] for phase in _PHASES]
-    axes.stackplot([row["step"] for row in rows], parts, labels=_PHASES, alpha=0.85)
+    rows = [row for row in metrics if time_of("generate") in row]
+    phases = [phase for phase in ALL_PHASES if any(time_of(phase) in row for row in rows)]
+    parts = [[row.get(time_of(phase), 0.0) for row in rows] for phase in phases]
+    axes.stackplot([row["step"] for row in rows], parts, labels=phases, alpha=0.85)
     axes.set(xlabel="step", ylabel="seconds")
-    axes.legend(fontsize=8, frameon=False, ncols=len(_PHASES), loc="upper center", bbox_to_anchor=(0.5, 1.15))
+    axes.legend(fontsize=8, frameon=False, ncols=len(phases), loc="upper center", bbox_to_anchor=(0.5, 1.15))
     return as_svg(figure)
 
 

@@ -6,11 +6,11 @@ from typing import Any
 
 from raytrl.config.runs.sweep import TuneRun
 from raytrl.config.trials import short_name
+from raytrl.records.metrics import KL
 from raytrl.records.sweep import Trial
 from raytrl.report.page import as_svg, page, panels, table
 from raytrl.rundir import RunDirectory
 
-_KL = "objective/kl"
 _COLOURS = {"done": "#2a6f97", "over limit": "#e09f3e", "stopped": "#9a9a9a", "failed": "#b23a48"}
 
 
@@ -106,33 +106,33 @@ def _curves(run: TuneRun, trials: Sequence[Trial], best: str, curves: Mapping[st
 
 def _frontier(run: TuneRun, trials: Sequence[Trial], best: str) -> str:
     """Metric against KL, and the frontier: trials that no other beats in both."""
-    points = [trial for trial in trials if _KL in trial.metrics and run.metric in trial.metrics]
-    if not points or run.metric == _KL:
+    points = [trial for trial in trials if KL in trial.metrics and run.metric in trial.metrics]
+    if not points or run.metric == KL:
         return ""
     figure, axes = _figure(5)
     for state in dict.fromkeys(trial.state for trial in points):
         these = [trial for trial in points if trial.state == state]
         axes.scatter(
-            [trial.metrics[_KL] for trial in these],
+            [trial.metrics[KL] for trial in these],
             [trial.metrics[run.metric] for trial in these],
             color=_COLOURS.get(state, "#9a9a9a"),
             label=state,
             zorder=3,
         )
-    front = frontier([(t.metrics[_KL], t.metrics[run.metric]) for t in points if t.state == "done"], run.mode)
+    front = frontier([(t.metrics[KL], t.metrics[run.metric]) for t in points if t.state == "done"], run.mode)
     axes.plot(*zip(*front, strict=True), color="#2a6f97", lw=1, ls="--", label="frontier") if front else None
     for trial in points:
-        where = (trial.metrics[_KL], trial.metrics[run.metric])
+        where = (trial.metrics[KL], trial.metrics[run.metric])
         number = trial.name.partition("-")[0]
         axes.annotate(number, where, xytext=(5, 4), textcoords="offset points", fontsize=8)
         if trial.name == best:
             axes.scatter(*where, s=160, facecolors="none", edgecolors="#2d8a4e", linewidths=2, label="best", zorder=4)
-    if _KL in run.limit:
-        axes.axvline(run.limit[_KL], color="#b23a48", lw=1, ls=":", label="limit")
-    kls = [trial.metrics[_KL] for trial in points]
+    if KL in run.limit:
+        axes.axvline(run.limit[KL], color="#b23a48", lw=1, ls=":", label="limit")
+    kls = [trial.metrics[KL] for trial in points]
     if min(kls) > 0 and max(kls) / min(kls) > 20:
         axes.set_xscale("log")
-    axes.set(xlabel=f"{_KL}, nats a response", ylabel=run.metric)
+    axes.set(xlabel=f"{KL}, nats a response", ylabel=run.metric)
     axes.legend(fontsize=8, frameon=False)
     return as_svg(figure)
 

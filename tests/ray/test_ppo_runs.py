@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from raytrl.records.metrics import METRICS
 from tests.ppo_files import make_files, ppo_file
 from tests.runs import metrics, raytrl, weights_hash
 
@@ -39,11 +40,13 @@ def test_a_run_raises_its_score_and_leaves_models_that_load(folder: Path) -> Non
     )
     output = raytrl("ppo", file)
     run = folder / "runs/whole"
-    assert "2 x CPU 0.25, data parallel" in output
+    assert "learner.workers 2 x CPU 0.25, on this machine" in output
+    assert "full fine-tuning, data parallel" in output
     assert "Traceback" not in output
     assert "Warning" not in output
     assert "step 20/20  score" in output
     rows = metrics(run)
+    assert {key for row in rows for key in row} <= set(METRICS)  # each says what it means
     assert [row["step"] for row in rows] == list(range(1, 21))
     first, last = (sum(row["objective/scores_raw"] for row in part) / 4 for part in (rows[:4], rows[-4:]))
     assert last > first + 0.15, (first, last)

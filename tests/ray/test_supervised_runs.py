@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from raytrl.records.metrics import METRICS
 from tests.runs import (
     is_committed,
     kill_everything,
@@ -40,10 +41,12 @@ def test_a_run_from_nothing_and_again(folder: Path) -> None:
     file = run_file(folder, "whole", data={"eval": str(folder / "test.jsonl")}, report_to=["tensorboard"])
     output = raytrl("sft", file)
     run = folder / "runs/whole"
-    assert "2 x CPU 1, DDP" in output
+    assert "learner.workers 2 x CPU 1, on this machine" in output
+    assert "full fine-tuning, data parallel" in output
     assert "Traceback" not in output
     assert "Warning" not in output
     rows = metrics(run)
+    assert {key for row in rows for key in row} <= set(METRICS)  # each says what it means
     assert [row["step"] for row in rows] == list(range(1, 9))
     assert rows[-1]["loss"] < rows[0]["loss"]
     assert rows[-1]["eval_loss"] > 0

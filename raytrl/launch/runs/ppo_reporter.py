@@ -11,6 +11,7 @@ from raytrl.launch.runs.worker import RayWorkerContext
 from raytrl.launch.session.logs import LOG, set_version
 from raytrl.loop.alarm import GapAlarm
 from raytrl.loop.protocols import Rollout
+from raytrl.records.metrics import GAP, STEP_S
 from raytrl.records.progress import Progress
 from raytrl.records.samples import sample_row
 from raytrl.roles.learner.collectives import gather_over_workers
@@ -60,7 +61,7 @@ class PpoReporter:
         samples = self._samples(rollout, evaluation, step)
         if self._context.rank == 0:
             if self._run.ppo.max_lag == 0:  # else the gap is also how far the policy has moved meanwhile
-                notice = self._alarm.check(step, metrics["rollout/logprob_gap_mean"])
+                notice = self._alarm.check(step, metrics[GAP])
                 if notice is not None:
                     self._context.progress(Progress("notice", step, text=notice))
             self._context.progress(Progress("step", step, self._run.ppo.steps, metrics=metrics, samples=samples))
@@ -72,7 +73,7 @@ class PpoReporter:
                 self._trackers.log(step, metrics)
         else:
             set_version(step)
-            LOG.info("step %d/%d in %.3f s", step, self._run.ppo.steps, metrics["time/step_s"])
+            LOG.info("step %d/%d in %.3f s", step, self._run.ppo.steps, metrics[STEP_S])
         if save is not None:
             self._checkpoint(step, save)
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from ray.util.metrics import Gauge
 
 from raytrl.config.runs.base import TrainingRun
+from raytrl.records.metrics import ALL_PHASES, KL, LENGTH, LOSS, NUM_TOKENS, SCORE, STEP_S, time_of
 from raytrl.records.progress import Progress
 
 # name → what it means, and the tags beside `run`. Ray puts `ray_` before each name.
@@ -22,10 +23,10 @@ GAUGES: Mapping[str, tuple[str, tuple[str, ...]]] = {
 }
 # gauge → key of metrics.jsonl
 _FROM_METRICS = {
-    "raytrl_step_seconds": "time/step_s",
-    "raytrl_loss": "loss",
-    "raytrl_score": "objective/scores_raw",
-    "raytrl_kl": "objective/kl",
+    "raytrl_step_seconds": STEP_S,
+    "raytrl_loss": LOSS,
+    "raytrl_score": SCORE,
+    "raytrl_kl": KL,
 }
 
 
@@ -75,21 +76,21 @@ class StepGauges:
         for name, key in _FROM_METRICS.items():
             if key in metrics:
                 self._gauges.set(name, metrics[key])
-        for key, value in metrics.items():
-            if key.startswith("time/") and key.endswith("_s") and key != "time/step_s":
-                self._gauges.set("raytrl_phase_seconds", value, phase=key[len("time/") : -len("_s")])
-        seconds = metrics.get("time/step_s", 0.0)
+        for phase in ALL_PHASES:
+            if time_of(phase) in metrics:
+                self._gauges.set("raytrl_phase_seconds", metrics[time_of(phase)], phase=phase)
+        seconds = metrics.get(STEP_S, 0.0)
         tokens = self._tokens_a_step(step, metrics)
         if tokens is not None and seconds > 0:
             self._gauges.set("raytrl_tokens_per_second", tokens / seconds)
 
     def _tokens_a_step(self, step: int, metrics: Mapping[str, float]) -> float | None:
         if self._batch_size is not None:
-            return self._batch_size * metrics["response/length"] if "response/length" in metrics else None
-        if "num_tokens" not in metrics:
+            return self._batch_size * metrics[LENGTH] if LENGTH in metrics else None
+        if NUM_TOKENS not in metrics:
             return None
-        before, self._tokens = self._tokens, (step, metrics["num_tokens"])
-        return (metrics["num_tokens"] - before[1]) / (step - before[0]) if before and step > before[0] else None
+        before, self._tokens = self._tokens, (step, metrics[NUM_TOKENS])
+        return (metrics[NUM_TOKENS] - before[1]) / (step - before[0]) if before and step > before[0] else None
 
 
 class RoleGauges:

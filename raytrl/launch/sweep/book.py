@@ -7,10 +7,11 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from raytrl.config.runs.sweep import TuneRun
+from raytrl.records.metrics import EVAL_LOSS, EVAL_SCORE, KL, LOSS, SCORE
 from raytrl.records.sweep import Trial
 from raytrl.rundir import RunDirectory
 
-_ALSO = ("objective/kl", "objective/scores_raw", "eval/score", "loss", "eval_loss")  # worth a look beside the metric
+_ALSO = (KL, SCORE, EVAL_SCORE, LOSS, EVAL_LOSS)  # worth a look beside the metric
 
 
 class TrialBook:

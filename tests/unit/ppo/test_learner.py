@@ -29,6 +29,7 @@ from transformers import AutoModelForCausalLM
 from raytrl.errors import NonFiniteError, RewardError, RunError, WeightsVersionError
 from raytrl.loop.loop import Schedule, run
 from raytrl.loop.protocols import Rollout
+from raytrl.records.metrics import METRICS
 from raytrl.records.samples import Response
 from raytrl.roles.learner.build import assemble, build_backend, build_networks
 from raytrl.roles.learner.learner import PpoLearner
@@ -173,6 +174,7 @@ def test_the_untrained_policy_has_no_kl_and_repeats_its_logprobs() -> None:
     _, log = train(3)
     assert abs(log.metrics[0]["objective/kl"]) < 1e-5
     assert all(m["val/first_log_ratio"] < 1e-5 for m in log.metrics)
+    assert {key for m in log.metrics for key in m} <= set(METRICS)  # each says what it means
     assert all(m["rollout/logprob_gap_max"] < 1e-4 for m in log.metrics)
     assert log.metrics[0]["val/explained_variance"] == pytest.approx(0, abs=1e-6)  # the value head starts at zero
     assert log.metrics[-1]["episode"] == 48

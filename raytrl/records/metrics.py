@@ -1,0 +1,103 @@
+"""What is logged: each metric's key in metrics.jsonl, its unit and its meaning, once. Whoever shows one reads it here.
+
+Keys and definitions of PPO follow TRL's and lm-human-preferences', those of the other kinds are TRL's own. What a trainer of
+TRL logs besides is passed on as it is.
+"""
+
+from dataclasses import dataclass
+
+# Of a PPO step, in their order; `eval` only where an evaluation was due, `idle` is what no phase accounts for.
+PHASES = ("generate", "score", "experience", "update", "sync")
+ALL_PHASES = (*PHASES, "eval", "idle")
+
+STEP_S = "time/step_s"
+LOSS, EVAL_LOSS, EVAL_ACCURACY = "loss", "eval_loss", "eval_accuracy"
+SCORE, EVAL_SCORE, KL, LENGTH = "objective/scores_raw", "eval/score", "objective/kl", "response/length"
+ENTROPY, CLIPPED, DROPPED = "policy/entropy_avg", "policy/clipfrac_avg", "objective/dropped"
+GAP, NUM_TOKENS = "rollout/logprob_gap_mean", "num_tokens"
+
+
+@dataclass(frozen=True)
+class Metric:
+    """`unit` is empty for a share, a ratio or a number of things."""
+
+    key: str
+    unit: str
+    meaning: str
+
+
+def time_of(phase: str) -> str:
+    """The key of a phase's seconds."""
+    return f"time/{phase}_s"
+
+
+_PPO = (
+    Metric(SCORE, "", "mean weighted sum of the reward sources, before any penalty, scaling or clip"),
+    Metric("objective/scores_raw_std", "", "its standard deviation over the batch"),
+    Metric(
+        "objective/scores", "", "mean score as the advantages see it: scaled, clipped, less the missing-end penalty"
+    ),
+    Metric(DROPPED, "", "responses whose score failed and was dropped"),
+    Metric(KL, "nats a response", "KL to the reference, estimated by k1: the sum of log-ratios"),
+    Metric("objective/kl_k3", "nats a response", "the same, estimated by k3: never negative, of less variance"),
+    Metric("objective/kl_coef", "", "coefficient of the KL penalty"),
+    Metric("objective/entropy", "nats a response", "sum of the response's negative log-probs"),
+    Metric("objective/non_score_reward", "", "mean KL penalty of a response"),
+    Metric("objective/rlhf_reward", "", "mean score with the KL penalty"),
+    Metric("response/length", "tokens", "mean length of a response, the end token included"),
+    Metric("response/ended_fraction", "", "share of responses that ended by themselves"),
+    Metric("val/num_eos_tokens", "", "responses that ended by themselves"),
+    Metric("val/explained_variance", "", "share of the returns' variance that the values explain"),
+    Metric("rollout/logprob_gap_max", "nats a token", "largest difference of an engine's log-prob from the learner's"),
+    Metric(GAP, "nats a token", "mean difference of the engines' log-probs from the learner's"),
+    Metric("rollout/actors", "", "rollout actors that serve"),
+    Metric("loss/policy_avg", "", "policy loss, mean over optimizer steps"),
+    Metric("loss/value_avg", "", "value loss, mean over optimizer steps"),
+    Metric("policy/approxkl_avg", "nats a token", "how far the update moved the policy: half the squared log-ratio"),
+    Metric(CLIPPED, "", "share of tokens whose ratio was clipped"),
+    Metric("val/clipfrac_avg", "", "share of tokens whose value was clipped"),
+    Metric("val/ratio", "", "mean probability ratio of new to old policy"),
+    Metric("val/ratio_var", "", "its variance"),
+    Metric(
+        "val/first_log_ratio", "nats a token", "largest log-ratio before the first optimizer step: 0 where all is well"
+    ),
+    Metric("val/grad_norm", "", "gradient norm before clipping, mean over optimizer steps"),
+    Metric(ENTROPY, "nats a token", "entropy of the policy's distribution"),
+    Metric("lr", "", "learning rate of the policy"),
+    Metric("episode", "", "responses that were learned from so far"),
+    Metric(EVAL_SCORE, "", "mean score of the responses to data.eval"),
+    Metric("time/generate_s", "s", "waiting for responses"),
+    Metric("time/score_s", "s", "waiting for scores, beyond generation"),
+    Metric("time/experience_s", "s", "log-probs, values and advantages"),
+    Metric("time/update_s", "s", "epochs of optimizer steps"),
+    Metric("time/sync_s", "s", "new weights on their way to the rollout actors"),
+    Metric("time/eval_s", "s", "the evaluation after the step"),
+    Metric("time/idle_s", "s", "what no phase accounts for"),
+)
+_SUPERVISED = (
+    Metric(LOSS, "", "training loss"),
+    Metric(EVAL_LOSS, "", "loss on data.eval"),
+    Metric("grad_norm", "", "gradient norm before clipping"),
+    Metric("learning_rate", "", "learning rate"),
+    Metric("epoch", "", "passes over data.train so far"),
+    Metric(NUM_TOKENS, "tokens", "learned from so far"),
+    Metric("entropy", "nats a token", "entropy of the model's distribution"),
+    Metric("mean_token_accuracy", "", "share of tokens that are the likeliest"),
+    Metric("eval_mean_token_accuracy", "", "the same on data.eval"),
+    Metric("accuracy", "", "share of pairs in which chosen scores higher"),
+    Metric(EVAL_ACCURACY, "", "the same on data.eval"),
+    Metric("eval_rewards/accuracies", "", "share of held-out pairs in which chosen has the larger implicit reward"),
+    Metric("margin", "", "mean difference of the scores of chosen and rejected"),
+    Metric("eval_margin", "", "the same on data.eval"),
+    Metric("rewards/margins", "", "mean difference of the implicit rewards of chosen and rejected"),
+    Metric("memory/peak_gib", "GiB", "the most that worker 0 has held so far: of its GPU, else of RAM"),
+)
+METRICS = {
+    metric.key: metric
+    for metric in (
+        Metric("step", "", "steps done"),
+        Metric(STEP_S, "s", "wall-clock time of the step"),
+        *_PPO,
+        *_SUPERVISED,
+    )
+}

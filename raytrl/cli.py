@@ -213,7 +213,9 @@ def quickstart(
         list[str] | None,
         typer.Argument(metavar="[STAGE.KEY=VALUE]...", help="such as ppo.ppo.steps=8", show_default=False),
     ] = None,
-    output_dir: Annotated[str, typer.Option("--output-dir", help="where data and runs go")] = "runs/quickstart",
+    output_dir: Annotated[
+        str, typer.Option("--output-dir", help="where run files, data and runs go")
+    ] = "runs/quickstart",
     fresh: Fresh = False,
     debug: Debug = False,
 ) -> None:
@@ -324,7 +326,7 @@ def config_show(config: File, overrides: Overrides = None, debug: Debug = False)
             table.add_column(name, overflow="fold")
         for key, value, origin in load_run(config, overrides or []).values():
             style = "dim" if origin == "default" else ""
-            table.add_row(escape(key), escape(_as_yaml(value)), escape(origin), style=style)
+            table.add_row(escape(key), escape(json.dumps(value, ensure_ascii=False)), escape(origin), style=style)
         _wide_in_a_pipe().print(table)
 
     _guarded(work, debug)
@@ -353,10 +355,6 @@ def config_schema(
 def _wide_in_a_pipe() -> Console:
     """The console for a table; a pipe has no width, and grep sees each row on one line."""
     return out if out.is_terminal else Console(highlight=False, width=10_000)
-
-
-def _as_yaml(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False)
 
 
 def main() -> None:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from raytrl.config.load import overrides_of
 from raytrl.config.runs.base import Run, TrainingRun
 from raytrl.config.runs.ppo import PpoRun
 from raytrl.config.runs.supervised import SupervisedRun
@@ -241,18 +242,12 @@ def _training(**values: Any) -> Change:
     def change(run: SupervisedRun) -> SupervisedRun:
         return run.model_copy(update={"training": {**run.training, **values}})
 
-    return " ".join(f"training.{key}={_yaml(value)}" for key, value in values.items()), change
+    return " ".join(overrides_of({f"training.{key}": value for key, value in values.items()})), change
 
 
 def _section(name: str, **values: Any) -> Change:
     def change(run: TrainingRun) -> TrainingRun:
         return run.model_copy(update={name: getattr(run, name).model_copy(update=values)})
 
-    texts = [f"{name}.{key}={_yaml(value)}" for key, value in values.items()]
+    texts = overrides_of({f"{name}.{key}": value for key, value in values.items()})
     return " ".join(f"'{text}'" if " " in text else text for text in texts), change
-
-
-def _yaml(value: Any) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    return str(value).replace("'", "")

@@ -16,7 +16,6 @@ from raytrl.errors import RaytrlError
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -207,6 +206,29 @@ def _stop_on_sigterm() -> None:
     signal.signal(signal.SIGTERM, stop)
 
 
+def _show_versions(asked: bool) -> None:
+    if not asked:
+        return
+    from raytrl.versions import versions
+
+    found = versions()
+    out.print(f"raytrl {found.pop('raytrl')}")
+    out.print(", ".join(f"{name} {version}" for name, version in found.items()), soft_wrap=True)
+    raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_show_versions, is_eager=True, help="show it, and those of Ray, TRL and others"
+        ),
+    ] = False,
+) -> None:
+    pass
+
+
 @app.command()
 def quickstart(
     overrides: Annotated[
@@ -358,4 +380,4 @@ def _wide_in_a_pipe() -> Console:
 
 
 def main() -> None:
-    app()
+    app(prog_name="raytrl")  # also where it was started as `python -m raytrl`

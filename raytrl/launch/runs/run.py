@@ -1,8 +1,6 @@
 """A training run on Ray Train, of whatever kind: checks, starts, watches, finishes."""
 
-import importlib.metadata
 import os
-import platform
 import tempfile
 import threading
 import time
@@ -22,8 +20,8 @@ from raytrl.plan.cluster import Need
 from raytrl.plan.need import need_of
 from raytrl.records.progress import Progress
 from raytrl.rundir import RunDirectory, now
+from raytrl.versions import versions
 
-_LIBRARIES = ("raytrl", "ray", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "deepspeed")
 _RESIZE_CHECK_S = 20.0  # an elastic run looks this often for a node that could take another worker
 Worker = Callable[[dict[str, Any]], dict[str, float]]
 
@@ -143,14 +141,6 @@ def failure_noted(run_dir: RunDirectory) -> Iterator[None]:
     except RaytrlError as error:
         run_dir.update_manifest(state="failed", error=str(error))
         raise
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the libraries that decide a run's numbers."""
-    found = {"python": platform.python_version()}
-    for name in _LIBRARIES:
-        found[name] = importlib.metadata.version(name)
-    return found
 
 
 def write_start(loaded: LoadedRun, run_dir: RunDirectory, command: str) -> None:

@@ -16,7 +16,6 @@ from raytrl.errors import RaytrlError
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -215,13 +214,38 @@ def _stop_on_sigterm() -> None:
     signal.signal(signal.SIGTERM, stop)
 
 
+def _show_versions(asked: bool) -> None:
+    if not asked:
+        return
+    from raytrl.versions import versions
+
+    found = versions()
+    out.print(f"raytrl {found.pop('raytrl')}")
+    out.print(", ".join(f"{name} {version}" for name, version in found.items()), soft_wrap=True)
+    raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_show_versions, is_eager=True, help="show it, and those of Ray, TRL and others"
+        ),
+    ] = False,
+) -> None:
+    pass
+
+
 @app.command()
 def quickstart(
     overrides: Annotated[
         list[str] | None,
         typer.Argument(metavar="[STAGE.KEY=VALUE]...", help="such as ppo.ppo.steps=8", show_default=False),
     ] = None,
-    output_dir: Annotated[str, typer.Option("--output-dir", help="where data and runs go")] = "runs/quickstart",
+    output_dir: Annotated[
+        str, typer.Option("--output-dir", help="where run files, data and runs go")
+    ] = "runs/quickstart",
     fresh: Fresh = False,
     debug: Debug = False,
 ) -> None:
@@ -332,7 +356,7 @@ def config_show(config: File, overrides: Overrides = None, debug: Debug = False)
             table.add_column(name, overflow="fold")
         for key, value, origin in load_run(config, overrides or []).values():
             style = "dim" if origin == "default" else ""
-            table.add_row(escape(key), escape(_as_yaml(value)), escape(origin), style=style)
+            table.add_row(escape(key), escape(json.dumps(value, ensure_ascii=False)), escape(origin), style=style)
         _wide_in_a_pipe().print(table)
 
     _guarded(work, debug)
@@ -363,9 +387,5 @@ def _wide_in_a_pipe() -> Console:
     return out if out.is_terminal else Console(highlight=False, width=10_000)
 
 
-def _as_yaml(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False)
-
-
 def main() -> None:
-    app()
+    app(prog_name="raytrl")  # also where it was started as `python -m raytrl`

@@ -1,7 +1,9 @@
 """A run file plus `dotted.key=value` overrides → one frozen, checked run; every value knows where it came from."""
 
+import json
+import math
 import re
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,9 +37,13 @@ class LoadedRun:
         """
         written = {key for key, _ in flatten(self.run.model_dump(mode="json", exclude_unset=True))}
         return [
-            (key, value, _where(key, self.origins, self.file) if key in written else "default")
+            (key, value, self.where(key) if key in written else "default")
             for key, value in flatten(self.run.model_dump(mode="json"))
         ]
+
+    def where(self, key: str) -> str:
+        """The origin of a dotted key or else of its nearest parent that has one; the file where none has."""
+        return _where(key, self.origins, self.file)
 
 
 class _RunFileLoader(yaml.SafeLoader):
@@ -61,6 +67,8 @@ class _RunFileLoader(yaml.SafeLoader):
 _RunFileLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
 )
+
+_PLAIN = re.compile(r"[/\w][./\w\-]*")
 
 
 def load_run(path: str, overrides: list[str], kind: str | None = None) -> LoadedRun:
@@ -164,6 +172,25 @@ def _lines(node: yaml.Node | None, prefix: str = "") -> list[tuple[str, int]]:
         key = f"{prefix}{name}"
         found += [(key, line), *_lines(child, f"{key}.")]
     return found
+
+
+def overrides_of(values: Mapping[str, Any]) -> list[str]:
+    """`dotted.key=value` of each: what `load_run` reads back as these values."""
+    return [f"{key}={yaml_text(value)}" for key, value in values.items()]
+
+
+def yaml_text(value: Any) -> str:
+    """A value in one line of YAML that reads back as the same value; quoted only where it has to be."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{yaml_text(key)}: {yaml_text(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(yaml_text, value)) + "]"
+    if isinstance(value, str):
+        is_plain = _PLAIN.fullmatch(value) and _parse(value, value)[0] == value  # not so: `true`, `1e3`, `null`
+        return value if is_plain else yaml.safe_dump(value, default_style='"', allow_unicode=True, width=math.inf)[:-1]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value).replace("inf", ".inf").replace("nan", ".nan")
+    return json.dumps(value)
 
 
 def _apply(values: dict[str, Any], origins: dict[str, str], override: str) -> None:

@@ -1,12 +1,11 @@
 """A sweep's trials as run files: the base file with other values, by the same loader and its checks."""
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from raytrl.config.load import LoadedRun, load_run
+from raytrl.config.load import LoadedRun, load_run, overrides_of
 from raytrl.config.runs.base import TrainingRun
 from raytrl.config.runs.sweep import TuneRun
 from raytrl.errors import ConfigError
@@ -29,8 +28,8 @@ def load_base(sweep: LoadedRun) -> LoadedRun:
     """
     run = sweep.run
     assert isinstance(run, TuneRun)
-    base = load_run(run.base, _overrides(run.fixed))
-    where = _where(sweep, "base")
+    base = load_run(run.base, overrides_of(run.fixed))
+    where = sweep.where("base")
     if not isinstance(base.run, TrainingRun):
         raise ConfigError(
             f"{where}: base: found: a run file of kind {base.run.kind!r}; expected: sft, reward, dpo or ppo"
@@ -57,7 +56,7 @@ def _check_metrics(sweep: LoadedRun, run: TuneRun, base: TrainingRun) -> None:
         for name in [run.metric] if key == "metric" else run.limit:
             if not name.startswith("eval"):
                 continue
-            where = f"{_where(sweep, key)}: {key}: {name!r} comes from evaluation"
+            where = f"{sweep.where(key)}: {key}: {name!r} comes from evaluation"
             if (why := base.why_never_evaluated()) is not None:
                 raise ConfigError(f"{where}; found: {why[0]} in {run.base}; expected: {why[1]}")
 
@@ -76,7 +75,7 @@ def check_edges(sweep: LoadedRun) -> list[Edge]:
             try:
                 edges.append(Edge(key, value, trial_run(run, {key: value}, "edge", run.output_dir)))
             except ConfigError as error:
-                problems.append(f"{_where(sweep, f'search.{key}')}: search.{key}: {_value_error(value, error)}")
+                problems.append(f"{sweep.where(f'search.{key}')}: search.{key}: {_value_error(value, error)}")
     if problems:
         raise ConfigError("\n".join(dict.fromkeys(problems)))
     return edges
@@ -89,11 +88,7 @@ def trial_run(run: TuneRun, values: Mapping[str, Any], name: str, output_dir: st
         ConfigError: the values do not fit, alone or together.
     """
     own = {"name": name, "output_dir": output_dir}
-    return load_run(run.base, _overrides({**run.fixed, **values, **own}))
-
-
-def _overrides(values: Mapping[str, Any]) -> list[str]:
-    return [f"{key}={json.dumps(value)}" for key, value in values.items()]
+    return load_run(run.base, overrides_of({**run.fixed, **values, **own}))
 
 
 def trial_name(number: int, values: Mapping[str, Any]) -> str:
@@ -119,11 +114,3 @@ def _value_error(value: Any, error: ConfigError) -> str:
     """The loader's message without the origin it gives to overrides, which is not where the user wrote the value."""
     lines = [line.removeprefix("command line: ") for line in str(error).splitlines()]
     return f"value {value!r} is refused: {'; '.join(lines)}"
-
-
-def _where(sweep: LoadedRun, key: str) -> str:
-    while key:
-        if key in sweep.origins:
-            return sweep.origins[key]
-        key = key.rpartition(".")[0]
-    return sweep.file

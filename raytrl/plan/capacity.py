@@ -1,9 +1,11 @@
 """Whether the memory that a run would take is there: the check that every run makes before it starts."""
 
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from raytrl.config.load import overrides_of
 from raytrl.config.runs.base import Run
 from raytrl.errors import ResourceError
 from raytrl.plan.cluster import ADDED, Cluster, Group, Need, Node
@@ -200,10 +202,10 @@ def _nearest(run: Run, room: Room, shapes: Mapping[str, ModelShape]) -> str | No
     together, texts = run, list[str]()
     for values in run.savings():
         if fits(changed(run, values)):
-            return _as_overrides(values)
+            return shlex.join(overrides_of(values))
     for values in run.savings():
         together = changed(together, values)
-        texts.append(_as_overrides(values))
+        texts.append(shlex.join(overrides_of(values)))
         if fits(together):
             return " ".join(texts)
     return None
@@ -220,15 +222,3 @@ def changed(run: RunT, values: Mapping[str, Any]) -> RunT:
             value = section.model_copy(update={name: value})
         run = run.model_copy(update={top: value})
     return run
-
-
-def _as_overrides(values: Mapping[str, Any]) -> str:
-    """As the command line takes them."""
-    texts = [f"{key}={_yaml(value)}" for key, value in values.items()]
-    return " ".join(f"'{text}'" if " " in text else text for text in texts)
-
-
-def _yaml(value: Any) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    return str(value).replace("'", "")

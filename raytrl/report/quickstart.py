@@ -67,4 +67,5 @@ def paths_table(output_dir: str) -> Table:
     table.add_row("all responses", f"{output_dir}/eval/samples.jsonl")
     table.add_row("curves", f"{output_dir}/*/report.html")
     table.add_row("data", f"{output_dir}/data")
+    table.add_row("run files", f"{output_dir}/*.yaml, yours to edit (then --fresh)")
     return table

@@ -39,7 +39,7 @@ def test_every_stage_is_a_run_of_its_own(small: tuple[Path, str]) -> None:
     for stage in ("sft", "reward", "ppo", "eval"):
         manifest = json.loads((folder / stage / "manifest.json").read_text())
         assert manifest["state"] == "done"
-        assert f"raytrl {stage} configs/quickstart/{stage}.yaml" in output
+        assert f"raytrl {stage} {folder}/{stage}.yaml" in output
         assert (folder / stage / "report.html").is_file()
     assert [row["step"] for row in metrics(folder / "ppo")] == [1, 2]
     policy = AutoModelForCausalLM.from_pretrained(folder / "ppo/model")

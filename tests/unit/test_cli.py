@@ -1,15 +1,20 @@
 """The command as a process: what it imports, what it prints, how it exits."""
 
+import importlib.metadata
 import json
 import os
+import platform
 import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
+from raytrl import __version__
 from raytrl.cli import app
+from raytrl.versions import versions
 from tests.runs import raytrl, run_file
 
 HEAVY = ("torch", "ray", "transformers", "trl", "peft", "datasets", "deepspeed")
@@ -35,6 +40,8 @@ def modules_after(*words: str) -> tuple[int, set[str], str]:
     ("words", "status"),
     [
         (["--help"], 0),
+        (["--version"], 0),
+        (["--show-completion", "bash"], 0),
         (["config", "show", "RUN"], 0),
         (["config", "schema", "sft"], 0),
         (["sft", "RUN", "training.learnin_rate=1"], 2),
@@ -80,3 +87,28 @@ def test_config_schema_of_an_unknown_kind_is_a_usage_error() -> None:
     assert done.exit_code == 2
     assert "'sftt'" in done.output
     assert "sft, reward, dpo" in done.output
+
+
+def test_version_names_raytrl_first_and_then_what_decides_numbers() -> None:
+    shown = CliRunner().invoke(app, ["--version"])
+    first, second = shown.output.splitlines()
+    assert first == f"raytrl {__version__}"
+    libraries = ["python", "ray", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "deepspeed"]
+    assert [text.split()[0] for text in second.split(", ")] == libraries
+
+
+def test_a_source_tree_knows_its_version_without_being_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", missing)
+    assert versions() == {"python": platform.python_version(), "raytrl": __version__}
+
+
+def test_a_shell_completes_commands_and_options() -> None:
+    def completed(*words: str) -> list[str]:
+        line = {"COMP_WORDS": " ".join(["raytrl", *words]), "COMP_CWORD": str(len(words))}
+        return raytrl(_RAYTRL_COMPLETE="complete_bash", **line).split()
+
+    assert completed("re") == ["reward", "report"]
+    assert completed("ppo", "--fr") == ["--fresh"]

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from raytrl.config.load import LoadedRun, load_run
+from raytrl.config.load import LoadedRun, load_run, overrides_of, yaml_text
 from raytrl.config.renamed import RENAMED_PPO
 from raytrl.config.runs.ppo import PpoRun
 from raytrl.config.runs.supervised import SupervisedRun
@@ -428,3 +428,35 @@ def test_an_elastic_run_keeps_its_batch_whatever_its_number_of_workers() -> None
 def test_placement_by_rays_names() -> None:
     assert run_of(RUN, "learner.placement=strict_spread").learner.placement == "strict_spread"
     assert "learner.placement" in error_of(RUN, "learner.placement=SPREAD")
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        ("runs/a/model", "runs/a/model"),
+        ("all-linear", "all-linear"),
+        ("/else where/a", '"/else where/a"'),
+        ("", '""'),
+        *[
+            (text, f'"{text}"')
+            for text in ("true", "null", "1e3", "0x1f", "2026-01-01", "~", "- a", "a: b", "#", "...")
+        ],
+        ('é "quoted"\\ 😀\n\x7f\u2028', None),
+        (1e-5, "1e-05"),
+        (1e22, "1e+22"),
+        (float("inf"), ".inf"),
+        (-float("inf"), "-.inf"),
+        (True, "true"),
+        (None, "null"),
+        ({"stage": 3, "offload_optimizer": {"device": "cpu"}}, "{stage: 3, offload_optimizer: {device: cpu}}"),
+        ([1, "a, b", [], {}], '[1, "a, b", [], {}]'),
+    ],
+)
+def test_a_value_written_as_an_override_reads_back_as_itself(value: Any, text: str | None) -> None:
+    if text is not None:
+        assert yaml_text(value) == text
+    Path("run.yaml").write_text(RUN)
+    found = load_run("run.yaml", overrides_of({"model.config.extra": value})).run
+    assert isinstance(found, SupervisedRun)
+    assert found.model.config is not None
+    assert (found.model.config["extra"], type(found.model.config["extra"])) == (value, type(value))

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 from raytrl.config.runs.ppo import PpoRun
 from raytrl.config.runs.rollout import RolloutRun
-from raytrl.launch.runs.run import versions
 from raytrl.launch.runs.training import TrainingKind
 from raytrl.plan.checks.common import Facts
 from raytrl.plan.checks.ppo import check_ppo
 from raytrl.roles.job import Job
 from raytrl.rundir import RunDirectory
+from raytrl.versions import versions
 
 if TYPE_CHECKING:
     from raytrl.roles.reward.sources import RewardSources

@@ -1,16 +1,21 @@
-"""`raytrl quickstart`: the whole way from nothing to an aligned model, by the ordinary runs of configs/quickstart."""
+"""`raytrl quickstart`: the whole way from nothing to an aligned model, by four ordinary runs.
 
-import json
+The package holds their run files (`raytrl/quickstart/`). Each is put beside the data that it trains on and is read from
+there, so it can be read, edited, and run by itself, wherever raytrl was installed.
+"""
+
+import os
 import re
 import shlex
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from raytrl.config.load import LoadedRun, load_run
+from raytrl.config.load import LoadedRun, load_run, yaml_text
 from raytrl.errors import ConfigError
 from raytrl.film_reviews import make_film_reviews, write_film_reviews
 from raytrl.launch.runs.run import Show, kind_of, run_to_end
@@ -19,8 +24,7 @@ from raytrl.records.outcome import Outcome
 from raytrl.rundir import RunDirectory
 
 STAGES = ("sft", "reward", "ppo", "eval")
-_FILES = Path(__file__).parents[3] / "configs/quickstart"
-_WRITTEN = "runs/quickstart"  # the folder that the run files name
+_PATHS = re.compile(r"runs/quickstart\b([\w/.]*)")  # what the package's run files name, in the default folder
 
 
 @dataclass(frozen=True)
@@ -40,9 +44,9 @@ def quickstart(
     """Makes the data and runs the stages that are not finished yet, all on one local Ray.
 
     Args:
-        output_dir: a local folder for data and runs.
+        output_dir: a local folder for run files, data and runs.
         overrides: `stage.dotted.key=value`.
-        fresh: do all stages anew.
+        fresh: do all stages anew, by the run files as they are.
         showing: stage title → what shows its progress.
 
     Raises:
@@ -53,7 +57,8 @@ def quickstart(
         raise ConfigError(
             f"--output-dir: found: {output_dir!r}; expected: a local folder, quickstart runs on this machine"
         )
-    output_dir = output_dir.rstrip("/") or "/"
+    output_dir = os.path.expanduser(output_dir.rstrip("/") or "/")
+    write_run_files(output_dir)
     runs = stage_runs(output_dir, overrides)  # all are checked before the first starts
     write_film_reviews(make_film_reviews(), Path(output_dir, "data"))
     states = [RunDirectory(loaded.run.output_dir, loaded.run.name).manifest().get("state") for _, loaded in runs]
@@ -62,17 +67,22 @@ def quickstart(
         return [_run_stage(loaded, command, fresh, showing) for command, loaded in runs]
 
 
+def write_run_files(output_dir: str) -> None:
+    """Puts each stage's run file into the folder, its paths moved there; one that is there is the user's, and stays."""
+    folder = RunDirectory(output_dir, "")
+    for kind in STAGES:
+        name = f"{kind}.yaml"
+        if not folder.exists(name):
+            text = files("raytrl").joinpath("quickstart", name).read_text(encoding="utf-8")
+            folder.write(name, _PATHS.sub(lambda path: yaml_text(output_dir + path[1]), text))
+
+
 def stage_runs(output_dir: str, overrides: Sequence[str]) -> list[tuple[str, LoadedRun]]:
-    """Each stage's command and checked run file, moved to another output folder where one is asked for.
+    """Each stage's command and its checked run file, from the folder that `write_run_files` wrote them into.
 
     Raises:
-        ConfigError: an override that names no stage, or does not fit; or the run files are not there.
+        ConfigError: an override that names no stage, or does not fit; or a run file is not there, or leads elsewhere.
     """
-    if not _FILES.is_dir():
-        raise ConfigError(
-            f"quickstart: its run files are missing; found: no folder {_FILES}; expected: a clone of the repository, "
-            f"installed with `pip install -e .`"
-        )
     for override in overrides:
         if override.partition(".")[0] not in STAGES:
             raise ConfigError(
@@ -81,26 +91,22 @@ def stage_runs(output_dir: str, overrides: Sequence[str]) -> list[tuple[str, Loa
             )
     found = []
     for kind in STAGES:
-        file = _FILES / f"{kind}.yaml"
-        shown = str(file.relative_to(Path.cwd())) if file.is_relative_to(Path.cwd()) else str(file)
+        file = os.path.join(output_dir, f"{kind}.yaml")
         own = [override.removeprefix(f"{kind}.") for override in overrides if override.startswith(f"{kind}.")]
-        words = [*_moved(shown, kind, output_dir), *own]
-        found.append((shlex.join(["raytrl", kind, shown, *words]), load_run(shown, words, kind)))
+        loaded = load_run(file, own, kind)
+        _check_place(loaded, output_dir)
+        found.append((shlex.join(["raytrl", kind, file, *own]), loaded))
     return found
 
 
-def _moved(file: str, kind: str, output_dir: str) -> list[str]:
-    """Overrides that replace the folder that the run files name; none where it is the one asked for."""
-    if output_dir == _WRITTEN:
-        return []
-    values = load_run(file, [], kind).values()
-    inside = [(key, value) for key, value, _ in values if isinstance(value, str) and value.startswith(_WRITTEN)]
-    return [f"{key}={_as_yaml(output_dir + value.removeprefix(_WRITTEN))}" for key, value in inside]
-
-
-def _as_yaml(path: str) -> str:
-    """Quoted where YAML could read it as something else."""
-    return path if re.fullmatch(r"[./\w][./\w\-]*[A-Za-z]\w*", path) else json.dumps(path)
+def _check_place(loaded: LoadedRun, output_dir: str) -> None:
+    """The tables at the end, and the next stage, look for a stage's results in a folder of its kind's name."""
+    run = loaded.run
+    if os.path.abspath(os.path.join(run.output_dir, run.name)) != os.path.abspath(os.path.join(output_dir, run.kind)):
+        raise ConfigError(
+            f"{loaded.file}: output_dir and name lead elsewhere; found: {run.output_dir}/{run.name}; expected: "
+            f"{output_dir}/{run.kind}, where quickstart looks for it; or delete the file, and it is written anew"
+        )
 
 
 @contextmanager

@@ -1,9 +1,7 @@
 """The frame of every run, of whatever kind: look where it stands, check, plan, start, finish."""
 
-import importlib.metadata
 import os
 import pkgutil
-import platform
 import tempfile
 import time
 from abc import ABC, abstractmethod
@@ -27,8 +25,7 @@ from raytrl.plan.words import Words, as_text, processes_of, words_of
 from raytrl.records.outcome import Outcome
 from raytrl.records.progress import Progress
 from raytrl.rundir import RunDirectory, now
-
-_LIBRARIES = ("raytrl", "ray", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "deepspeed")
+from raytrl.versions import versions
 
 Show = Callable[[Progress], None]
 R = TypeVar("R", bound=Run)
@@ -207,14 +204,6 @@ def _failure_noted(run_dir: RunDirectory) -> Iterator[None]:
     except RaytrlError as error:
         run_dir.update_manifest(state="failed", error=str(error))
         raise
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the libraries that decide a run's numbers."""
-    found = {"python": platform.python_version()}
-    for name in _LIBRARIES:
-        found[name] = importlib.metadata.version(name)
-    return found
 
 
 def _write_start(loaded: LoadedRun, run_dir: RunDirectory, command: str) -> None:

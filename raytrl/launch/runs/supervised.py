@@ -5,12 +5,12 @@ from contextlib import contextmanager
 from typing import Any
 
 from raytrl.config.runs.supervised import SupervisedRun
-from raytrl.launch.runs.run import versions
 from raytrl.launch.runs.training import TrainingKind
 from raytrl.plan.checks.common import Facts
 from raytrl.plan.checks.supervised import prepare_supervised
 from raytrl.roles.job import Job
 from raytrl.rundir import RunDirectory
+from raytrl.versions import versions
 
 
 class SupervisedKind(TrainingKind[SupervisedRun]):

@@ -28,9 +28,9 @@ def main() -> None:
     loop = asyncio.new_event_loop()  # one loop for all calls: an async function may keep a client bound to it
     try:
         try:
-            function = load_function(connection.recv())
+            function = import_function(connection.recv())
         except Exception as error:
-            connection.send((False, _describe(error)))
+            connection.send((False, _raised(error)))
             return
         connection.send((True, []))
         while True:
@@ -40,7 +40,7 @@ def main() -> None:
             except NoListError as error:
                 connection.send((False, str(error)))
             except Exception as error:
-                connection.send((False, _describe(error)))
+                connection.send((False, _raised(error)))
             else:
                 connection.send((True, values))
     except (EOFError, BrokenPipeError):
@@ -51,7 +51,7 @@ class NoListError(Exception):
     """The function returned something that holds no values."""
 
 
-def load_function(name: str) -> Callable[..., Any]:
+def import_function(name: str) -> Callable[..., Any]:
     """The callable that `file.py:name` or `package.module:name` names. Raises whatever its import raises."""
     place, _, attribute = name.rpartition(":")
     if place.endswith(".py"):
@@ -114,7 +114,7 @@ def _ignore(*_: Any, **__: Any) -> None:
     """TRL's `log_extra` and `log_metric`: accepted so that functions work unchanged."""
 
 
-def _describe(error: Exception) -> str:
+def _raised(error: Exception) -> str:
     """The error and the line that raised it, in one line."""
     frames = traceback.extract_tb(error.__traceback__)
     place = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""

@@ -1,4 +1,4 @@
-"""The eval run file: what is refused, and the stages of the quickstart."""
+"""The eval run file: what is refused."""
 
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,6 @@ from raytrl.config.load import load_run
 from raytrl.config.runs.evaluation import EvalRun
 from raytrl.config.schema import json_schema
 from raytrl.errors import ConfigError
-from raytrl.launch.runs.quickstart import STAGES, stage_runs
 
 
 def eval_file(folder: Path, **sections: Any) -> str:
@@ -61,31 +60,6 @@ def test_greedy_goes_with_neither_temperature_nor_kl(tmp_path: Path) -> None:
         load_run(eval_file(tmp_path), overrides, "eval")
     assert "rollout.sampling.temperature: does nothing with greedy: true; found: 0.7" in str(caught.value)
     assert "reference.path: the KL is a mean over sampled responses" in str(caught.value)
-
-
-def test_quickstart_stages_follow_the_output_folder() -> None:
-    runs = dict(zip(STAGES, stage_runs("/else where/q", ["ppo.ppo.steps=3"]), strict=True))
-    values = {kind: {key: value for key, value, _ in loaded.values()} for kind, (_, loaded) in runs.items()}
-    assert not any("runs/quickstart" in str(value) for kind in STAGES for value in values[kind].values())
-    assert values["ppo"]["model.path"] == "/else where/q/sft/model"
-    assert values["ppo"]["ppo.steps"] == 3
-    assert values["eval"]["compare"] == "/else where/q/sft/model"
-    command, loaded = runs["ppo"]
-    assert command.startswith("raytrl ppo ")
-    assert loaded.origins["ppo.steps"] == "command line"
-
-
-def test_quickstart_as_the_files_are() -> None:
-    for command, loaded in stage_runs("runs/quickstart", []):
-        assert "=" not in command
-        assert loaded.run.output_dir == "runs/quickstart"
-
-
-def test_quickstart_refuses_what_names_no_stage() -> None:
-    with pytest.raises(ConfigError, match=r"'steps=3': not an override of a stage"):
-        stage_runs("q", ["steps=3"])
-    with pytest.raises(ConfigError, match="nearest known key: steps"):
-        stage_runs("q", ["ppo.ppo.stepz=3"])
 
 
 def test_every_kind_has_a_schema() -> None:

@@ -1,0 +1,19 @@
+"""Which versions decide a run's numbers: raytrl's, Python's, and those of libraries. None is imported to answer."""
+
+import importlib.metadata
+import platform
+
+from raytrl import __version__
+
+_LIBRARIES = ("ray", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "deepspeed")
+
+
+def versions() -> dict[str, str]:
+    """Name → version; a library that is not installed is left out."""
+    found = {"python": platform.python_version(), "raytrl": __version__}  # a source tree need not be installed
+    for name in _LIBRARIES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found

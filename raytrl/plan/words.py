@@ -28,20 +28,13 @@ def words_of(run: Run, shapes: Mapping[str, ModelShape], rows: Mapping[str, int]
     return words + _former(run, run.steps(rows))
 
 
-def processes_of(run: Run, where: str) -> tuple[str, str]:
-    """What it takes, as a pair."""
-    groups = [
-        f"{each.key} {each.count if each.count == each.most else f'{each.count} to {each.most}'} x "
-        f"{amounts(each.section.resources)}"
-        for each in run.processes()
-    ]
-    return "processes", f"{' + '.join(groups)}, on {where}"
-
-
-def as_text(words: Words) -> str:
-    """A line a pair, subjects one below the other."""
-    width = max(len(subject) for subject, _ in words) + 2
-    return "\n".join(f"{subject:<{width}}{sentence}" for subject, sentence in words)
+def processes_of(run: Run, where: str) -> Words:
+    """What it takes, and where."""
+    words = []
+    for each in run.processes():
+        count = f"{each.count}" if each.count == each.most else f"{each.count} to {each.most}"
+        words.append((each.key, f"{count} x {amounts(each.section.resources)}"))
+    return [*words, ("where", where)]
 
 
 def _model(use: ModelUse, shape: ModelShape | None) -> tuple[str, str]:

@@ -16,7 +16,8 @@ class Progress:
     kind: Kind
     step: int = 0
     total_steps: int = 0
-    text: str = ""  # plan, phase, notice: words for people; failure: rank, node and cause
+    text: str = ""  # phase, notice: words for people; failure: rank, node and cause
+    words: tuple[tuple[str, str], ...] = ()  # plan: (subject, sentence) pairs for people
     metrics: Mapping[str, float] = field(default_factory=dict)
     details: str = ""  # failure: the traceback
     final: bool = False  # failure: a restart would fail the same way

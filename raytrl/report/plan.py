@@ -1,7 +1,10 @@
 """A plan on the terminal: roles, what a step is, memory by what it is for."""
 
+from collections.abc import Sequence
+
 from rich.console import Group
 from rich.markup import escape
+from rich.panel import Panel
 from rich.table import Table
 
 from raytrl.records.plan import Plan, PlannedRole
@@ -50,12 +53,23 @@ def _memory(plan: Plan) -> Table:
     return table
 
 
-def _words(plan: Plan) -> Table:
+def pairs_table(words: Sequence[tuple[str, str]]) -> Table:
+    """Subjects, and beside them their sentences."""
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0), pad_edge=False)
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
-    for subject, sentence in plan.words:
+    for subject, sentence in words:
         table.add_row(escape(subject), escape(sentence))
+    return table
+
+
+def start_panel(words: Sequence[tuple[str, str]], title: str) -> Panel:
+    """What is about to start."""
+    return Panel(pairs_table(words), title=escape(title), title_align="left", expand=False)
+
+
+def _words(plan: Plan) -> Table:
+    table = pairs_table(plan.words)
     for note in plan.notes:
         table.add_row("[yellow]note[/]", escape(note))
     return table

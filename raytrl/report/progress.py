@@ -6,7 +6,6 @@ from typing import Any, assert_never
 
 from rich.console import Console
 from rich.markup import escape
-from rich.panel import Panel
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -17,7 +16,6 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
-from rich.text import Text
 
 from raytrl.records.metrics import (
     ALL_PHASES,
@@ -36,6 +34,7 @@ from raytrl.records.metrics import (
 )
 from raytrl.records.outcome import Trained
 from raytrl.records.progress import Progress as Event
+from raytrl.report.plan import start_panel
 
 # Of the closing table.
 CLOSING = (
@@ -95,7 +94,7 @@ class Display:
                 assert_never(event.kind)
 
     def _on_plan(self, event: Event) -> None:
-        self._console.print(Panel(Text(event.text), title=escape(self._title), title_align="left", expand=False))
+        self._console.print(start_panel(event.words, self._title))
 
     def _on_notice(self, event: Event) -> None:
         self._console.print(f"[yellow]note:[/] {escape(event.text)}", highlight=False)

@@ -6,7 +6,6 @@ from typing import Any, assert_never
 from rich.console import Console
 from rich.live import Live
 from rich.markup import escape
-from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
@@ -14,6 +13,7 @@ from raytrl.config.trials import short_name
 from raytrl.records.outcome import Swept
 from raytrl.records.progress import Progress
 from raytrl.records.sweep import Trial
+from raytrl.report.plan import start_panel
 
 _STYLES = {"done": "green", "running": "cyan", "failed": "red", "over limit": "yellow", "stopped": "yellow"}
 
@@ -40,8 +40,7 @@ class SweepDisplay:
         """Renders the plan, a notice or a failure."""
         match event.kind:
             case "plan":
-                text = Text(event.text)
-                self._console.print(Panel(text, title=escape(self._title), title_align="left", expand=False))
+                self._console.print(start_panel(event.words, self._title))
             case "notice":
                 self._console.print(f"[yellow]note:[/] {escape(event.text)}", highlight=False)
             case "failure":

@@ -1,6 +1,7 @@
 """Whole PPO runs by the command a user types: real Ray, two learners, two rollout actors, and what they leave behind."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -40,7 +41,7 @@ def test_a_run_raises_its_score_and_leaves_models_that_load(folder: Path) -> Non
     )
     output = raytrl("ppo", file)
     run = folder / "runs/whole"
-    assert "learner.workers 2 x CPU 0.25, on this machine" in output
+    assert re.search(r"learner\.workers +2 x CPU 0\.25 ", output)
     assert "full fine-tuning, data parallel" in output
     assert "Traceback" not in output
     assert "Warning" not in output

@@ -1,6 +1,7 @@
 """Whole runs by the command a user types: real Ray, real TRL, two workers, and what they leave behind."""
 
 import json
+import re
 import shutil
 import signal
 import socket
@@ -41,7 +42,7 @@ def test_a_run_from_nothing_and_again(folder: Path) -> None:
     file = run_file(folder, "whole", data={"eval": str(folder / "test.jsonl")}, report_to=["tensorboard"])
     output = raytrl("sft", file)
     run = folder / "runs/whole"
-    assert "learner.workers 2 x CPU 1, on this machine" in output
+    assert re.search(r"learner\.workers +2 x CPU 1 ", output)
     assert "full fine-tuning, data parallel" in output
     assert "Traceback" not in output
     assert "Warning" not in output

@@ -10,7 +10,7 @@ from raytrl.records.progress import Progress
 from raytrl.report.progress import Display, summary
 
 EVENTS = [
-    Progress("plan", text="workers  2 x CPU 1\noutput   runs/[a]"),
+    Progress("plan", words=(("learner.workers", "2 x CPU 1"), ("output", "runs/[a]"))),
     Progress("notice", text="learner.workers was [a, b], now 3"),
     Progress("phase", text="starting [Ray]"),
     Progress("start", 0, 3),

@@ -27,7 +27,7 @@ def display(folder: Path) -> Take:
 
 
 def sweep_display(folder: Path) -> Take:
-    return SweepDisplay(Console(file=StringIO()), "a", "loss", []).show
+    return SweepDisplay(Console(file=StringIO()), "a", ["loss"]).show
 
 
 def trial_reports(folder: Path) -> Take:

@@ -21,7 +21,7 @@ from raytrl.plan.cluster import Cluster, Need
 from raytrl.plan.fit import fitted, in_words
 from raytrl.plan.need import need_of
 from raytrl.plan.shapes import read_shapes
-from raytrl.plan.words import Words, as_text, processes_of, words_of
+from raytrl.plan.words import Words, processes_of, words_of
 from raytrl.records.outcome import Outcome
 from raytrl.records.progress import Progress
 from raytrl.rundir import RunDirectory, now
@@ -98,7 +98,7 @@ class Kind(ABC, Generic[R, O_co]):
         loads, notices = check_memory(run, room, shapes)
         notices += [f"memory is not estimated: {problem}" for problem in unknown]
         words = words_of(run, shapes, facts.rows, facts.words)
-        words.append(processes_of(run, cluster.where))
+        words += processes_of(run, cluster.where)
         if loads:
             words.append(("memory", f"about {', '.join(map(str, loads[:4]))}"))
         return Planned(need, words, [*in_words(chosen), *notices, *room.awaited(run)])
@@ -160,7 +160,7 @@ def run_to_end(kind: Kind[Any, O_co], command: str, fresh: bool, show: Show) -> 
             if standing.resume:
                 words.insert(-2, ("resume", standing.resume))
             _tell(planned.notices, show)
-            show(Progress("plan", text=as_text(words)))
+            show(Progress("plan", words=tuple(words)))
             _write_start(kind.loaded, run_dir, command)
             kind.begin(run_dir)
             with _failure_noted(run_dir):

@@ -24,7 +24,7 @@ from raytrl.plan.cluster import Cluster, Need
 from raytrl.plan.fit import fitted, in_words, with_chosen
 from raytrl.plan.shapes import read_shapes
 from raytrl.plan.where import check_one_node, joins_cluster, refuse_client
-from raytrl.plan.words import Words, as_text, words_of
+from raytrl.plan.words import Words, words_of
 from raytrl.records.outcome import Swept
 from raytrl.records.sweep import Trial
 from raytrl.rundir import RunDirectory
@@ -158,10 +158,10 @@ def _words(sweep: Sweep, at_once: AtOnce, facts: Facts) -> Words:
     searched = [f"{key}: {d.name} {list(d.arguments)}" for key, d in run.search.items()]
     stopping = "no trial is stopped early" if run.scheduler.name == "none" else f"{run.scheduler.name} stops early"
     limits = "".join(f"; {key} at most {value:g}" for key, value in run.limit.items())
-    of_base = as_text(words_of(base, read_shapes(base)[0], facts.rows, facts.words))
+    of_base = words_of(base, read_shapes(base)[0], facts.rows, facts.words)
     return [
         ("base", run.base),
-        *(("", line) for line in of_base.splitlines()),
+        *((f"  {subject}", sentence) for subject, sentence in of_base),
         *(("search" if i == 0 else "", line) for i, line in enumerate(searched)),
         ("trials", f"{run.num_trials} by {run.algorithm.name}"),
         ("aim", f"{run.mode} {run.metric}{limits}; {stopping}"),

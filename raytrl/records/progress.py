@@ -2,19 +2,21 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
+
+# plan: what is about to start; phase: what is being done; notice: what to know; earlier: of a step before this start.
+# Who takes events lists every kind and ends in `assert_never`, so that mypy names each of them when one is added here.
+ProgressKind = Literal["plan", "phase", "notice", "start", "step", "eval", "checkpoint", "failure", "earlier"]
 
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """What rank 0 of a learner tells the driver on its way (and any rank, for `failure`)."""
+    """What rank 0 of a learner tells the driver on its way (and any rank, for `failure`), or the driver its display."""
 
-    kind: (
-        str  # phase | notice | start | step | eval | checkpoint | done | failure; earlier: of a step before this start
-    )
+    kind: ProgressKind
     step: int = 0
     total_steps: int = 0
-    text: str = ""  # phase: what is being done; notice: what to know; failure: rank, node and cause
+    text: str = ""  # plan, phase, notice: words for people; failure: rank, node and cause
     metrics: Mapping[str, float] = field(default_factory=dict)
     details: str = ""  # failure: the traceback
     final: bool = False  # failure: a restart would fail the same way

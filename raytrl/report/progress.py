@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, assert_never
 
 from rich.console import Console
 from rich.markup import escape
@@ -58,18 +58,31 @@ class Display:
 
     def show(self, event: Event) -> None:
         """Renders one piece of progress."""
-        handler = getattr(self, f"_on_{event.kind}", None)
-        if handler is not None:
-            handler(event)
+        match event.kind:
+            case "plan":
+                self._on_plan(event)
+            case "notice":
+                self._on_notice(event)
+            case "phase":
+                self._describe(escape(event.text))
+            case "start":
+                self._on_start(event)
+            case "step":
+                self._on_step(event)
+            case "eval":
+                self._on_eval(event)
+            case "failure":
+                self._on_failure(event)
+            case "checkpoint" | "earlier":
+                pass
+            case _:
+                assert_never(event.kind)
 
     def _on_plan(self, event: Event) -> None:
         self._console.print(Panel(Text(event.text), title=escape(self._title), title_align="left", expand=False))
 
     def _on_notice(self, event: Event) -> None:
         self._console.print(f"[yellow]note:[/] {escape(event.text)}", highlight=False)
-
-    def _on_phase(self, event: Event) -> None:
-        self._describe(escape(event.text))
 
     def _describe(self, text: str, **values: Any) -> None:
         if not self._console.is_terminal:

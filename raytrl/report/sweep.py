@@ -1,7 +1,7 @@
 """A sweep on the terminal: a live table of its trials, and the closing one."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, assert_never
 
 from rich.console import Console
 from rich.live import Live
@@ -37,12 +37,18 @@ class SweepDisplay:
 
     def show(self, event: Progress) -> None:
         """Renders the plan, a notice or a failure."""
-        if event.kind == "plan":
-            self._console.print(Panel(Text(event.text), title=escape(self._title), title_align="left", expand=False))
-        elif event.kind == "notice":
-            self._console.print(f"[yellow]note:[/] {escape(event.text)}", highlight=False)
-        elif event.kind == "failure":
-            self._console.print(f"[yellow]failed:[/] {escape(event.text)}", highlight=False, soft_wrap=True)
+        match event.kind:
+            case "plan":
+                text = Text(event.text)
+                self._console.print(Panel(text, title=escape(self._title), title_align="left", expand=False))
+            case "notice":
+                self._console.print(f"[yellow]note:[/] {escape(event.text)}", highlight=False)
+            case "failure":
+                self._console.print(f"[yellow]failed:[/] {escape(event.text)}", highlight=False, soft_wrap=True)
+            case "phase" | "start" | "step" | "eval" | "checkpoint" | "earlier":
+                pass  # of one trial; the table shows them
+            case _:
+                assert_never(event.kind)
 
     def show_trials(self, trials: Sequence[Trial]) -> None:
         """Draws the table anew; where there is no terminal, a line for each change of a trial's state."""

@@ -20,7 +20,6 @@ EVENTS = [
     Progress("start", 2, 3),
     Progress("step", 3, 3, metrics={"loss": 1.5, "time/step_s": 0.5}),
     Progress("eval", 3, 3, metrics={"eval_loss": 1.25, "eval_runtime": 9.0}),
-    Progress("done", 3, 3),
 ]
 
 

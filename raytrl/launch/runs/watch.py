@@ -3,7 +3,7 @@
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, assert_never
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -102,29 +102,42 @@ class Watch:
             self._handle(event)
 
     def _handle(self, event: Progress) -> None:
-        if event.kind == "earlier":
-            self._catch_up(event)
-            return
-        if event.kind == "start":
-            if self._attempts == 0:
-                self._clock["workers_s"] = time.time() - self._began
-            self._attempts += 1
-            self._failure = None
-            self._note_workers(event)
-            self._log.rewind(event.step)
-            self._samples.rewind(event.step)
-        elif event.kind in ("step", "eval"):
-            if not self._stepped:
-                self._stepped = True
-                self._clock["first_step_s"] = time.time() - self._began
-            self._log.append({"step": event.step, **event.metrics})
-            self._samples.extend(event.samples)
-        elif event.kind == "checkpoint" and not self._run_dir.is_local:
-            self._log.flush()
-            self._samples.flush()
-        elif event.kind == "failure":
-            self._note_failure(event)
+        match event.kind:
+            case "earlier":
+                self._catch_up(event)
+                return
+            case "start":
+                self._note_start(event)
+            case "step" | "eval":
+                self._note_step(event)
+            case "checkpoint":
+                if not self._run_dir.is_local:
+                    self._log.flush()
+                    self._samples.flush()
+            case "failure":
+                self._note_failure(event)
+            case "plan" | "phase" | "notice":
+                pass  # only shown
+            case _:
+                assert_never(event.kind)
         self._show(event)
+
+    def _note_start(self, event: Progress) -> None:
+        """A group of workers begins, at the step of the checkpoint that it loaded."""
+        if self._attempts == 0:
+            self._clock["workers_s"] = time.time() - self._began
+        self._attempts += 1
+        self._failure = None
+        self._note_workers(event)
+        self._log.rewind(event.step)
+        self._samples.rewind(event.step)
+
+    def _note_step(self, event: Progress) -> None:
+        if not self._stepped:
+            self._stepped = True
+            self._clock["first_step_s"] = time.time() - self._began
+        self._log.append({"step": event.step, **event.metrics})
+        self._samples.extend(event.samples)
 
     def _catch_up(self, event: Progress) -> None:
         """Writes down what a driver that died did not."""

@@ -1,7 +1,7 @@
 """What a run shows in Ray's metrics: gauges that Ray's dashboard and Prometheus read as `ray_raytrl_…`."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, assert_never
 
 from ray.util.metrics import Gauge
 
@@ -61,15 +61,23 @@ class StepGauges:
 
     def take(self, event: Progress) -> None:
         """Of any kind; most change nothing."""
-        if event.kind == "start":
-            self._gauges.set("raytrl_restarts", self._starts, role="learner")
-            self._starts += 1
-            self._tokens = None
-        if event.kind in ("start", "step"):
-            self._gauges.set("raytrl_step", event.step)
-            self._gauges.set("raytrl_total_steps", event.total_steps)
-        if event.kind == "step":
-            self._take_metrics(event.step, event.metrics)
+        match event.kind:
+            case "start":
+                self._gauges.set("raytrl_restarts", self._starts, role="learner")
+                self._starts += 1
+                self._tokens = None
+                self._set_step(event)
+            case "step":
+                self._set_step(event)
+                self._take_metrics(event.step, event.metrics)
+            case "plan" | "phase" | "notice" | "eval" | "checkpoint" | "failure" | "earlier":
+                pass
+            case _:
+                assert_never(event.kind)
+
+    def _set_step(self, event: Progress) -> None:
+        self._gauges.set("raytrl_step", event.step)
+        self._gauges.set("raytrl_total_steps", event.total_steps)
 
     def _take_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         for name, key in _FROM_METRICS.items():

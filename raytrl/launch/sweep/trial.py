@@ -4,7 +4,7 @@ import os
 import traceback
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, assert_never
 
 from raytrl.config.load import LoadedRun
 from raytrl.config.runs.base import Run
@@ -106,15 +106,26 @@ class TrialReports:
             TrialStoppedError: a limited metric stays over its limit.
             RunError: the run does not log a metric that the sweep needs.
         """
-        if event.kind == "start" and event.step > self._step + 1:
-            # Of the start that was cut off: schedulers see a trial as a whole.
-            for row in self._run_dir.rows("metrics.jsonl"):
-                if row["step"] <= event.step:
-                    self._take(row["step"], event.total_steps, row)
-        elif event.kind in ("step", "eval"):
-            if event.kind == "step":
+        match event.kind:
+            case "start":
+                self._catch_up(event)
+            case "step":
                 self._check_known(event.metrics)
-            self._take(event.step, event.total_steps, event.metrics)
+                self._take(event.step, event.total_steps, event.metrics)
+            case "eval":
+                self._take(event.step, event.total_steps, event.metrics)
+            case "plan" | "phase" | "notice" | "checkpoint" | "failure" | "earlier":
+                pass  # no metrics; how a trial ends says `run_trial`
+            case _:
+                assert_never(event.kind)
+
+    def _catch_up(self, event: Progress) -> None:
+        """Takes the steps of a start that was cut off: schedulers see a trial as a whole."""
+        if event.step <= self._step + 1:
+            return
+        for row in self._run_dir.rows("metrics.jsonl"):
+            if row["step"] <= event.step:
+                self._take(row["step"], event.total_steps, row)
 
     def _take(self, step: int, total_steps: int, metrics: Mapping[str, float]) -> None:
         if cause := self._limits.take(step, metrics):

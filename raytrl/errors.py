@@ -1,8 +1,25 @@
 """The exceptions that raytrl raises on purpose.
 
+    RaytrlError                    1
+    ├── ConfigError                2   the request is wrong
+    │   ├── DataError
+    │   └── ResourceError
+    ├── RunError                   1   a run was started and failed
+    │   ├── WorkerError
+    │   ├── StalledError
+    │   ├── RewardError
+    │   ├── NonFiniteError
+    │   ├── WeightsVersionError
+    │   ├── WeightsGoneError
+    │   ├── WeightGroupError
+    │   └── StaleAttemptError
+    └── TrialStoppedError          1   of a sweep
+
+The number is `exit_status`, which the command line exits with: 2 when nothing was started, 1 when a run failed.
+
 Each takes exactly one string, so that every one of them pickles across Ray unchanged. Messages read
-*where: what is wrong; found; expected; what to do*. `exit_status` is what the command line exits with:
-2 when the request itself is wrong (nothing was started), 1 when a run failed.
+*where: what is wrong; found; expected; what to do*. A new one goes below the class whose exit status it has: a
+docstring that says what happened, no `__init__`, and a line in this tree.
 """
 
 

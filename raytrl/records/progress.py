@@ -6,14 +6,14 @@ from typing import Any, Literal
 
 # plan: what is about to start; phase: what is being done; notice: what to know; earlier: of a step before this start.
 # Who takes events lists every kind and ends in `assert_never`, so that mypy names each of them when one is added here.
-Kind = Literal["plan", "phase", "notice", "start", "step", "eval", "checkpoint", "failure", "earlier"]
+ProgressKind = Literal["plan", "phase", "notice", "start", "step", "eval", "checkpoint", "failure", "earlier"]
 
 
 @dataclass(frozen=True, slots=True)
 class Progress:
     """What rank 0 of a learner tells the driver on its way (and any rank, for `failure`), or the driver its display."""
 
-    kind: Kind
+    kind: ProgressKind
     step: int = 0
     total_steps: int = 0
     text: str = ""  # phase, notice: words for people; failure: rank, node and cause

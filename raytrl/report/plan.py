@@ -43,7 +43,9 @@ def _memory(plan: Plan) -> Table:
             continue
         parts = [f"{name} {size:.2f}" for name, size in role.memory_gib.items() if size >= 0.005]
         there = "?" if role.room_gib is None else f"{role.room_gib:.1f}"
-        table.add_row(f"{role.key} ({role.device})", f"{sum(role.memory_gib.values()):.2f}", there, ", ".join(parts))
+        beside = f"; + {role.host_gib:.1f} GiB RAM" if role.host_gib else ""  # a GPU's process, and what is offloaded
+        words = ", ".join(parts) + beside
+        table.add_row(f"{role.key} ({role.device})", f"{sum(role.memory_gib.values()):.2f}", there, words)
     first = next((what for what, _, _ in plan.shared if what.startswith("RAM of ")), None)
     for what, taken, size in plan.shared[: 2 * _MANY]:
         whose = "all processes, the driver and Ray" if what == first else "all processes"

@@ -85,6 +85,24 @@ def test_a_large_model_on_a_described_cluster(tmp_path: Path) -> None:
     assert role.memory_gib["optimizer"] == pytest.approx(12 * 8.03e9 / 8 / 2**30, rel=0.01)
 
 
+def test_ram_beside_a_gpu_is_shown(tmp_path: Path) -> None:
+    """An 8B model's optimizer on 8 GPUs is 120 GB of RAM when it is offloaded: 16 bytes a parameter."""
+    zero = {"stage": 3, "offload_optimizer": {"device": "cpu"}}
+    found = planned(large(tmp_path, learner=ON_GPUS | {"deepspeed": {"zero_optimization": zero}}), cluster=NODES)
+    (role,) = found.roles
+    assert role.host_gib > 16 * 8.03e9 / 8 / 2**30
+    (line,) = [line for line in shown(found).splitlines() if line.startswith("learner.workers (GPU)")]
+    assert line.endswith(f"; + {role.host_gib:.1f} GiB RAM")
+    assert "GiB RAM" not in shown(planned(sft(tmp_path, learner={"workers": 1}))).partition("memory, GiB")[2]
+
+
+def shown(found: Plan) -> str:
+    console = Console(width=200)
+    with console.capture() as capture:
+        console.print(plan_view(found))
+    return "\n".join(line.rstrip() for line in capture.get().splitlines())
+
+
 def test_what_cannot_fit_names_the_setting_that_would(tmp_path: Path) -> None:
     """16 bytes a parameter are 120 GiB; sharded over 8 GPUs they are 15."""
     file = large(tmp_path, training={"model_init_kwargs": {"dtype": "float32"}})
@@ -134,10 +152,7 @@ def test_ppo_on_two_nodes_and_models_that_are_elsewhere(tmp_path: Path) -> None:
     words = dict(found.words)
     assert words["update"] == "4 optimizer steps = 2 epochs x 2 minibatches of 8 responses"
     assert words["steps"] == "8; 128 responses, 128 prompts = 3.2 epochs of 40 prompts"
-    console = Console(width=140)
-    with console.capture() as capture:
-        console.print(plan_view(found))
-    assert "8.03 billion parameters" in capture.get()
+    assert "8.03 billion parameters" in shown(found)
 
 
 def test_vllm_takes_its_share_of_a_gpu_whole(tmp_path: Path) -> None:

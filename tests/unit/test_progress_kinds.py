@@ -13,7 +13,7 @@ from rich.console import Console
 from raytrl.launch.runs.watch import Watch
 from raytrl.launch.session.gauges import StepGauges
 from raytrl.launch.sweep.trial import TrialReports
-from raytrl.records.progress import Kind, Progress
+from raytrl.records.progress import Progress, ProgressKind
 from raytrl.report.progress import Display
 from raytrl.report.sweep import SweepDisplay
 from raytrl.rundir import RunDirectory
@@ -54,7 +54,7 @@ TAKERS = [display, sweep_display, trial_reports, step_gauges, watch]
 def test_every_kind_is_taken_and_no_other(taker: Callable[[Path], Take], tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     take = taker(tmp_path)
-    for kind in get_args(Kind):
+    for kind in get_args(ProgressKind):
         take(Progress(kind, 4, 4, text="text", metrics={"loss": 1.0, "time/step_s": 1.0}))
     misspelt: Any = "stepp"
     with pytest.raises(AssertionError, match="stepp"):
@@ -64,4 +64,4 @@ def test_every_kind_is_taken_and_no_other(taker: Callable[[Path], Take], tmp_pat
 def test_every_kind_that_is_listed_is_sent_by_somebody() -> None:
     text = "".join(path.read_text() for path in Path("raytrl").rglob("*.py"))
     sent = set(re.findall(r'(?:Progress\(|_send\(|kind=)\s*"(\w+)"', text))
-    assert set(get_args(Kind)) <= sent
+    assert set(get_args(ProgressKind)) <= sent

@@ -1,5 +1,7 @@
 """What an update adds up: the losses of micro-batches, and the sums that its metrics come from."""
 
+from typing import Generic, NamedTuple, TypeVar
+
 import torch
 from torch import Tensor
 
@@ -7,6 +9,8 @@ from raytrl.algo.losses import PolicyLoss, ValueLoss, policy_loss, value_loss
 from raytrl.config.sections.ppo import PpoSection
 from raytrl.roles.learner.collectives import sum_over_workers
 from raytrl.roles.learner.experience import Experience
+
+T = TypeVar("T")
 
 
 class Part:
@@ -46,11 +50,24 @@ class Part:
         )
 
 
+class _Sums(NamedTuple, Generic[T]):
+    """What is added up over parts, and over workers in one call; over response tokens, where it says sum."""
+
+    policy_loss: T
+    value_loss: T
+    approxkl_sum: T
+    policy_clipped_sum: T
+    value_clipped_sum: T
+    ratio_sum: T
+    ratio_square_sum: T
+    entropy_sum: T
+
+
 class Totals:
     """Sums over the parts of a step's update, added over workers once at its end."""
 
     def __init__(self, device: torch.device) -> None:
-        self._sums = torch.zeros(8, dtype=torch.float64, device=device)
+        self._sums = torch.zeros(len(_Sums._fields), dtype=torch.float64, device=device)
         self._norms: list[float] = []
         self._num_tokens = 0.0
         self.max_log_ratio = torch.zeros((), device=device)
@@ -61,8 +78,16 @@ class Totals:
         return len(self._norms)
 
     def add_part(self, policy: PolicyLoss, value: ValueLoss, entropy_sum: Tensor) -> None:
-        sums = [policy.loss, value.loss, policy.approxkl_sum, policy.clipped_sum, value.clipped_sum]
-        sums += [policy.ratio_sum, policy.ratio_square_sum, entropy_sum]
+        sums = _Sums(
+            policy_loss=policy.loss,
+            value_loss=value.loss,
+            approxkl_sum=policy.approxkl_sum,
+            policy_clipped_sum=policy.clipped_sum,
+            value_clipped_sum=value.clipped_sum,
+            ratio_sum=policy.ratio_sum,
+            ratio_square_sum=policy.ratio_square_sum,
+            entropy_sum=entropy_sum,
+        )
         self._sums += torch.stack([x.detach().double() for x in sums])
         self.max_log_ratio = torch.maximum(self.max_log_ratio, policy.max_log_ratio)
 
@@ -72,17 +97,17 @@ class Totals:
 
     def metrics(self) -> dict[str, float]:
         """Token means over all epochs; losses and gradient norm are means over optimizer steps."""
-        sums = sum_over_workers(self._sums).tolist()
+        sums: _Sums[float] = _Sums(*sum_over_workers(self._sums).tolist())
         steps, tokens = max(1, self.optimizer_steps), max(1.0, self._num_tokens)
-        ratio = sums[5] / tokens
+        ratio = sums.ratio_sum / tokens
         return {
-            "loss/policy_avg": sums[0] / steps,
-            "loss/value_avg": sums[1] / steps,
-            "policy/approxkl_avg": sums[2] / tokens,
-            "policy/clipfrac_avg": sums[3] / tokens,
-            "val/clipfrac_avg": sums[4] / tokens,
+            "loss/policy_avg": sums.policy_loss / steps,
+            "loss/value_avg": sums.value_loss / steps,
+            "policy/approxkl_avg": sums.approxkl_sum / tokens,
+            "policy/clipfrac_avg": sums.policy_clipped_sum / tokens,
+            "val/clipfrac_avg": sums.value_clipped_sum / tokens,
             "val/ratio": ratio,
-            "val/ratio_var": max(sums[6] / tokens - ratio * ratio, 0.0),
-            "policy/entropy_avg": sums[7] / tokens,
+            "val/ratio_var": max(sums.ratio_square_sum / tokens - ratio * ratio, 0.0),
+            "policy/entropy_avg": sums.entropy_sum / tokens,
             "val/grad_norm": sum(self._norms) / steps,
         }

@@ -14,7 +14,7 @@ from raytrl.config.runs.supervised import SupervisedRun
 from raytrl.config.sections.model import TokenizerSpec
 from raytrl.data import load_data
 from raytrl.errors import DataError, NonFiniteError
-from raytrl.records.progress import Kind, Progress
+from raytrl.records.progress import Progress, ProgressKind
 from raytrl.roles.context import WorkerContext
 from raytrl.roles.device import check_cpu, peak_memory_gib
 from raytrl.roles.job import Job
@@ -66,7 +66,7 @@ class TrainerReporter(TrainerCallback):  # type: ignore[misc]  # transformers' c
             self._send("eval", state, {key: value for key, value in metrics.items() if not key.endswith("_per_second")})
             self._restart_clock(state)
 
-    def _send(self, kind: Kind, state: TrainerState, metrics: dict[str, float]) -> None:
+    def _send(self, kind: ProgressKind, state: TrainerState, metrics: dict[str, float]) -> None:
         if self._context.rank == 0:
             self._context.progress(Progress(kind, state.global_step, state.max_steps, metrics=metrics))
 

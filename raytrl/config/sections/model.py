@@ -18,7 +18,10 @@ class TokenizerSpec(Section):
     @model_validator(mode="after")
     def _distinct(self) -> "TokenizerSpec":
         if self.eos_token == self.pad_token:
-            raise ValueError("eos_token and pad_token must differ: padding would otherwise hide the end of a text")
+            raise ValueError(
+                f"pad_token: padding would hide the end of a text; found: {self.pad_token!r}, as eos_token; expected: "
+                f"another token"
+            )
         return self
 
 

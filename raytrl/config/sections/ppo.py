@@ -23,7 +23,7 @@ class KlSection(Section):
     @model_validator(mode="after")
     def _check(self) -> "KlSection":
         if self.target is not None and self.coef == 0.0:
-            raise ValueError("kl.target adapts kl.coef by factors, and 0 stays 0; found coef 0; give a positive coef")
+            raise ValueError("coef: target adapts it by factors, and 0 stays 0; found: 0; expected: a positive coef")
         return self
 
 
@@ -59,13 +59,13 @@ class PpoSection(Section):
     def _check(self) -> "PpoSection":
         if self.batch_size % self.responses_per_prompt:
             raise ValueError(
-                f"batch_size counts responses, so it must be a multiple of responses_per_prompt; found "
-                f"batch_size={self.batch_size}, responses_per_prompt={self.responses_per_prompt}"
+                f"batch_size: counts responses; found: {self.batch_size}; expected: a multiple of responses_per_prompt "
+                f"{self.responses_per_prompt}"
             )
         if self.batch_size % self.minibatches:
             raise ValueError(
-                f"batch_size must be a multiple of minibatches, so that every optimizer step sees as many responses; "
-                f"found batch_size={self.batch_size}, minibatches={self.minibatches}"
+                f"batch_size: every optimizer step sees as many responses; found: {self.batch_size}; expected: a multiple "
+                f"of minibatches {self.minibatches}"
             )
         return self
 

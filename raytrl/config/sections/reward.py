@@ -51,8 +51,8 @@ class SourceSection(Section):
     def _check_weight(cls, weight: float) -> float:
         if weight == 0 or not math.isfinite(weight):
             raise ValueError(
-                f"a weight of {weight} makes the source do nothing or everything; expected a finite number other "
-                "than 0; to turn a source off, remove it"
+                f"makes the source do nothing or everything; found: {weight}; expected: a finite number other than 0; to "
+                f"turn a source off, remove it"
             )
         return weight
 
@@ -60,14 +60,14 @@ class SourceSection(Section):
     @classmethod
     def _check_function(cls, function: str | None) -> str | None:
         if function is not None and not _FUNCTION.fullmatch(function):
-            raise ValueError(f"not a reward function: found {function!r}; expected file.py:name or package.module:name")
+            raise ValueError(f"no reward function; found: {function!r}; expected: file.py:name or package.module:name")
         return function
 
     @field_validator("url")
     @classmethod
     def _check_url(cls, url: str | None) -> str | None:
         if url is not None and not re.match(r"https?://[^/\s]", url):
-            raise ValueError(f"not an address to POST to: found {url!r}; expected http://... or https://...")
+            raise ValueError(f"no address to POST to; found: {url!r}; expected: http://... or https://...")
         return url
 
     @model_validator(mode="after")
@@ -75,14 +75,14 @@ class SourceSection(Section):
         given = [key for key in ("model", "function", "url") if getattr(self, key) is not None]
         if len(given) != 1:
             raise ValueError(
-                f"source {self.name!r}: found {' and '.join(given) or 'none of model, function, url'}; "
-                "expected exactly one of model, function, url; for two kinds of score write two sources"
+                f"source {self.name!r}; found: {' and '.join(given) or 'none of model, function, url'}; expected: exactly "
+                f"one of model, function, url; for two kinds of score write two sources"
             )
         for key, (kind, nothing) in _ONLY_FOR.items():
             if kind != self.kind and getattr(self, key) != nothing:
                 raise ValueError(
-                    f"source {self.name!r}: {key} does nothing for a {self.kind} source; found "
-                    f"{getattr(self, key)!r}; only a {kind} source reads it; remove it"
+                    f"{key}: does nothing for a {self.kind} source; found: {getattr(self, key)!r} in source "
+                    f"{self.name!r}; expected: a {kind} source, or no {key}"
                 )
         return self
 
@@ -114,7 +114,7 @@ class RewardSection(Section):
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(
-                f"two sources share a name: found {twice} more than once; expected unique names; rename one"
+                f"two sources share a name; found: {twice} more than once; expected: unique names; rename one"
             )
         return sources
 
@@ -122,7 +122,7 @@ class RewardSection(Section):
     def _check_budget(self) -> Self:
         if self.on_error == "fail" and self.max_dropped_fraction is not None:
             raise ValueError(
-                f"max_dropped_fraction does nothing with on_error: fail; found {self.max_dropped_fraction}; "
-                "expected on_error: drop, or no max_dropped_fraction"
+                f"max_dropped_fraction: does nothing with on_error: fail; found: {self.max_dropped_fraction}; "
+                f"expected: on_error: drop, or no max_dropped_fraction"
             )
         return self

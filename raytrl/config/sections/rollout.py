@@ -28,9 +28,9 @@ class SamplingSection(Section):
         for name in TRUNCATING:
             if isinstance(values, dict) and name in values:
                 raise ValueError(
-                    f"{name} is refused: it changes the distribution that responses are drawn from, while PPO's ratio "
-                    f"compares full distributions, so it would be wrong before the first update; found "
-                    f"{name}={values[name]!r}; remove it (temperature and max_new_tokens are safe)"
+                    f"{name}: is refused: it changes the distribution that responses are drawn from, while PPO's ratio "
+                    f"compares full distributions, so it would be wrong before the first update; found: "
+                    f"{values[name]!r}; remove it (temperature and max_new_tokens are safe)"
                 )
         return values
 
@@ -38,11 +38,11 @@ class SamplingSection(Section):
     def _check(self) -> "SamplingSection":
         if not self.temperature > 0:
             raise ValueError(
-                f"temperature must be greater than 0 (PPO needs sampled responses; evaluation is greedy by "
-                f"eval.greedy); found {self.temperature}"
+                f"temperature: PPO needs sampled responses, and evaluation is greedy by eval.greedy; found: "
+                f"{self.temperature}; expected: more than 0"
             )
         if self.stop is not None and not all(self.stop):
-            raise ValueError("stop must not hold an empty string: every response would end at once")
+            raise ValueError("stop: every response would end at once; found: ''; expected: no empty string")
         return self
 
 

@@ -3,10 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from raytrl.config.sections.base import Strategy
-from raytrl.config.sections.learner import LearnerSection
-from raytrl.config.sections.reward import RewardSection
-from raytrl.config.sections.rollout import RolloutSection
+from raytrl.config.sections.base import ProcessSection, Strategy
 from raytrl.errors import ConfigError
 
 ADDED = "added node "
@@ -37,7 +34,7 @@ class Group:
     labels: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, key: str, count: int, section: LearnerSection | RolloutSection | RewardSection) -> "Group":
+    def of(cls, key: str, count: int, section: ProcessSection) -> "Group":
         """From a section of the run file."""
         return cls(key, count, section.resources, section.placement, section.labels)
 

@@ -233,7 +233,7 @@ def rollout_actor(run: PpoRun | EvalRun, shape: ModelShape) -> Estimate:
     """One rollout actor: weights, and with transformers the key-value cache of the chunk in hand."""
     if run.rollout.engine == "vllm":
         return _vllm_actor(run, shape)
-    on_gpu = run.rollout.resources.get("GPU", 0) > 0
+    on_gpu = run.rollout.uses_gpu
     size = _size(run.model.dtype, run.learner.uses_gpu if isinstance(run, PpoRun) else on_gpu)
     samples = run.ppo.responses_per_prompt if isinstance(run, PpoRun) else 1
     rows = run.rollout.chunk_prompts * samples
@@ -251,7 +251,7 @@ def rollout_actor(run: PpoRun | EvalRun, shape: ModelShape) -> Estimate:
 
 def _vllm_actor(run: PpoRun | EvalRun, shape: ModelShape) -> Estimate:
     """One rollout actor with vLLM; on a GPU its cache takes what is left of its share."""
-    on_gpu = run.rollout.resources.get("GPU", 0) > 0
+    on_gpu = run.rollout.uses_gpu
     size = _size(run.model.dtype, run.learner.uses_gpu if isinstance(run, PpoRun) else on_gpu)
     tokens = run.rollout.engine_args.get("max_num_batched_tokens") or _VLLM_BATCH
     weights = shape.parameters * float(size)
@@ -271,7 +271,7 @@ def _vllm_actor(run: PpoRun | EvalRun, shape: ModelShape) -> Estimate:
 
 def reward_actor(run: PpoRun | EvalRun, shapes: Mapping[str, ModelShape]) -> Estimate:
     """One reward actor: each of its models (by source name), and a process for each function."""
-    on_gpu = run.reward.resources.get("GPU", 0) > 0
+    on_gpu = run.reward.uses_gpu
     weights = batch = largest = 0.0
     functions = sum(source.kind == "function" for source in run.reward.sources)
     for source in run.reward.sources:

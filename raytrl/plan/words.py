@@ -93,7 +93,7 @@ def words_of(run: Run, shapes: dict[str, ModelShape], rows: dict[str, int], step
         words.append(("training", f"{tuned}, {how}"))
     if isinstance(run, PpoRun | EvalRun):
         cache = " (key-value cache: what is left of its share of the GPU)"
-        on_gpu = run.rollout.engine == "vllm" and run.rollout.resources.get("GPU")
+        on_gpu = run.rollout.engine == "vllm" and run.rollout.uses_gpu
         words.append(("rollout", engine_words(run.asked) + (cache if on_gpu else "")))
     if isinstance(run, PpoRun):
         by = "NCCL" if run.learner.uses_gpu else "gloo"

@@ -262,6 +262,7 @@ def test_a_key_that_raytrl_owns_is_sent_to_its_owner(key: str, owner: str) -> No
         ("training.eval_strategy=steps", ["training.eval_strategy", "data.eval is missing"]),
         ("training.fp16=true", ["training.fp16", "needs a GPU"]),
         ("kind=[sft]", ["kind", "['sft']", "sft, reward, dpo"]),
+        ("learner.resources={CPU: .nan}", ["learner.resources: found: {'CPU': nan}"]),
     ],
 )
 def test_a_wrong_value_names_key_and_value(override: str, parts: list[str]) -> None:
@@ -279,6 +280,7 @@ def test_a_wrong_value_names_key_and_value(override: str, parts: list[str]) -> N
         ),
         ("reward.sources.0.url=http://a", "reward.sources.0: source 'rule'; found: function and url; "),
         ("reward.sources=[]", "reward.sources: tuple should have at least 1 item"),
+        ("rollout.resources={CPU: 0}", "rollout.resources: found: {'CPU': 0.0}; expected: positive amounts"),
         ("rollout.sampling.top_p=0.9", "rollout.sampling.top_p: is refused"),
         ("ppo.kl={target: 3, coef: 0}", "ppo.kl.coef: target adapts it by factors"),
     ],
@@ -287,6 +289,13 @@ def test_a_wrong_value_deep_in_a_section_is_one_line_with_its_whole_key(override
     message = error_of(PPO, override)
     assert "\n" not in message
     assert answer in message
+
+
+def test_a_reward_actor_may_take_nothing() -> None:
+    run = load(PPO, "reward.resources={}").run
+    assert isinstance(run, PpoRun)
+    assert run.reward.resources == {}
+    assert not run.reward.uses_gpu
 
 
 def test_a_problem_of_the_file_names_its_line() -> None:

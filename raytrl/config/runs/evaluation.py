@@ -55,10 +55,6 @@ class EvalRun(Run):
         reference = self.reference.path
         return Asked(self.rollout, paths if reference is None else [*paths, reference], logprobs=reference is not None)
 
-    @property
-    def uses_gpu(self) -> bool:
-        return self.rollout.resources.get("GPU", 0) > 0
-
     @model_validator(mode="after")
     def _agreement(self) -> "EvalRun":
         # auto becomes a name here, so that the run file in the run directory says what a run was made with.
@@ -72,8 +68,6 @@ class EvalRun(Run):
             if (value := getattr(model, key)) is not None:
                 problems.append(f"model.{key}: does nothing for eval; found: {value!r}; leave it out")
         problems += engine_problems(self.asked)
-        if any(amount <= 0 for amount in rollout.resources.values()) or not rollout.resources:
-            problems.append(f"rollout.resources: found: {rollout.resources}; expected: amounts above 0")
         if rollout.samples != RolloutSection().samples:
             problems.append(
                 f"rollout.samples: does nothing for eval, which writes every response; found: {rollout.samples}; leave "

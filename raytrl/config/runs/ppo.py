@@ -92,8 +92,6 @@ class PpoRun(TrainingRun):
         problems += engine_problems(self.asked)
         if self.rollout.weight_transfer == "broadcast":
             problems += transfer_problems(self.rollout, self.learner)
-        if any(amount <= 0 for amount in self.rollout.resources.values()) or not self.rollout.resources:
-            problems.append(f"rollout.resources: found: {self.rollout.resources}; expected: amounts above 0")
         if "all" in self.report_to:
             problems.append("report_to: ppo needs trackers by name; found: 'all'; expected: for example [wandb]")
         return problems

@@ -5,16 +5,13 @@ from typing import Any
 from pydantic import Field, field_validator, model_validator
 
 from raytrl.config.foreign.deepspeed import read_deepspeed, zero_stage
-from raytrl.config.sections.base import Section, Strategy
+from raytrl.config.sections.base import ProcessSection, Section
 
 
-class LearnerSection(Section):
+class LearnerSection(ProcessSection):
     """The Ray Train workers that hold and update the network."""
 
     workers: int | tuple[int, int] = Field(default=1, description="a number, or [min, max]: elastic")
-    resources: dict[str, float] = Field(default={"CPU": 1}, description="of each worker; {GPU: 1} on GPU nodes")
-    placement: Strategy = Field(default="pack", description="of the workers on the nodes")
-    labels: dict[str, str] = Field(default={}, description="only nodes with these labels, in Ray's label selectors")
     deepspeed: dict[str, Any] | None = Field(default=None, description="a DeepSpeed JSON file, or its keys")
     max_failures: int = Field(default=3, ge=0, description="worker-group restarts before the run fails")
     start_timeout_s: float = Field(default=120, gt=0, description="for all workers to be placed and started")
@@ -33,10 +30,6 @@ class LearnerSection(Section):
     def max_workers(self) -> int:
         return self.workers if isinstance(self.workers, int) else self.workers[1]
 
-    @property
-    def uses_gpu(self) -> bool:
-        return self.resources.get("GPU", 0) > 0
-
     @model_validator(mode="after")
     def _sane(self) -> "LearnerSection":
         if not 1 <= self.min_workers <= self.max_workers:
@@ -46,8 +39,6 @@ class LearnerSection(Section):
                 "workers: an elastic number cannot go with deepspeed: a ZeRO checkpoint loads only on as many workers "
                 "as wrote it; give one number, or leave deepspeed out"
             )
-        if any(amount <= 0 for amount in self.resources.values()) or not self.resources:
-            raise ValueError(f"resources: found: {self.resources}; expected: positive amounts, such as {{CPU: 1}}")
         return self
 
 

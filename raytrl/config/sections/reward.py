@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from raytrl.config.sections.base import Section, Strategy
+from raytrl.config.sections.base import ProcessSection, Section
 
 DEFAULT_MAX_DROPPED_FRACTION = 0.05
 
@@ -87,16 +87,14 @@ class SourceSection(Section):
         return self
 
 
-class RewardSection(Section):
+class RewardSection(ProcessSection):
     """The reward actors and the sources that each of them holds."""
 
     sources: Annotated[tuple[SourceSection, ...], Field(min_length=1)]
     actors: Annotated[int, Field(ge=1)] = 1
     resources: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] = Field(
         default_factory=lambda: {"CPU": 1.0}
-    )  # of each actor
-    placement: Strategy = "pack"  # of the actors on the nodes
-    labels: dict[str, str] = Field(default_factory=dict)  # only nodes with these labels, in Ray's label selectors
+    )  # of each actor; amounts may be 0, where a url does the work
     on_error: Literal["fail", "drop"] = "fail"
     max_dropped_fraction: Annotated[float, Field(ge=0, le=1)] | None = None  # drop: null is 0.05
 

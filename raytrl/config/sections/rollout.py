@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt, model_validator
 
-from raytrl.config.sections.base import Section, Strategy
+from raytrl.config.sections.base import ProcessSection, Section
 
 # Truncated sampling draws from another distribution than the one whose log-probs PPO learns from: at top_p 0.8 a
 # user measured a mean ratio of 0.896 before any update (huggingface/trl#7269).
@@ -46,13 +46,10 @@ class SamplingSection(Section):
         return self
 
 
-class RolloutSection(Section):
+class RolloutSection(ProcessSection):
     """The actors that sample responses."""
 
     actors: PositiveInt = 1
-    resources: dict[str, float] = Field(default={"CPU": 1})
-    placement: Strategy = "pack"  # of the actors on the nodes
-    labels: dict[str, str] = Field(default={})  # only nodes with these labels, in Ray's label selectors
     engine: Literal["auto", "vllm", "transformers"] = "auto"
     engine_args: dict[str, Any] = Field(default={})
     sampling: SamplingSection = SamplingSection()

@@ -21,7 +21,7 @@ def check_eval(run: EvalRun) -> str:
         if path is not None:
             check_model_path(path, key)
     check_sources(run.reward)
-    if not run.uses_gpu and not joins_cluster(run):
+    if not run.rollout.uses_gpu and not joins_cluster(run):
         check_cpu(run)
     words = ""
     for key, (path, tokenizer) in reversed(run.models.items()):

@@ -30,10 +30,15 @@ class Run(Section):
     """What every kind of run has."""
 
     kind: str
-    name: str = Field(description="the run directory is <output_dir>/<name>")
-    output_dir: str = Field(default="runs", description="a local or shared path, or a URI such as s3://bucket/path")
+    """What the run does; the command of the same name runs it."""
+    name: str
+    """The run directory is <output_dir>/<name>."""
+    output_dir: str = "runs"
+    """Where run directories go: a local or shared path, or a URI such as s3://bucket/path."""
     seed: int = Field(default=0, ge=0)
+    """What all random numbers of the run follow from: new weights, the order of rows, responses, a sweep's values."""
     cluster: ClusterSection = ClusterSection()
+    """Which Ray the run joins."""
 
     @field_validator("name")
     @classmethod
@@ -47,11 +52,17 @@ class TrainingRun(Run):
     """What every kind has that trains a network on Ray Train workers."""
 
     model: ModelSection
-    lora: dict[str, Any] | None = Field(default=None, description="PEFT LoraConfig fields; absent: full fine-tuning")
+    """The network to train."""
+    lora: dict[str, Any] | None = None
+    """Fields of PEFT's LoraConfig: an adapter is trained. null: all weights are."""
     data: DataSection
+    """Where the rows come from."""
     learner: LearnerSection = LearnerSection()
+    """The workers that train."""
     checkpoint: CheckpointSection = CheckpointSection()
-    report_to: list[str] = Field(default=["tensorboard"], description="trackers, by their names in transformers")
+    """How often the state of the run is stored, and how many of these stay."""
+    report_to: list[str] = Field(default=["tensorboard"])
+    """Trackers that metrics go to besides metrics.jsonl, by their names in transformers; one, a list, or null for none."""
 
     @field_validator("report_to", mode="before")
     @classmethod

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import PositiveInt, model_validator
 
 from raytrl.config.runs.base import Run, or_raise
 from raytrl.config.sections.base import Section
@@ -14,27 +14,40 @@ from raytrl.config.sections.rollout import RolloutSection
 
 
 class EvalData(Section):
+    """What is evaluated on."""
+
     eval: DataSource
+    """The rows to evaluate on: arguments of datasets.load_dataset, or one string, a file or a hub id."""
 
 
 class EvalReference(Section):
     """What the KL of the responses is measured against."""
 
-    path: str | None = Field(default=None, description="a model with the same tokenizer; null: no KL")
+    path: str | None = None
+    """A model with the same tokenizer: Hugging Face id or local folder. null: no KL."""
 
 
 class EvalRun(Run):
     """Evaluation: rollout and reward actors as in PPO, and nothing is trained."""
 
     kind: Literal["eval"] = "eval"
+    """Scores of a model's responses, alone or against a second model."""
     model: ModelSection
-    compare: str | None = Field(default=None, description="a second model, with its own tokenizer, on the same prompts")
+    """The finished model that is evaluated."""
+    compare: str | None = None
+    """A second model, with its own tokenizer, on the same prompts: Hugging Face id or local folder. null: none."""
     data: EvalData
-    rows: PositiveInt | None = Field(default=64, description="the first rows of data.eval; null: all")
-    greedy: bool = Field(default=False, description="false: sampled, the same random numbers for both models")
+    """Where the prompts come from."""
+    rows: PositiveInt | None = 64
+    """The first rows of data.eval. null: all."""
+    greedy: bool = False
+    """true: the likeliest token each time. false: sampled, with the same random numbers for both models."""
     rollout: RolloutSection = RolloutSection()
+    """Who samples responses, and how."""
     reward: RewardSection
+    """Who scores responses, and by what."""
     reference: EvalReference = EvalReference()
+    """The model that the KL of the responses is measured against."""
 
     @property
     def tokenizer_path(self) -> str:

@@ -19,12 +19,19 @@ class PpoRun(TrainingRun):
     """PPO: learner workers on Ray Train, rollout and reward actors beside them."""
 
     kind: Literal["ppo"] = "ppo"
+    """PPO against reward models, rules or endpoints."""
     rollout: RolloutSection = RolloutSection()
+    """Who samples responses, and how."""
     reward: RewardSection
+    """Who scores responses, and by what."""
     ppo: PpoSection = PpoSection()
+    """The algorithm: how responses and their scores become updates."""
     value_model: ValueModelSection = ValueModelSection()
+    """The value function: what it starts from."""
     reference: ReferenceSection = ReferenceSection()
+    """The model that the KL penalty is measured against."""
     eval: EvalSection | None = None
+    """Responses on data.eval, scored by the same sources. Left out: on where there is data.eval. null: none."""
 
     @property
     def tokenizer_path(self) -> str:

@@ -20,7 +20,8 @@ from raytrl.config.runs.base import TrainingRun, or_raise
 class SupervisedRun(TrainingRun):
     """SFT, reward modelling or DPO: one TRL trainer on Ray Train workers."""
 
-    training: dict[str, Any] = Field(default={}, description="fields of TRL's config class for this kind")
+    training: dict[str, Any] = Field(default={})
+    """Fields of TRL's config class for this kind: SFTConfig, RewardConfig or DPOConfig."""
 
     native_class: ClassVar[NativeClass]
 
@@ -102,15 +103,24 @@ class SupervisedRun(TrainingRun):
 
 
 class SftRun(SupervisedRun):
+    """Supervised fine-tuning."""
+
     kind: Literal["sft"] = "sft"
+    """Supervised fine-tuning with TRL's SFTTrainer."""
     native_class: ClassVar[NativeClass] = TRAINING_CLASSES["sft"]
 
 
 class RewardRun(SupervisedRun):
+    """Reward modelling."""
+
     kind: Literal["reward"] = "reward"
+    """A reward model from preference pairs, with TRL's RewardTrainer."""
     native_class: ClassVar[NativeClass] = TRAINING_CLASSES["reward"]
 
 
 class DpoRun(SupervisedRun):
+    """Direct preference optimisation."""
+
     kind: Literal["dpo"] = "dpo"
+    """Direct preference optimisation with TRL's DPOTrainer."""
     native_class: ClassVar[NativeClass] = TRAINING_CLASSES["dpo"]

@@ -11,11 +11,16 @@ from raytrl.config.sections.base import ProcessSection, Section
 class LearnerSection(ProcessSection):
     """The Ray Train workers that hold and update the network."""
 
-    workers: int | tuple[int, int] = Field(default=1, description="a number, or [min, max]: elastic")
-    deepspeed: dict[str, Any] | None = Field(default=None, description="a DeepSpeed JSON file, or its keys")
-    max_failures: int = Field(default=3, ge=0, description="worker-group restarts before the run fails")
-    start_timeout_s: float = Field(default=120, gt=0, description="for all workers to be placed and started")
-    stall_timeout_s: float = Field(default=1800, gt=0, description="without any progress before the run fails")
+    workers: int | tuple[int, int] = 1
+    """How many, or [min, max]: elastic, as many as the cluster has room for at the moment."""
+    deepspeed: dict[str, Any] | None = None
+    """A DeepSpeed JSON file, or its keys. null: plain data parallelism (DDP)."""
+    max_failures: int = Field(default=3, ge=0)
+    """How often the workers are started again from the last checkpoint; one failure more and the run fails."""
+    start_timeout_s: float = Field(default=120, gt=0)
+    """Seconds for all workers to be placed and started."""
+    stall_timeout_s: float = Field(default=1800, gt=0)
+    """Seconds without any progress before the run fails; also the limit of one exchange between the workers."""
 
     @field_validator("deepspeed", mode="before")
     @classmethod
@@ -43,11 +48,17 @@ class LearnerSection(ProcessSection):
 
 
 class ClusterSection(Section):
-    address: str | None = Field(
-        default=None, description="null: a local Ray, or the job's cluster; auto; ray://host:port"
-    )
+    """The Ray that a run's processes are started in."""
+
+    address: str | None = None
+    """auto: the Ray that runs on this machine; host:port or ray://host:port: another. null: in a sweep what
+    the base says; else the one that RAY_ADDRESS names, as in a Ray job; else a local Ray for this run."""
 
 
 class CheckpointSection(Section):
-    every: int = Field(default=50, ge=1, description="optimizer steps between two checkpoints")
-    keep: int = Field(default=2, ge=1, description="how many complete ones stay")
+    """What a run that was cut off goes on from."""
+
+    every: int = Field(default=50, ge=1)
+    """Steps between two checkpoints: optimizer steps, in PPO steps of the loop. The last step always has one."""
+    keep: int = Field(default=2, ge=1)
+    """How many of the latest complete checkpoints stay."""

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
+from raytrl.config.describe import fields_at
 from raytrl.config.foreign.deepspeed import read_deepspeed
 from raytrl.config.kinds import RUNS
 from raytrl.config.renamed import unknown_key
@@ -208,7 +209,7 @@ def _set(target: Any, part: str, value: Any) -> None:
 
 
 def _problems(
-    error: ValidationError, model: type[BaseModel], values: dict[str, Any], origins: dict[str, str], path: str
+    error: ValidationError, model: type[Run], values: dict[str, Any], origins: dict[str, str], path: str
 ) -> list[str]:
     """One line for each problem: `file:line: key: what is wrong; found; expected`."""
     lines: list[str] = []
@@ -223,7 +224,7 @@ def _problems(
         loc = _keys(problem["loc"], values, problem["type"] == "missing")
         key = ".".join(loc)
         if problem["type"] == "extra_forbidden":
-            texts = [unknown_key(".".join(loc[:-1]), loc[-1], _fields_at(model, loc[:-1]), str(values["kind"]))]
+            texts = [unknown_key(".".join(loc[:-1]), loc[-1], fields_at(model, loc[:-1]), str(values["kind"]))]
         elif problem["type"] == "missing":
             texts = [f"{key}: missing"]
         elif problem["type"] == "value_error":
@@ -263,20 +264,6 @@ def _where(key: str, origins: dict[str, str], path: str) -> str:
             return origins[key]
         key = key.rpartition(".")[0]
     return path
-
-
-def _fields_at(model: type[BaseModel], loc: list[str]) -> list[str]:
-    """Field names of the section at a dotted place; the section may hide in a union such as `Section | None`."""
-    for part in loc:
-        field = model.model_fields.get(part)
-        if field is None:
-            return []
-        kinds = [field.annotation, *getattr(field.annotation, "__args__", ())]
-        sections = [k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)]
-        if not sections:
-            return []
-        model = sections[0]
-    return list(model.model_fields)
 
 
 def flatten(value: Any, prefix: str = "") -> list[tuple[str, Any]]:

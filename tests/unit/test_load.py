@@ -279,6 +279,7 @@ def test_a_wrong_value_names_key_and_value(override: str, parts: list[str]) -> N
             "reward.sources.0.weight: makes the source do nothing or everything; found: 0.0; ",
         ),
         ("reward.sources.0.url=http://a", "reward.sources.0: source 'rule'; found: function and url; "),
+        ("reward.sources.0.wieght=1", "reward.sources.0.wieght: unknown key; nearest known key: weight"),
         ("reward.sources=[]", "reward.sources: tuple should have at least 1 item"),
         ("rollout.resources={CPU: 0}", "rollout.resources: found: {'CPU': 0.0}; expected: positive amounts"),
         ("rollout.sampling.top_p=0.9", "rollout.sampling.top_p: is refused"),

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.markup import escape
+from rich.padding import Padding
 from rich.table import Table
 
 from raytrl.errors import RaytrlError
@@ -313,21 +314,44 @@ def plan_command(
 
 
 @config_app.command("show")
-def config_show(config: File, overrides: Overrides = None, debug: Debug = False) -> None:
+def config_show(
+    config: File,
+    overrides: Overrides = None,
+    describe: Annotated[bool, typer.Option("--describe", help="and what each key means")] = False,
+    debug: Debug = False,
+) -> None:
     """Every value of a run file and where it comes from."""
 
     def work() -> None:
         from raytrl.config.load import load_run
 
+        loaded = load_run(config, overrides or [])
+        if describe:
+            _describe(loaded)
+            return
         table = Table(box=None, pad_edge=False, header_style="bold")
         for name in ("key", "value", "origin"):
             table.add_column(name, overflow="fold")
-        for key, value, origin in load_run(config, overrides or []).values():
+        for key, value, origin in loaded.values():
             style = "dim" if origin == "default" else ""
             table.add_row(escape(key), escape(_as_yaml(value)), escape(origin), style=style)
         _wide_in_a_pipe().print(table)
 
     _guarded(work, debug)
+
+
+def _describe(loaded: Any) -> None:
+    """Each value with its meaning below it; in a pipe behind it, so that grep sees all of a key on one line."""
+    from raytrl.config.describe import meaning
+
+    for key, value, origin in loaded.values():
+        text = escape(meaning(type(loaded.run), key))
+        line = f"[bold]{escape(key)}[/] = {escape(_as_yaml(value))}  [dim]{escape(origin)}[/]"
+        if out.is_terminal:
+            out.print(line)
+            out.print(Padding(text, (0, 0, 0, 4)), style="dim")
+        else:
+            out.print(f"{line}  {text}", soft_wrap=True)
 
 
 @config_app.command("schema")

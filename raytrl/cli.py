@@ -10,7 +10,6 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from raytrl.errors import RaytrlError
 
@@ -345,19 +344,24 @@ def plan_command(
 
 
 @config_app.command("show")
-def config_show(config: File, overrides: Overrides = None, debug: Debug = False) -> None:
+def config_show(
+    config: File,
+    overrides: Overrides = None,
+    describe: Annotated[bool, typer.Option("--describe", help="and what each key means")] = False,
+    debug: Debug = False,
+) -> None:
     """Every value of a run file and where it comes from."""
 
     def work() -> None:
         from raytrl.config.load import load_run
+        from raytrl.report.config import described_values, values_table
 
-        table = Table(box=None, pad_edge=False, header_style="bold")
-        for name in ("key", "value", "origin"):
-            table.add_column(name, overflow="fold")
-        for key, value, origin in load_run(config, overrides or []).values():
-            style = "dim" if origin == "default" else ""
-            table.add_row(escape(key), escape(json.dumps(value, ensure_ascii=False)), escape(origin), style=style)
-        _wide_in_a_pipe().print(table)
+        loaded = load_run(config, overrides or [])
+        if not describe:
+            _wide_in_a_pipe().print(values_table(loaded))
+            return
+        for shown in described_values(loaded, one_line=not out.is_terminal):
+            out.print(shown, soft_wrap=not out.is_terminal)
 
     _guarded(work, debug)
 

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
+from raytrl.config.describe import fields_at
 from raytrl.config.foreign.deepspeed import read_deepspeed
 from raytrl.config.kinds import RUNS
 from raytrl.config.renamed import unknown_key
@@ -119,7 +120,7 @@ def _read(path: str) -> tuple[dict[str, Any], dict[str, str]]:
         raise ConfigError(f"{path}: not a text file in UTF-8: {error.reason} at byte {error.start}") from None
     values = {} if values is None else values
     if not isinstance(values, dict):
-        raise ConfigError(f"{path}: expected keys and values; found: {type(values).__name__}")
+        raise ConfigError(f"{path}: not a run file; found: {type(values).__name__}; expected: keys and values")
     origins = {key: f"{path}:{line}" for key, line in _lines(node)}
     return values, origins
 
@@ -235,23 +236,26 @@ def _set(target: Any, part: str, value: Any) -> None:
 
 
 def _problems(
-    error: ValidationError, model: type[BaseModel], values: dict[str, Any], origins: dict[str, str], path: str
+    error: ValidationError, model: type[Run], values: dict[str, Any], origins: dict[str, str], path: str
 ) -> list[str]:
     """One line for each problem: `file:line: key: what is wrong; found; expected`."""
     lines: list[str] = []
+    places = [problem["loc"] for problem in error.errors()]
     for problem in error.errors():
         if problem["type"] == "string_type" and problem["loc"][-1] == "str" and isinstance(problem["input"], dict):
             continue  # `str | Section` got a section: what is wrong inside it says the other branch
+        if problem["type"] == "too_short" and any(
+            place != problem["loc"] == place[: len(problem["loc"])] for place in places
+        ):
+            continue  # a list is short of the items that have problems of their own
         loc = _keys(problem["loc"], values, problem["type"] == "missing")
         key = ".".join(loc)
         if problem["type"] == "extra_forbidden":
-            texts = [unknown_key(".".join(loc[:-1]), loc[-1], _fields_at(model, loc[:-1]), str(values["kind"]))]
+            texts = [unknown_key(".".join(loc[:-1]), loc[-1], fields_at(model, loc[:-1]), str(values["kind"]))]
         elif problem["type"] == "missing":
             texts = [f"{key}: missing"]
         elif problem["type"] == "value_error":
-            message = str(problem["ctx"]["error"])
-            joint = ": " if message.startswith("found:") else "."
-            texts = [f"{key}{joint}{line}" if key else line for line in message.splitlines()]
+            texts = [_below(key, line) for line in str(problem["ctx"]["error"]).splitlines()]
         else:
             texts = [f"{key}: {problem['msg'][0].lower()}{problem['msg'][1:]}; found: {problem['input']!r}"]
         for text in texts:
@@ -259,6 +263,12 @@ def _problems(
             if line not in lines:
                 lines.append(line)
     return lines
+
+
+def _below(key: str, line: str) -> str:
+    """A problem that a section tells, with the section's key; it begins with a key of its own, or is about all of it."""
+    is_key = re.match(r"(?!found:)[\w.\-]+: ", line)
+    return f"{key}{'.' if is_key else ': '}{line}" if key else line
 
 
 def _keys(loc: tuple[int | str, ...], values: Any, is_missing: bool) -> list[str]:
@@ -281,20 +291,6 @@ def _where(key: str, origins: dict[str, str], path: str) -> str:
             return origins[key]
         key = key.rpartition(".")[0]
     return path
-
-
-def _fields_at(model: type[BaseModel], loc: list[str]) -> list[str]:
-    """Field names of the section at a dotted place; the section may hide in a union such as `Section | None`."""
-    for part in loc:
-        field = model.model_fields.get(part)
-        if field is None:
-            return []
-        kinds = [field.annotation, *getattr(field.annotation, "__args__", ())]
-        sections = [k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)]
-        if not sections:
-            return []
-        model = sections[0]
-    return list(model.model_fields)
 
 
 def flatten(value: Any, prefix: str = "") -> list[tuple[str, Any]]:

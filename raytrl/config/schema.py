@@ -4,11 +4,11 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from raytrl.config.foreign.native import LORA_CLASS, NativeClass, native_fields
+from raytrl.config.describe import native_help
+from raytrl.config.foreign.native import NativeClass, native_fields
 from raytrl.config.kinds import RUNS
 from raytrl.config.renamed import OWNED
 from raytrl.config.runs.base import TrainingRun
-from raytrl.config.runs.supervised import SupervisedRun
 from raytrl.config.runs.sweep import DISTRIBUTIONS
 
 
@@ -16,23 +16,32 @@ def json_schema(kind: str) -> dict[str, Any]:
     """JSON schema (2020-12) of one kind, the foreign classes' fields included."""
     model = RUNS[kind]
     schema: dict[str, Any] = {"$schema": "https://json-schema.org/draft/2020-12/schema", **model.model_json_schema()}
-    if issubclass(model, SupervisedRun):
-        schema["properties"]["training"] = _native_schema(model.native_class, leave_out=set(OWNED))
+    properties = schema["properties"]
+    foreign = model.foreign()
+    if native := foreign.get("training"):
+        properties["training"] = _native_schema(native, set(OWNED)) | _described(properties["training"])
+    if native := foreign.get("lora"):
+        either = {"anyOf": [_native_schema(native, {"task_type"}), {"type": "null"}]}
+        properties["lora"] = either | _described(properties["lora"])
     if issubclass(model, TrainingRun):
-        schema["properties"]["lora"] = {"anyOf": [_native_schema(LORA_CLASS, {"task_type"}), {"type": "null"}]}
         # What the loader takes besides: one tracker's name, or null for none.
-        schema["properties"]["report_to"]["anyOf"] = [{"type": "array"}, {"type": "string"}, {"type": "null"}]
-        schema["properties"]["report_to"].pop("type")
-        learner = schema["$defs"]["LearnerSection"]["properties"]
-        learner["deepspeed"] = {"anyOf": [{"type": "string"}, *learner["deepspeed"]["anyOf"]]}
+        properties["report_to"]["anyOf"] = [{"type": "array"}, {"type": "string"}, {"type": "null"}]
+        properties["report_to"].pop("type")
+        deepspeed = schema["$defs"]["LearnerSection"]["properties"]["deepspeed"]
+        deepspeed["anyOf"] = [{"type": "string"}, *deepspeed["anyOf"]]
     sections = schema["$defs"]
     if "DataSource" in sections:
         sections["DataSource"] = {"anyOf": [{"type": "string"}, sections["DataSource"]]}
     if "Distribution" in sections:
-        values: dict[str, Any] = {name: {} for name in (*DISTRIBUTIONS, "grid_search")}
+        words = {**DISTRIBUTIONS, "grid_search": DISTRIBUTIONS["grid"]}
+        values: dict[str, Any] = {name: {"description": text} for name, text in words.items()}
         one = {"minProperties": 1, "maxProperties": 1}
         sections["Distribution"] = {"type": "object", "properties": values, "additionalProperties": False, **one}
     return schema
+
+
+def _described(field: dict[str, Any]) -> dict[str, Any]:
+    return {"description": field["description"]}
 
 
 def _native_schema(native: NativeClass, leave_out: set[str]) -> dict[str, Any]:
@@ -42,6 +51,6 @@ def _native_schema(native: NativeClass, leave_out: set[str]) -> dict[str, Any]:
             continue
         entry = {} if field.type is Any else TypeAdapter(field.type).json_schema()
         if field.help:
-            entry["description"] = field.help.replace("%%", "%")
+            entry["description"] = native_help(field.help)
         properties[name] = entry
     return {"type": "object", "title": str(native), "properties": properties, "additionalProperties": False}

@@ -212,7 +212,7 @@ def rollout_actor(run: RolloutRun, shape: ModelShape) -> Estimate:
     """One rollout actor: weights, and with transformers the key-value cache of the chunk in hand."""
     if run.rollout.engine == "vllm":
         return _vllm_actor(run, shape)
-    on_gpu = run.rollout.resources.get("GPU", 0) > 0
+    on_gpu = run.rollout.uses_gpu
     size = _size(run.model.dtype, run.uses_gpu)
     rows = run.rollout.chunk_prompts * run.samples_a_prompt
     parts = {
@@ -229,7 +229,7 @@ def rollout_actor(run: RolloutRun, shape: ModelShape) -> Estimate:
 
 def _vllm_actor(run: RolloutRun, shape: ModelShape) -> Estimate:
     """One rollout actor with vLLM; on a GPU its cache takes what is left of its share."""
-    on_gpu = run.rollout.resources.get("GPU", 0) > 0
+    on_gpu = run.rollout.uses_gpu
     size = _size(run.model.dtype, run.uses_gpu)
     tokens = run.rollout.engine_args.get("max_num_batched_tokens") or _VLLM_BATCH
     weights = shape.parameters * float(size)
@@ -249,7 +249,7 @@ def _vllm_actor(run: RolloutRun, shape: ModelShape) -> Estimate:
 
 def reward_actor(run: RolloutRun, shapes: Mapping[str, ModelShape]) -> Estimate:
     """One reward actor: each of its models (by key of the run file), and a process for each function."""
-    on_gpu = run.reward.resources.get("GPU", 0) > 0
+    on_gpu = run.reward.uses_gpu
     weights = batch = largest = 0.0
     functions = sum(source.kind == "function" for source in run.reward.sources)
     for i, source in enumerate(run.reward.sources):

@@ -7,12 +7,14 @@ import platform
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError
+from io import StringIO
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
-from raytrl import __version__
+from raytrl import __version__, cli
 from raytrl.cli import app
 from raytrl.versions import versions
 from tests.runs import raytrl, run_file
@@ -43,6 +45,7 @@ def modules_after(*words: str) -> tuple[int, set[str], str]:
         (["--version"], 0),
         (["--show-completion", "bash"], 0),
         (["config", "show", "RUN"], 0),
+        (["config", "show", "RUN", "--describe"], 0),
         (["config", "schema", "sft"], 0),
         (["sft", "RUN", "training.learnin_rate=1"], 2),
         (["sft", "nowhere.yaml"], 2),
@@ -80,6 +83,26 @@ def test_config_show_in_a_pipe_keeps_each_value_on_one_line(tmp_path: Path) -> N
     assert shown.exit_code == 0
     row = next(line for line in shown.output.splitlines() if line.startswith("name"))
     assert row.split() == ["name", json.dumps(name), "command", "line"]
+
+
+def test_config_show_describes_each_key_on_its_line_in_a_pipe(tmp_path: Path) -> None:
+    shown = CliRunner().invoke(app, ["config", "show", run_file(tmp_path, "a"), "lora.r=4", "--describe"])
+    assert shown.exit_code == 0
+    rows = {line.partition(" = ")[0]: line for line in shown.output.splitlines()}
+    assert rows["seed"].startswith("seed = 0  default  What all random numbers of the run follow from")
+    assert rows["lora.r"] == "lora.r = 4  command line  Lora attention dimension"
+    assert all(len(row.rpartition("  ")[2].split()) > 2 for row in rows.values())
+
+
+def test_config_show_describes_each_key_below_it_on_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = StringIO()
+    monkeypatch.setattr(cli, "out", Console(file=text, force_terminal=True, color_system=None, width=60))
+    cli.config_show(run_file(tmp_path, "a"), describe=True)
+    lines = text.getvalue().splitlines()
+    row = lines.index("seed = 0  default")
+    assert lines[row + 1].startswith("    What all random numbers of the run follow from")
+    assert lines[row + 2].startswith("    ")  # folded, and still below its key
+    assert max(map(len, lines)) <= 60
 
 
 def test_config_schema_of_an_unknown_kind_is_a_usage_error() -> None:

@@ -252,19 +252,51 @@ def test_a_key_that_raytrl_owns_is_sent_to_its_owner(key: str, owner: str) -> No
         ("learner.workers=[3, 2]", ["learner.workers", "(3, 2)"]),
         ("learner.resources={GPU: x}", ["learner.resources.GPU", "'x'"]),
         ("learner.resources={CPU: 0}", ["learner.resources", "positive"]),
-        ("model.tokenizer={vocab_size: 300, eos_token: a, pad_token: a}", ["model.tokenizer", "must differ"]),
+        (
+            "model.tokenizer={vocab_size: 300, eos_token: a, pad_token: a}",
+            ["model.tokenizer.pad_token", "found: 'a', as eos_token"],
+        ),
         ("data.train={path: json}", ["data.train.data_files", "missing"]),
         ("data.train.transform=f", ["data.train"]),
         ("report_to=tensorbord", ["report_to", "'tensorbord'", "tensorboard"]),
         ("training.eval_strategy=steps", ["training.eval_strategy", "data.eval is missing"]),
         ("training.fp16=true", ["training.fp16", "needs a GPU"]),
         ("kind=[sft]", ["kind", "['sft']", "sft, reward, dpo"]),
+        ("learner.resources={CPU: .nan}", ["learner.resources: found: {'CPU': nan}"]),
     ],
 )
 def test_a_wrong_value_names_key_and_value(override: str, parts: list[str]) -> None:
     message = error_of(RUN, override)
     assert "\n" not in message
     assert [part for part in parts if part not in message] == []
+
+
+@pytest.mark.parametrize(
+    ("override", "answer"),
+    [
+        (
+            "reward.sources.0.weight=0",
+            "reward.sources.0.weight: makes the source do nothing or everything; found: 0.0; ",
+        ),
+        ("reward.sources.0.url=http://a", "reward.sources.0: source 'rule'; found: function and url; "),
+        ("reward.sources.0.wieght=1", "reward.sources.0.wieght: unknown key; nearest known key: weight"),
+        ("reward.sources=[]", "reward.sources: tuple should have at least 1 item"),
+        ("rollout.resources={CPU: 0}", "rollout.resources: found: {'CPU': 0.0}; expected: positive amounts"),
+        ("rollout.sampling.top_p=0.9", "rollout.sampling.top_p: is refused"),
+        ("ppo.kl={target: 3, coef: 0}", "ppo.kl.coef: target adapts it by factors"),
+    ],
+)
+def test_a_wrong_value_deep_in_a_section_is_one_line_with_its_whole_key(override: str, answer: str) -> None:
+    message = error_of(PPO, override)
+    assert "\n" not in message
+    assert answer in message
+
+
+def test_a_reward_actor_may_take_nothing() -> None:
+    run = load(PPO, "reward.resources={}").run
+    assert isinstance(run, PpoRun)
+    assert run.reward.resources == {}
+    assert not run.reward.uses_gpu
 
 
 def test_a_problem_of_the_file_names_its_line() -> None:
@@ -297,7 +329,7 @@ def test_the_file_of_another_kind_names_the_command_for_it() -> None:
         ("kind: sft\n\tname: x\n", "run.yaml:2: not YAML: "),
         (RUN + "x: \x07\n", "run.yaml:13: not YAML: "),
         (RUN + "x: !!python/object:os.system y\n", "run.yaml:13: not YAML: "),
-        ("- a\n", "run.yaml: expected keys and values; found: list"),
+        ("- a\n", "run.yaml: not a run file; found: list; expected: keys and values"),
         ("", "run.yaml: kind: found: None"),
     ],
 )
@@ -358,7 +390,10 @@ def deepspeed_error(values: object, *overrides: str) -> str:
         ),
         ({"fp16": {"enable": False}}, "zero.json:3: learner.deepspeed.fp16.enable: unknown key"),
         ({"bf16": True}, "zero.json:2: learner.deepspeed.bf16: found: True; expected: a dictionary"),
-        ({"zero_optimization": True}, "zero.json:2: learner.deepspeed.zero_optimization: expected a dictionary"),
+        (
+            {"zero_optimization": True},
+            "zero.json:2: learner.deepspeed.zero_optimization: found: True; expected: a dictionary",
+        ),
         ({"zero_optimization": {"stage": 4}}, "zero.json:3: learner.deepspeed.zero_optimization.stage: "),
         (
             {"zero_optimization": {"overlap_comm": "x"}},
@@ -378,7 +413,7 @@ def deepspeed_error(values: object, *overrides: str) -> str:
             "zero.json:2: learner.deepspeed.train_batch_size: is 24, but training.per_device_train_batch_size 8 x "
             "training.gradient_accumulation_steps 1 x learner.workers 2 = 16;",
         ),
-        (["stage"], "run.yaml:12: learner.deepspeed: zero.json: expected one JSON object; found: list"),
+        (["stage"], "run.yaml:12: learner.deepspeed: zero.json: found: list; expected: one JSON object"),
     ],
 )
 def test_a_deepspeed_file_is_checked_line_by_line(values: object, message: str) -> None:

@@ -10,6 +10,7 @@ import yaml
 from raytrl.config.kinds import RUNS
 from raytrl.config.load import load_run
 from raytrl.config.schema import json_schema
+from raytrl.config.sections.base import Section
 from raytrl.errors import ConfigError
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -116,7 +117,44 @@ def test_what_the_loader_takes_the_schema_takes(key: str, value: Any, tmp_path: 
     validator("sft").validate(values)
 
 
-def test_keys_are_described() -> None:
+def undescribed(node: Any, place: str = "") -> list[str]:
+    """The properties below a node of a schema that no text describes; other libraries' fields are theirs to describe.
+
+    pydantic leaves out a text that repeats the docstring of the section: that counts as none, too.
+    """
+    if isinstance(node, list):
+        return [found for item in node for found in undescribed(item, place)]
+    found = []
+    for key, value in node.items() if isinstance(node, dict) else ():
+        for name, child in value.items() if key == "properties" else ():
+            here = f"{place}.{name}"
+            found += [] if child.get("description", "").strip() else [here]
+            found += [] if here in (".training", ".lora") else undescribed(child, here)
+        if key != "properties":
+            found += undescribed(value, f"{place}/{key}")
+    return found
+
+
+@pytest.mark.parametrize("kind", RUNS)
+def test_every_key_is_described(kind: str) -> None:
+    assert undescribed(json_schema(kind)) == []
+
+
+def test_a_key_without_a_text_is_found_wherever_it_stands() -> None:
+    class Inner(Section):
+        told: int = 0
+        """Here."""
+        inner_untold: int = 0
+
+    class Outer(Section):
+        section: Inner = Inner()
+        choice: Inner | None = None
+        """Here, the key; what stands below it has texts of its own."""
+
+    assert undescribed(Outer.model_json_schema()) == ["/$defs/Inner.inner_untold", ".section"]
+
+
+def test_keys_of_other_libraries_are_described() -> None:
     training = json_schema("dpo")["properties"]["training"]["properties"]
     assert "beta" in training
     assert training["beta"]["description"]

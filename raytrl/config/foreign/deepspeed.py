@@ -92,7 +92,7 @@ def read_deepspeed(value: str | dict[str, Any], where: str = "learner.deepspeed"
     except UnicodeDecodeError as error:
         raise ConfigError(f"{where}: {path}: not a text file in UTF-8: {error.reason}") from None
     if not isinstance(found, dict):
-        raise ConfigError(f"{where}: {path}: expected one JSON object; found: {type(found).__name__}")
+        raise ConfigError(f"{where}: {path}: found: {type(found).__name__}; expected: one JSON object")
     return found
 
 
@@ -155,7 +155,7 @@ def check_keys(deepspeed: dict[str, Any]) -> list[str]:
     problems = [unknown_key(where, key, _top_level_keys()) for key in deepspeed if key not in _top_level_keys()]
     zero = deepspeed.get("zero_optimization", {})
     if not isinstance(zero, dict):
-        return [*problems, f"{where}.zero_optimization: expected a dictionary; found: {zero!r}"]
+        return [*problems, f"{where}.zero_optimization: found: {zero!r}; expected: a dictionary"]
     fields = native_fields(ZERO_CLASS)
     # DeepSpeed keeps old spellings as aliases that its field table does not show.
     known = set(fields) | {"stage3_gather_16bit_weights_on_model_save", "stage3_gather_fp16_weights_on_model_save"}

@@ -10,16 +10,15 @@ from pydantic import Field, field_validator
 from raytrl.config.foreign.deepspeed import zero_stage
 from raytrl.config.foreign.native import (
     LORA_CLASS,
+    NativeClass,
     check_values,
     native_fields,
 )
 from raytrl.config.renamed import unknown_key
-from raytrl.config.sections.base import Section
+from raytrl.config.sections.base import ProcessSection, Section
 from raytrl.config.sections.data import DataSection
 from raytrl.config.sections.learner import CheckpointSection, ClusterSection, LearnerSection
 from raytrl.config.sections.model import ModelSection
-from raytrl.config.sections.reward import RewardSection
-from raytrl.config.sections.rollout import RolloutSection
 
 T = TypeVar("T")
 
@@ -41,7 +40,7 @@ class Processes:
 
     key: str  # of their number in the run file
     role: Literal["trainer", "learner", "rollout", "reward"]
-    section: LearnerSection | RolloutSection | RewardSection
+    section: ProcessSection
     count: int  # that the run cannot do without
     most: int  # that it can use
 
@@ -65,10 +64,15 @@ class Run(Section):
     launcher: ClassVar[str]  # what in `launch` runs it: package.module:name
 
     kind: str
-    name: str = Field(description="the run directory is <output_dir>/<name>")
-    output_dir: str = Field(default="runs", description="a local or shared path, or a URI such as s3://bucket/path")
+    """What the run does; the command of the same name runs it."""
+    name: str
+    """The run directory is <output_dir>/<name>."""
+    output_dir: str = "runs"
+    """Where run directories go: a local or shared path, or a URI such as s3://bucket/path."""
     seed: int = Field(default=0, ge=0)
+    """What all random numbers of the run follow from: new weights, the order of rows, responses, a sweep's values."""
     cluster: ClusterSection = ClusterSection()
+    """Which Ray the run joins."""
 
     @field_validator("name")
     @classmethod
@@ -76,6 +80,11 @@ class Run(Section):
         if not re.fullmatch(r"[\w][\w.\-]*", name):
             raise ValueError(f"found: {name!r}; expected: a folder name of letters, digits, '.', '_' and '-'")
         return name
+
+    @classmethod
+    def foreign(cls) -> Mapping[str, NativeClass]:
+        """The keys below which another library's fields stand, and its class that has them."""
+        return {}
 
     def processes(self) -> tuple[Processes, ...]:
         """All of them, in the order in which they are started."""
@@ -141,11 +150,17 @@ class TrainingRun(Run):
     trl_trainer: ClassVar[str | None] = None  # the class that trains; None: raytrl's own learner
 
     model: ModelSection
-    lora: dict[str, Any] | None = Field(default=None, description="PEFT LoraConfig fields; absent: full fine-tuning")
+    """The network to train."""
+    lora: dict[str, Any] | None = None
+    """Fields of PEFT's LoraConfig: an adapter is trained. null: all weights are."""
     data: DataSection
+    """Where the rows come from."""
     learner: LearnerSection = LearnerSection()
+    """The workers that train."""
     checkpoint: CheckpointSection = CheckpointSection()
-    report_to: list[str] = Field(default=["tensorboard"], description="trackers, by their names in transformers")
+    """How often the state of the run is stored, and how many of these stay."""
+    report_to: list[str] = Field(default=["tensorboard"])
+    """Trackers that metrics go to besides metrics.jsonl, by their names in transformers; one, a list, or null for none."""
 
     @field_validator("report_to", mode="before")
     @classmethod
@@ -170,6 +185,10 @@ class TrainingRun(Run):
         if "task_type" in lora:
             problems.append("task_type: is set by `kind`")
         return or_raise(problems, lora)
+
+    @classmethod
+    def foreign(cls) -> Mapping[str, NativeClass]:
+        return {**super().foreign(), "lora": LORA_CLASS}
 
     @property
     def uses_gpu(self) -> bool:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import ClassVar, Literal
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import PositiveInt, model_validator
 
 from raytrl.config.runs.base import ModelUse, or_raise
 from raytrl.config.runs.rollout import RolloutRun
@@ -15,7 +15,10 @@ from raytrl.config.sections.rollout import RolloutSection
 
 
 class EvalData(Section):
+    """What is evaluated on."""
+
     eval: DataSource
+    """The rows to evaluate on: arguments of datasets.load_dataset, or one string, a file or a hub id."""
 
 
 class EvalRun(RolloutRun):
@@ -24,10 +27,15 @@ class EvalRun(RolloutRun):
     launcher: ClassVar[str] = "raytrl.launch.runs.evaluation:EvalKind"
 
     kind: Literal["eval"] = "eval"
-    compare: str | None = Field(default=None, description="a second model, with its own tokenizer, on the same prompts")
+    """Scores of a model's responses, alone or against a second model."""
+    compare: str | None = None
+    """A second model, with its own tokenizer, on the same prompts: Hugging Face id or local folder. null: none."""
     data: EvalData
-    rows: PositiveInt | None = Field(default=64, description="the first rows of data.eval; null: all")
-    greedy: bool = Field(default=False, description="false: sampled, the same random numbers for both models")
+    """Where the prompts come from."""
+    rows: PositiveInt | None = 64
+    """The first rows of data.eval. null: all."""
+    greedy: bool = False
+    """true: the likeliest token each time. false: sampled, with the same random numbers for both models."""
 
     @property
     def evaluated(self) -> dict[str, tuple[str, str]]:
@@ -44,6 +52,10 @@ class EvalRun(RolloutRun):
     @property
     def asked(self) -> Asked:
         return Asked(self.rollout, self.versions, logprobs=self.reference.path is not None)
+
+    @property
+    def uses_gpu(self) -> bool:
+        return self.rollout.uses_gpu
 
     @property
     def prompts_at_a_time(self) -> int | None:
@@ -71,10 +83,6 @@ class EvalRun(RolloutRun):
     def idle_settings(self, steps: int | None) -> list[str]:
         return self._idle_actors()
 
-    @property
-    def uses_gpu(self) -> bool:
-        return self.rollout.resources.get("GPU", 0) > 0
-
     @model_validator(mode="after")
     def _agreement(self) -> "EvalRun":
         # auto becomes a name here, so that the run file in the run directory says what a run was made with.
@@ -88,8 +96,6 @@ class EvalRun(RolloutRun):
             if (value := getattr(model, key)) is not None:
                 problems.append(f"model.{key}: does nothing for eval; found: {value!r}; leave it out")
         problems += engine_problems(self.asked)
-        if any(amount <= 0 for amount in rollout.resources.values()) or not rollout.resources:
-            problems.append(f"rollout.resources: found: {rollout.resources}; expected: amounts above 0")
         if rollout.samples != RolloutSection().samples:
             problems.append(
                 f"rollout.samples: does nothing for eval, which writes every response; found: {rollout.samples}; leave "

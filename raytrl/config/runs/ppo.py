@@ -23,9 +23,13 @@ class PpoRun(TrainingRun, RolloutRun):
     has_critic: ClassVar[bool] = True
 
     kind: Literal["ppo"] = "ppo"
+    """PPO against reward models, rules or endpoints."""
     ppo: PpoSection = PpoSection()
+    """The algorithm: how responses and their scores become updates."""
     value_model: ValueModelSection = ValueModelSection()
+    """The value function: what it starts from."""
     eval: EvalSection | None = None
+    """Responses on data.eval, scored by the same sources. Left out: on where there is data.eval. null: none."""
 
     @property
     def asked(self) -> Asked:
@@ -186,8 +190,6 @@ class PpoRun(TrainingRun, RolloutRun):
         problems += engine_problems(self.asked)
         if self.rollout.weight_transfer == "broadcast":
             problems += transfer_problems(self.rollout, self.learner)
-        if any(amount <= 0 for amount in self.rollout.resources.values()) or not self.rollout.resources:
-            problems.append(f"rollout.resources: found: {self.rollout.resources}; expected: amounts above 0")
         if "all" in self.report_to:
             problems.append("report_to: ppo needs trackers by name; found: 'all'; expected: for example [wandb]")
         return problems

@@ -12,9 +12,13 @@ class RolloutRun(Run):
     """A run whose model's responses are sampled and scored."""
 
     model: ModelSection
+    """The network whose responses are sampled: a finished one, or the one that PPO goes on from."""
     rollout: RolloutSection = RolloutSection()
+    """Who samples responses, and how."""
     reward: RewardSection
+    """Who scores responses, and by what."""
     reference: ReferenceSection = ReferenceSection()
+    """The model that the KL of the responses is measured against."""
 
     @property
     def tokenizer_path(self) -> str:
@@ -73,7 +77,7 @@ class RolloutRun(Run):
         return "reward", " + ".join(f"{source.weight:g} x {source.name}" for source in self.reward.sources)
 
     def _engine_in_words(self) -> tuple[str, str]:
-        takes_rest = self.rollout.engine == "vllm" and self.rollout.resources.get("GPU")
+        takes_rest = self.rollout.engine == "vllm" and self.rollout.uses_gpu
         cache = " (key-value cache: what is left of its share of the GPU)" if takes_rest else ""
         return "rollout", engine_words(self.asked) + cache
 

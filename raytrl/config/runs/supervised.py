@@ -20,7 +20,8 @@ class SupervisedRun(TrainingRun):
     head: ClassVar[Head] = "causal"  # of the network
     sequences_a_row: ClassVar[int] = 1
 
-    training: dict[str, Any] = Field(default={}, description="fields of TRL's config class for this kind")
+    training: dict[str, Any] = Field(default={})
+    """Fields of TRL's config class for this kind: SFTConfig, RewardConfig or DPOConfig."""
 
     @field_validator("training", mode="after")
     @classmethod
@@ -36,6 +37,10 @@ class SupervisedRun(TrainingRun):
         problems += [unknown_key("", k, set(known) - set(OWNED)) for k in training if k not in known]
         problems += [p.removeprefix(".") for p in check_values("", cls.native_class, training)]
         return or_raise(problems, training)
+
+    @classmethod
+    def foreign(cls) -> Mapping[str, NativeClass]:
+        return {**super().foreign(), "training": cls.native_class}
 
     def native(self, name: str) -> Any:
         """A field of `training`, or TRL's default for it."""
@@ -200,11 +205,14 @@ class SupervisedRun(TrainingRun):
 
 
 class SftRun(SupervisedRun):
+    """Supervised fine-tuning."""
+
     task: ClassVar[str] = "supervised fine-tuning"
     trl_trainer: ClassVar[str | None] = "SFTTrainer"
     native_class: ClassVar[NativeClass] = NativeClass("trl", "trainer/sft_config.py", "SFTConfig")
 
     kind: Literal["sft"] = "sft"
+    """Supervised fine-tuning with TRL's SFTTrainer."""
 
     def layouts(self) -> tuple[Columns, ...]:
         text = str(self.training.get("dataset_text_field", "text"))
@@ -212,6 +220,8 @@ class SftRun(SupervisedRun):
 
 
 class RewardRun(SupervisedRun):
+    """Reward modelling."""
+
     task: ClassVar[str] = "reward modelling"
     trl_trainer: ClassVar[str | None] = "RewardTrainer"
     native_class: ClassVar[NativeClass] = NativeClass("trl", "trainer/reward_config.py", "RewardConfig")
@@ -220,12 +230,15 @@ class RewardRun(SupervisedRun):
     also_taken: ClassVar[Columns] = ("prompt",)
 
     kind: Literal["reward"] = "reward"
+    """A reward model from preference pairs, with TRL's RewardTrainer."""
 
     def layouts(self) -> tuple[Columns, ...]:
         return (("chosen", "rejected"),)
 
 
 class DpoRun(SupervisedRun):
+    """Direct preference optimisation."""
+
     task: ClassVar[str] = "direct preference optimisation"
     trl_trainer: ClassVar[str | None] = "DPOTrainer"
     native_class: ClassVar[NativeClass] = NativeClass("trl", "trainer/dpo_config.py", "DPOConfig")
@@ -233,6 +246,7 @@ class DpoRun(SupervisedRun):
     also_taken: ClassVar[Columns] = ("prompt",)
 
     kind: Literal["dpo"] = "dpo"
+    """Direct preference optimisation with TRL's DPOTrainer."""
 
     def layouts(self) -> tuple[Columns, ...]:
         return (("chosen", "rejected"),)

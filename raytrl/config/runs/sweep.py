@@ -20,20 +20,23 @@ _ARGUMENTS = {
     "qrandint": ("lower", "upper", "q"),
     "qlograndint": ("lower", "upper", "q"),
 }
-_LISTS = ("choice", "grid")
+_LISTS = {"choice": "one of these values, each as likely", "grid": "each of these values in turn"}
 _UNBOUNDED = ("randn", "qrandn", "sample_from")
 # What a sweep sets itself, or what is not a setting of the trained model.
 _NOT_SEARCHED = ("kind", "name", "output_dir", "cluster", "report_to", "checkpoint.keep")
 _MOST_INTEGERS = 64  # integers of one distribution that are all checked; of more, the bounds
 
-DISTRIBUTIONS = (*_LISTS, *_ARGUMENTS)
+DISTRIBUTIONS = {**_LISTS, **{name: f"Ray Tune's {name}: [{', '.join(a)}]" for name, a in _ARGUMENTS.items()}}
+"""What each says of its list."""
 
 
 class Distribution(Section):
     """One Ray Tune distribution: its name, and its arguments as a list."""
 
     name: str
+    """By Ray Tune's names."""
     arguments: tuple[Any, ...]
+    """As Ray Tune takes them, in order."""
 
     @model_validator(mode="before")
     @classmethod
@@ -106,8 +109,11 @@ class Distribution(Section):
 class SchedulerSection(Section):
     """Ray Tune's scheduler, by name, and its own arguments."""
 
-    model_config = ConfigDict(extra="allow", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="allow")
+
     name: Literal["none", "asha", "median", "pbt"] = "none"
+    """What stops bad trials early. none: nothing; asha: the worst at each rung; median: those below the median of the
+    others' means; pbt is refused. Beside it stand the arguments of Ray's scheduler, such as grace_period in steps."""
 
     @model_validator(mode="after")
     def _check(self) -> "SchedulerSection":
@@ -139,11 +145,14 @@ class SchedulerSection(Section):
 
 
 class AlgorithmSection(Section):
-    """How a trial's values are picked."""
+    """What picks the values of trials, by name."""
 
-    name: Literal["random", "optuna"] = "random"  # random: Ray's own, which also goes through grids
-    sampler: str | None = Field(default=None, description="optuna: one of optuna.samplers; default: TPESampler")
-    sampler_arguments: dict[str, Any] = Field(default={}, description="optuna: arguments of the sampler")
+    name: Literal["random", "optuna"] = "random"
+    """random: Ray's own, which also goes through grids; optuna: by what earlier trials came to."""
+    sampler: str | None = None
+    """With optuna: a class of optuna.samplers. null: TPESampler."""
+    sampler_arguments: dict[str, Any] = Field(default={})
+    """With optuna: arguments of the sampler."""
 
     @model_validator(mode="after")
     def _check(self) -> "AlgorithmSection":
@@ -158,21 +167,34 @@ class TuneRun(Run):
     """A sweep: many runs of one base file, each with other values, and the best of them."""
 
     kind: Literal["tune"] = "tune"
-    base: str = Field(description="any run file that trains: sft, reward, dpo or ppo")
-    fixed: dict[str, Any] = Field(default={}, description="dotted keys of the base and other values for all trials")
+    """A sweep over any settings of a run file with Ray Tune."""
+    base: str
+    """The run file that trials start from: sft, reward, dpo or ppo."""
+    fixed: dict[str, Any] = Field(default={})
+    """Dotted keys of the base and the values that they have in all trials."""
     search: Annotated[dict[str, Distribution], Field(min_length=1)]
-    trials: PositiveInt | None = Field(default=None, description="default, where all of search is grid: the whole grid")
-    metric: str = Field(description="a key of the trials' metrics.jsonl")
-    average_last: PositiveInt = Field(default=1, description="a metric counts by the mean of this many last values")
+    """Dotted keys of the base and the distribution that each trial's value is drawn from, such as {loguniform: [1e-6,
+    1e-4]}."""
+    trials: PositiveInt | None = None
+    """How many trials to make. null, where all of search is grid: each point of it once."""
+    metric: str
+    """A key of the trials' metrics.jsonl, by which the best is chosen."""
+    average_last: PositiveInt = 1
+    """A metric of a trial is the mean of so many of its last values."""
     mode: Literal["max", "min"]
-    limit: dict[str, Annotated[float, Field(allow_inf_nan=False)]] = Field(
-        default={}, description="metric: greatest value; a trial that ends over it cannot win"
-    )
-    limit_patience: PositiveInt = Field(default=3, description="values over the limit in a row that stop a trial")
+    """Whether the greatest value of the metric is the best, or the least."""
+    limit: dict[str, Annotated[float, Field(allow_inf_nan=False)]] = Field(default={})
+    """Metric → its greatest value; a trial that ends over it cannot win, one that stays over it is stopped."""
+    limit_patience: PositiveInt = 3
+    """With a limit: so many values over it in a row stop a trial."""
     scheduler: SchedulerSection = SchedulerSection()
+    """What stops bad trials early."""
     algorithm: AlgorithmSection = AlgorithmSection()
+    """How a trial's values are picked."""
     max_concurrent: PositiveInt | Literal["auto"] = "auto"
-    max_failed: Annotated[int, Field(ge=0)] = Field(default=2, description="failed trials before the sweep fails")
+    """Trials side by side, for all of which there must be room. auto: as many as there is room for."""
+    max_failed: Annotated[int, Field(ge=0)] = 2
+    """Failed trials that the sweep puts up with; one more and it fails."""
 
     @field_validator("search", mode="before")
     @classmethod

@@ -1,17 +1,18 @@
 """The base of every section of a run file."""
 
-from typing import Any, Literal
+import math
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 # How processes go on nodes, by Ray's names: on few, on many, all on one, each on another.
 Strategy = Literal["pack", "spread", "strict_pack", "strict_spread"]
 
 
 class Section(BaseModel):
-    """Frozen, and refuses keys it does not know."""
+    """Frozen, and refuses keys it does not know. The text below a field is what `config show --describe` says of it."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), use_attribute_docstrings=True)
 
     @model_validator(mode="before")
     @classmethod
@@ -21,3 +22,25 @@ class Section(BaseModel):
             return values
         sections = {k for k, field in cls.model_fields.items() if isinstance(field.default, dict | Section)}
         return {key: value for key, value in values.items() if value is not None or key not in sections}
+
+
+def _above_zero(resources: dict[str, float]) -> dict[str, float]:
+    if not resources or not all(0 < amount < math.inf for amount in resources.values()):
+        raise ValueError(f"found: {resources}; expected: positive amounts, such as {{CPU: 1}}")
+    return resources
+
+
+class ProcessSection(Section):
+    """Processes of one role: what each takes, and where they go."""
+
+    resources: Annotated[dict[str, float], AfterValidator(_above_zero)] = Field(default={"CPU": 1})
+    """What each process takes, by Ray's names: CPU, GPU or a cluster's own. On GPU nodes {GPU: 1}."""
+    placement: Strategy = "pack"
+    """How the processes go on nodes: pack (on few), spread (on many), strict_pack (all on one), strict_spread (each on
+    another)."""
+    labels: dict[str, str] = Field(default={})
+    """Only nodes with these labels, in Ray's label selectors: a value, !value, in(a, b) or !in(a, b). {}: any node."""
+
+    @property
+    def uses_gpu(self) -> bool:
+        return self.resources.get("GPU", 0) > 0

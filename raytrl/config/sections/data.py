@@ -3,7 +3,7 @@
 import re
 from typing import Any
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import ConfigDict, model_validator
 
 from raytrl.config.foreign.native import (
     DATASET_BUILDERS,
@@ -18,15 +18,22 @@ LOAD_DATASET_KEYS = ("path", "name", "data_dir", "data_files", "split", "revisio
 class DataSource(Section):
     """Arguments of `datasets.load_dataset`, and optionally a function that reshapes the rows."""
 
-    model_config = ConfigDict(extra="allow", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="allow")
 
-    path: str = Field(description="builder (json, csv, parquet, text), saved dataset folder, or hub id")
+    path: str
+    """A builder (json, csv, parquet, text), the folder of a saved dataset, or a hub id."""
     name: str | None = None
+    """The configuration of a hub dataset that has several. null: its default one."""
     data_dir: str | None = None
+    """A folder that the builder reads, or a folder of the hub dataset. null: none."""
     data_files: str | list[str] | None = None
+    """The files that the builder reads: paths, patterns such as data/*.jsonl, or URLs. null: none are named."""
     split: str = "train"
+    """Which split is taken, also a part of one such as train[:1000]. Files without splits of their own are train."""
     revision: str | None = None
-    transform: str | None = Field(default=None, description="file.py:function or module:function, Dataset → Dataset")
+    """Branch, tag or commit of a hub dataset. null: its main branch."""
+    transform: str | None = None
+    """file.py:function or module:function that is given the Dataset and returns the one to use. null: as it is."""
 
     @model_validator(mode="before")
     @classmethod
@@ -52,5 +59,9 @@ class DataSource(Section):
 
 
 class DataSection(Section):
+    """What is trained on, and what is evaluated on."""
+
     train: DataSource
+    """The rows to train on: arguments of datasets.load_dataset, or one string, a file or a hub id."""
     eval: DataSource | None = None
+    """The rows to evaluate on, likewise. null: no evaluation."""

@@ -83,7 +83,7 @@ def vllm_obstacles(asked: Asked) -> list[str]:
             f"its log-probabilities of given responses (reference.path) are those of temperature 1; found: "
             f"{asked.rollout.sampling.temperature:g}; set engine: transformers"
         )
-    if not asked.rollout.resources.get("GPU"):
+    if not asked.rollout.uses_gpu:
         sizes = _cpu_head_sizes()
         for path in asked.model_paths:
             size = _head_size(path)
@@ -100,7 +100,7 @@ def _argument_problems(rollout: RolloutSection) -> list[str]:
     known = native_fields(VLLM_ARGS)
     problems = [f"{where}.{key}: is set by {_OWNED[key]}" for key in given if key in _OWNED]
     problems += [unknown_key(where, key, known.keys() - _OWNED.keys()) for key in given if key not in known]
-    if given.get("enforce_eager") is False and not rollout.resources.get("GPU"):
+    if given.get("enforce_eager") is False and not rollout.uses_gpu:
         problems.append(
             f"{where}.enforce_eager: code that vLLM compiled for a CPU may keep old weights; found: false; leave it out"
         )

@@ -5,20 +5,22 @@ from typing import Any
 from pydantic import Field, field_validator, model_validator
 
 from raytrl.config.foreign.deepspeed import read_deepspeed, zero_stage
-from raytrl.config.sections.base import Section, Strategy
+from raytrl.config.sections.base import ProcessSection, Section
 
 
-class LearnerSection(Section):
+class LearnerSection(ProcessSection):
     """The Ray Train workers that hold and update the network."""
 
-    workers: int | tuple[int, int] = Field(default=1, description="a number, or [min, max]: elastic")
-    resources: dict[str, float] = Field(default={"CPU": 1}, description="of each worker; {GPU: 1} on GPU nodes")
-    placement: Strategy = Field(default="pack", description="of the workers on the nodes")
-    labels: dict[str, str] = Field(default={}, description="only nodes with these labels, in Ray's label selectors")
-    deepspeed: dict[str, Any] | None = Field(default=None, description="a DeepSpeed JSON file, or its keys")
-    max_failures: int = Field(default=3, ge=0, description="worker-group restarts before the run fails")
-    start_timeout_s: float = Field(default=120, gt=0, description="for all workers to be placed and started")
-    stall_timeout_s: float = Field(default=1800, gt=0, description="without any progress before the run fails")
+    workers: int | tuple[int, int] = 1
+    """How many, or [min, max]: elastic, as many as the cluster has room for at the moment."""
+    deepspeed: dict[str, Any] | None = None
+    """A DeepSpeed JSON file, or its keys. null: plain data parallelism (DDP)."""
+    max_failures: int = Field(default=3, ge=0)
+    """How often the workers are started again from the last checkpoint; one failure more and the run fails."""
+    start_timeout_s: float = Field(default=120, gt=0)
+    """Seconds for all workers to be placed and started."""
+    stall_timeout_s: float = Field(default=1800, gt=0)
+    """Seconds without any progress before the run fails; also the limit of one exchange between the workers."""
 
     @field_validator("deepspeed", mode="before")
     @classmethod
@@ -33,10 +35,6 @@ class LearnerSection(Section):
     def max_workers(self) -> int:
         return self.workers if isinstance(self.workers, int) else self.workers[1]
 
-    @property
-    def uses_gpu(self) -> bool:
-        return self.resources.get("GPU", 0) > 0
-
     @model_validator(mode="after")
     def _sane(self) -> "LearnerSection":
         if not 1 <= self.min_workers <= self.max_workers:
@@ -46,17 +44,21 @@ class LearnerSection(Section):
                 "workers: an elastic number cannot go with deepspeed: a ZeRO checkpoint loads only on as many workers "
                 "as wrote it; give one number, or leave deepspeed out"
             )
-        if any(amount <= 0 for amount in self.resources.values()) or not self.resources:
-            raise ValueError(f"resources: found: {self.resources}; expected: positive amounts, such as {{CPU: 1}}")
         return self
 
 
 class ClusterSection(Section):
-    address: str | None = Field(
-        default=None, description="null: a local Ray, or the job's cluster; auto; ray://host:port"
-    )
+    """The Ray that a run's processes are started in."""
+
+    address: str | None = None
+    """auto: the Ray that runs on this machine; host:port or ray://host:port: another. null: in a sweep what
+    the base says; else the one that RAY_ADDRESS names, as in a Ray job; else a local Ray for this run."""
 
 
 class CheckpointSection(Section):
-    every: int = Field(default=50, ge=1, description="optimizer steps between two checkpoints")
-    keep: int = Field(default=2, ge=1, description="how many complete ones stay")
+    """What a run that was cut off goes on from."""
+
+    every: int = Field(default=50, ge=1)
+    """Steps between two checkpoints: optimizer steps, in PPO steps of the loop. The last step always has one."""
+    keep: int = Field(default=2, ge=1)
+    """How many of the latest complete checkpoints stay."""

@@ -10,32 +10,42 @@ from raytrl.config.sections.base import Section
 class TokenizerSpec(Section):
     """A byte-level BPE tokenizer, trained on the run's own training text before it starts."""
 
-    vocab_size: int = Field(gt=260, description="entries, the 256 bytes and the special tokens included")
+    vocab_size: int = Field(gt=260)
+    """Entries, the 256 bytes and the special tokens included."""
     eos_token: str = "<|end|>"
+    """The token that ends a text."""
     pad_token: str = "<|pad|>"
-    special_tokens: list[str] = Field(default=[], description="more tokens that are never split, e.g. chat markers")
+    """The token that fills up shorter rows of a batch."""
+    special_tokens: list[str] = Field(default=[])
+    """More tokens that are never split, such as chat markers."""
 
     @model_validator(mode="after")
     def _distinct(self) -> "TokenizerSpec":
         if self.eos_token == self.pad_token:
-            raise ValueError("eos_token and pad_token must differ: padding would otherwise hide the end of a text")
+            raise ValueError(
+                f"pad_token: padding would hide the end of a text; found: {self.pad_token!r}, as eos_token; expected: "
+                f"another token"
+            )
         return self
 
 
 class ModelSection(Section):
     """The network to train: a Hugging Face folder or id, or one made from a config with random weights."""
 
-    path: str | None = Field(default=None, description="Hugging Face id or local folder")
-    config: dict[str, Any] | None = Field(
-        default=None, description="model_type and its config fields: a model with random weights"
-    )
-    tokenizer: str | TokenizerSpec | None = Field(
-        default=None, description="id, folder, or what to train; default: path"
-    )
+    path: str | None = None
+    """Hugging Face id or local folder. null: the model is made from config."""
+    config: dict[str, Any] | None = None
+    """model_type and other fields of its transformers config: a model with random weights. null: path is loaded."""
+    tokenizer: str | TokenizerSpec | None = None
+    """Hugging Face id or local folder, or {vocab_size: …}: one that is trained on data.train first. null: that of path."""
     revision: str | None = None
+    """Branch, tag or commit of the model and tokenizer on the hub. null: the main branch."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    pad_token: str | None = Field(default=None, description="a token to pad with, added where the tokenizer lacks it")
+    """What the network computes in. auto: bfloat16 on a GPU, float32 on a CPU."""
+    pad_token: str | None = None
+    """A token to pad with, added where the tokenizer lacks it. null: the tokenizer's own."""
     trust_remote_code: bool = False
+    """Whether Python code that comes with the model or tokenizer may run."""
 
     @model_validator(mode="after")
     def _one_source(self) -> "ModelSection":

@@ -17,13 +17,16 @@ class KlSection(Section):
     """The coefficient of the KL penalty in the reward."""
 
     coef: Annotated[float, Field(ge=0.0)] = 0.05
-    target: PositiveFloat | None = None  # nats a response; set: the coefficient adapts towards it
-    horizon: PositiveInt = 10000  # responses
+    """What a nat of KL costs in reward: the coefficient, or with a target the one to start from."""
+    target: PositiveFloat | None = None
+    """KL in nats a response that the coefficient adapts towards. null: the coefficient stays."""
+    horizon: PositiveInt = 10000
+    """With a target: in so many responses the coefficient changes by about a fifth at most (Ziegler et al. 2019)."""
 
     @model_validator(mode="after")
     def _check(self) -> "KlSection":
         if self.target is not None and self.coef == 0.0:
-            raise ValueError("kl.target adapts kl.coef by factors, and 0 stays 0; found coef 0; give a positive coef")
+            raise ValueError("coef: target adapts it by factors, and 0 stays 0; found: 0; expected: a positive coef")
         return self
 
 
@@ -31,41 +34,65 @@ class PpoSection(Section):
     """The algorithm: one step is one rollout batch and its updates."""
 
     steps: PositiveInt = 200
-    batch_size: PositiveInt = 64  # responses a step, over all learner workers
+    """How many steps the run has; one is a batch of responses and the updates from it."""
+    batch_size: PositiveInt = 64
+    """Responses a step, over all learner workers."""
     responses_per_prompt: PositiveInt = 1
+    """Responses to each prompt; a step has batch_size / responses_per_prompt prompts."""
     epochs: PositiveInt = 4
-    minibatches: PositiveInt = 4  # optimizer steps an epoch
+    """How often the updates of a step go through its responses."""
+    minibatches: PositiveInt = 4
+    """Equal parts of a step's responses, each an optimizer step; so many in every epoch."""
     learning_rate: PositiveFloat = 1.0e-5
-    value_learning_rate: PositiveFloat | None = None  # null: learning_rate
-    lr_schedule: Literal["linear", "cosine", "constant"] = "linear"  # to 0 at the last step
+    """Of the policy, at the start of the run."""
+    value_learning_rate: PositiveFloat | None = None
+    """Of the value function, at the start of the run. null: learning_rate."""
+    lr_schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """How the learning rates fall over the run: to 0 in a line, to 0 along half a cosine, or not at all."""
     adam_epsilon: PositiveFloat = 1.0e-5
+    """Adam's epsilon, which keeps its step finite where gradients vanish."""
     max_grad_norm: PositiveFloat = 1.0
+    """The gradient of policy and value function together is scaled down where its norm is greater."""
     gamma: Fraction = 1.0
+    """Discount of rewards, a token. 1: none."""
     lam: Fraction = 0.95
+    """λ of generalised advantage estimation. 1: whole returns; 0: one step of the value function."""
     clip_range: PositiveFloat = 0.2
-    value_clip_range: PositiveFloat | None = 0.2  # null: no clipping
+    """The ratio of a token's new to its old probability is clipped to 1 ± this."""
+    value_clip_range: PositiveFloat | None = 0.2
+    """A value counts within ± this of the one before the step's updates. null: no clipping."""
     value_coef: Annotated[float, Field(ge=0.0)] = 0.1
+    """Weight of the value loss beside the policy loss."""
     kl: KlSection = KlSection()
-    missing_eos_penalty: Annotated[float, Field(ge=0.0)] | None = None  # subtracted when no end token was sampled
-    reward_scaling: bool = False  # divide scores by the running standard deviation of all scores so far
-    reward_clip: PositiveFloat | None = None  # scores are cut to ± this, after scaling
+    """The KL penalty in the reward: what keeps the policy near its reference."""
+    missing_eos_penalty: Annotated[float, Field(ge=0.0)] | None = None
+    """Subtracted from the score of a response that was cut before it ended. null: nothing is."""
+    reward_scaling: bool = False
+    """Whether scores are divided by the running standard deviation of all scores so far."""
+    reward_clip: PositiveFloat | None = None
+    """Scores are cut to ± this, after scaling. null: they are not."""
     whiten_advantages: bool = True
+    """Whether advantages are brought to mean 0 and variance 1 over all tokens of the step."""
     max_tokens_per_microbatch: PositiveInt | None = None
-    gradient_checkpointing: bool = False  # compute layers again in the backward pass instead of keeping their results
+    """Tokens in one forward pass of a learner worker. null: as many as keep the logits near 2 GiB, at most 16384."""
+    gradient_checkpointing: bool = False
+    """Whether layers are computed again in the backward pass instead of keeping their results: less memory, more time."""
     max_lag: Literal[0, 1] = 0
-    importance_cap: Annotated[float, Field(ge=1.0)] = 2.0  # upper limit of the correction for stale rollouts
+    """1: the next batch is sampled while this one is learned from, by weights one step older. 0: in turn."""
+    importance_cap: Annotated[float, Field(ge=1.0)] = 2.0
+    """With max_lag 1: upper limit of a token's weight that makes up for the older weights."""
 
     @model_validator(mode="after")
     def _check(self) -> "PpoSection":
         if self.batch_size % self.responses_per_prompt:
             raise ValueError(
-                f"batch_size counts responses, so it must be a multiple of responses_per_prompt; found "
-                f"batch_size={self.batch_size}, responses_per_prompt={self.responses_per_prompt}"
+                f"batch_size: counts responses; found: {self.batch_size}; expected: a multiple of responses_per_prompt "
+                f"{self.responses_per_prompt}"
             )
         if self.batch_size % self.minibatches:
             raise ValueError(
-                f"batch_size must be a multiple of minibatches, so that every optimizer step sees as many responses; "
-                f"found batch_size={self.batch_size}, minibatches={self.minibatches}"
+                f"batch_size: every optimizer step sees as many responses; found: {self.batch_size}; expected: a multiple "
+                f"of minibatches {self.minibatches}"
             )
         return self
 
@@ -84,18 +111,24 @@ class PpoSection(Section):
 class ValueModelSection(Section):
     """Where the value function starts from."""
 
-    init: str | None = None  # null: lora → adapter and head on the base, full → copy of the policy; or a model path
+    init: str | None = None
+    """A model to start from, such as a reward model, whose head is kept. null: a copy of the policy with a new head, with
+    lora an adapter and a head on the policy's base."""
 
 
 class ReferenceSection(Section):
     """What the KL penalty is measured against."""
 
-    path: str | None = None  # null: the starting policy
+    path: str | None = None
+    """Hugging Face id or local folder. null: the starting policy, with lora the base without its adapter."""
 
 
 class EvalSection(Section):
     """Responses on data.eval, scored by the same sources."""
 
-    every: PositiveInt = 20  # steps
+    every: PositiveInt = 20
+    """Steps between two evaluations. The last step always has one."""
     rows: PositiveInt = 64
-    greedy: bool = True  # false: sampled as in training
+    """The first rows of data.eval, the same at every evaluation."""
+    greedy: bool = True
+    """true: the likeliest token each time, one response a prompt. false: sampled as in training."""

@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from raytrl.config.sections.base import Section, Strategy
+from raytrl.config.sections.base import ProcessSection, Section
 
 DEFAULT_MAX_DROPPED_FRACTION = 0.05
 
@@ -24,20 +24,30 @@ _ONLY_FOR: dict[str, tuple[str, object]] = {
 class SourceSection(Section):
     """One reward source: exactly one of `model`, `function` and `url`."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")]  # it becomes part of metric keys
-    weight: float = 1.0  # of this source's score in the sum; negative: a penalty
-    model: str | None = None  # a sequence classifier: Hugging Face id or local folder
-    function: str | None = None  # file.py:name or package.module:name
-    url: str | None = None  # POST {prompts, completions} -> {scores}
-    label: str | int | None = None  # model: which output is the score, by name or index
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # model: auto is float32 on a CPU, bfloat16 on a GPU
-    trust_remote_code: bool = False  # model
-    headers_env: dict[str, str] = Field(
-        default_factory=dict
-    )  # url: header name -> environment variable that holds its value
-    batch_size: Annotated[int, Field(ge=1)] | None = None  # responses a call; null: model 32, function and url all
-    timeout_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 120.0  # limit of one call, seconds
-    retries: Annotated[int, Field(ge=0)] = 2  # further calls after a failed one
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")]
+    """What its scores are called in samples and results."""
+    weight: float = 1.0
+    """Of this source's score in the sum of all; negative: a penalty."""
+    model: str | None = None
+    """A sequence classifier: Hugging Face id or local folder. null: the source is something else."""
+    function: str | None = None
+    """file.py:name or package.module:name of a function as TRL's trainers take it. null: the source is something else."""
+    url: str | None = None
+    """An address that is POSTed {prompts, completions} and answers {scores}. null: the source is something else."""
+    label: str | int | None = None
+    """Of a model: which output is the score, by name or index. null: its only one."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of a model: what it computes in. auto: bfloat16 on a GPU, float32 on a CPU."""
+    trust_remote_code: bool = False
+    """Of a model: whether Python code that comes with it may run."""
+    headers_env: dict[str, str] = Field(default_factory=dict)
+    """Of a url: header → the environment variable of the reward actors that holds its value."""
+    batch_size: Annotated[int, Field(ge=1)] | None = None
+    """Responses a call. null: 32 for a model, all at once for a function or url."""
+    timeout_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 120.0
+    """Seconds that one call may take."""
+    retries: Annotated[int, Field(ge=0)] = 2
+    """How often a call that failed is made again."""
 
     @property
     def kind(self) -> Literal["model", "function", "url"]:
@@ -51,8 +61,8 @@ class SourceSection(Section):
     def _check_weight(cls, weight: float) -> float:
         if weight == 0 or not math.isfinite(weight):
             raise ValueError(
-                f"a weight of {weight} makes the source do nothing or everything; expected a finite number other "
-                "than 0; to turn a source off, remove it"
+                f"makes the source do nothing or everything; found: {weight}; expected: a finite number other than 0; to "
+                f"turn a source off, remove it"
             )
         return weight
 
@@ -60,14 +70,14 @@ class SourceSection(Section):
     @classmethod
     def _check_function(cls, function: str | None) -> str | None:
         if function is not None and not _FUNCTION.fullmatch(function):
-            raise ValueError(f"not a reward function: found {function!r}; expected file.py:name or package.module:name")
+            raise ValueError(f"no reward function; found: {function!r}; expected: file.py:name or package.module:name")
         return function
 
     @field_validator("url")
     @classmethod
     def _check_url(cls, url: str | None) -> str | None:
         if url is not None and not re.match(r"https?://[^/\s]", url):
-            raise ValueError(f"not an address to POST to: found {url!r}; expected http://... or https://...")
+            raise ValueError(f"no address to POST to; found: {url!r}; expected: http://... or https://...")
         return url
 
     @model_validator(mode="after")
@@ -75,30 +85,33 @@ class SourceSection(Section):
         given = [key for key in ("model", "function", "url") if getattr(self, key) is not None]
         if len(given) != 1:
             raise ValueError(
-                f"source {self.name!r}: found {' and '.join(given) or 'none of model, function, url'}; "
-                "expected exactly one of model, function, url; for two kinds of score write two sources"
+                f"source {self.name!r}; found: {' and '.join(given) or 'none of model, function, url'}; expected: exactly "
+                f"one of model, function, url; for two kinds of score write two sources"
             )
         for key, (kind, nothing) in _ONLY_FOR.items():
             if kind != self.kind and getattr(self, key) != nothing:
                 raise ValueError(
-                    f"source {self.name!r}: {key} does nothing for a {self.kind} source; found "
-                    f"{getattr(self, key)!r}; only a {kind} source reads it; remove it"
+                    f"{key}: does nothing for a {self.kind} source; found: {getattr(self, key)!r} in source "
+                    f"{self.name!r}; expected: a {kind} source, or no {key}"
                 )
         return self
 
 
-class RewardSection(Section):
+class RewardSection(ProcessSection):
     """The reward actors and the sources that each of them holds."""
 
     sources: Annotated[tuple[SourceSection, ...], Field(min_length=1)]
+    """What scores a response: models, functions and urls; the reward is the weighted sum of their scores."""
     actors: Annotated[int, Field(ge=1)] = 1
+    """How many, each with all sources."""
     resources: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] = Field(
         default_factory=lambda: {"CPU": 1.0}
-    )  # of each actor
-    placement: Strategy = "pack"  # of the actors on the nodes
-    labels: dict[str, str] = Field(default_factory=dict)  # only nodes with these labels, in Ray's label selectors
+    )
+    """What each actor takes, by Ray's names: CPU, GPU or a cluster's own. Amounts may be 0, where a url does the work."""
     on_error: Literal["fail", "drop"] = "fail"
-    max_dropped_fraction: Annotated[float, Field(ge=0, le=1)] | None = None  # drop: null is 0.05
+    """What becomes of a response that a source failed to score. fail: the run fails; drop: it is left out and counted."""
+    max_dropped_fraction: Annotated[float, Field(ge=0, le=1)] | None = None
+    """With on_error: drop, the largest part of a step's responses that may be dropped before the run fails. null: 0.05."""
 
     @property
     def drop_budget(self) -> float:
@@ -114,7 +127,7 @@ class RewardSection(Section):
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(
-                f"two sources share a name: found {twice} more than once; expected unique names; rename one"
+                f"two sources share a name; found: {twice} more than once; expected: unique names; rename one"
             )
         return sources
 
@@ -122,7 +135,7 @@ class RewardSection(Section):
     def _check_budget(self) -> Self:
         if self.on_error == "fail" and self.max_dropped_fraction is not None:
             raise ValueError(
-                f"max_dropped_fraction does nothing with on_error: fail; found {self.max_dropped_fraction}; "
-                "expected on_error: drop, or no max_dropped_fraction"
+                f"max_dropped_fraction: does nothing with on_error: fail; found: {self.max_dropped_fraction}; "
+                f"expected: on_error: drop, or no max_dropped_fraction"
             )
         return self

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt, model_validator
 
-from raytrl.config.sections.base import Section, Strategy
+from raytrl.config.sections.base import ProcessSection, Section
 
 # Truncated sampling draws from another distribution than the one whose log-probs PPO learns from: at top_p 0.8 a
 # user measured a mean ratio of 0.896 before any update (huggingface/trl#7269).
@@ -19,8 +19,11 @@ class SamplingSection(Section):
     """How responses are drawn; the learner's log-probs use the same temperature."""
 
     max_new_tokens: PositiveInt = 48
+    """Tokens of a response at most, its end token included."""
     temperature: float = 1.0
-    stop: Annotated[list[str] | None, BeforeValidator(_as_list)] = None  # strings that end a response
+    """What logits are divided by before a token is drawn; above 0."""
+    stop: Annotated[list[str] | None, BeforeValidator(_as_list)] = None
+    """Strings that end a response, besides its end token; reward sources do not see them. null: none."""
 
     @model_validator(mode="before")
     @classmethod
@@ -28,9 +31,9 @@ class SamplingSection(Section):
         for name in TRUNCATING:
             if isinstance(values, dict) and name in values:
                 raise ValueError(
-                    f"{name} is refused: it changes the distribution that responses are drawn from, while PPO's ratio "
-                    f"compares full distributions, so it would be wrong before the first update; found "
-                    f"{name}={values[name]!r}; remove it (temperature and max_new_tokens are safe)"
+                    f"{name}: is refused: it changes the distribution that responses are drawn from, while PPO's ratio "
+                    f"compares full distributions, so it would be wrong before the first update; found: "
+                    f"{values[name]!r}; remove it (temperature and max_new_tokens are safe)"
                 )
         return values
 
@@ -38,37 +41,44 @@ class SamplingSection(Section):
     def _check(self) -> "SamplingSection":
         if not self.temperature > 0:
             raise ValueError(
-                f"temperature must be greater than 0 (PPO needs sampled responses; evaluation is greedy by "
-                f"eval.greedy); found {self.temperature}"
+                f"temperature: PPO needs sampled responses, and evaluation is greedy by eval.greedy; found: "
+                f"{self.temperature}; expected: more than 0"
             )
         if self.stop is not None and not all(self.stop):
-            raise ValueError("stop must not hold an empty string: every response would end at once")
+            raise ValueError("stop: every response would end at once; found: ''; expected: no empty string")
         return self
 
 
-class RolloutSection(Section):
+class RolloutSection(ProcessSection):
     """The actors that sample responses."""
 
     actors: PositiveInt = 1
-    resources: dict[str, float] = Field(default={"CPU": 1})
-    placement: Strategy = "pack"  # of the actors on the nodes
-    labels: dict[str, str] = Field(default={})  # only nodes with these labels, in Ray's label selectors
+    """How many, each with an engine of its own."""
     engine: Literal["auto", "vllm", "transformers"] = "auto"
+    """What samples. auto: vllm where it is installed and can run the model, else transformers."""
     engine_args: dict[str, Any] = Field(default={})
+    """Passed on as they are: fields of vLLM's EngineArgs, or arguments of transformers' from_pretrained."""
     sampling: SamplingSection = SamplingSection()
-    max_prompt_length: PositiveInt = 512  # tokens
-    long_prompts: Literal["cut", "refuse"] = "cut"  # cut: a longer prompt loses its beginning
-    # Prompts that go to an actor together, and whose responses are scored together and, by transformers, sampled together:
-    # the bits of a matrix product depend on what shares its batch, so a chunk is what makes a response and its score the
+    """How responses are drawn."""
+    max_prompt_length: PositiveInt = 512
+    """Tokens of a prompt at most."""
+    long_prompts: Literal["cut", "refuse"] = "cut"
+    """What becomes of a longer prompt. cut: it loses its beginning; refuse: the run does not start."""
+    # The bits of a matrix product depend on what shares its batch, so a chunk is what makes a response and its score the
     # same however many actors there are. vLLM samples all its chunks in one continuous batch.
     chunk_prompts: PositiveInt = 8
-    # How new weights get from the learner to the engines. object_store: through Ray's, where an engine that was restarted
-    # finds them too. broadcast: straight from the learner, by NCCL between GPUs and gloo between CPUs; an engine that dies
-    # comes back with the next step's weights. auto: broadcast where both have whole GPUs, and two engines at least.
+    """Prompts that go to an actor together, and whose responses are scored together."""
     weight_transfer: Literal["auto", "object_store", "broadcast"] = "auto"
-    start_timeout_s: PositiveFloat = 600.0  # for rollout and reward actors to be placed and to load their models
-    timeout_s: PositiveFloat = 600.0  # without a single answer of any actor before the run fails
-    samples: Annotated[int, Field(ge=0)] = 8  # responses a step that go to samples.jsonl
+    """How new weights get from the learner to the engines. object_store: through Ray's, where an engine that was restarted
+    finds them too. broadcast: straight from the learner, by NCCL between GPUs and gloo between CPUs; an engine that dies
+    comes back with the next step's weights. auto: broadcast where both have whole GPUs, there are two engines at least
+    and no lora, else object_store."""
+    start_timeout_s: PositiveFloat = 600.0
+    """Seconds for rollout and reward actors to be placed, and to load their models."""
+    timeout_s: PositiveFloat = 600.0
+    """Seconds without a single answer of any actor before the run fails; reward actors have those of their sources more."""
+    samples: Annotated[int, Field(ge=0)] = 8
+    """Responses a step, and of an evaluation, that go to samples.jsonl."""
 
     def chosen(self, **names: str) -> "RolloutSection":
         """A copy with auto replaced; what was written in the run file stays the only part that counts as written."""

@@ -137,5 +137,5 @@ def requests_in_flight(rollout: RolloutSection, samples: int) -> int:
     """
     if rollout.engine != "vllm":
         return 2
-    sequences = rollout.engine_args.get("max_num_seqs") or (1024 if rollout.resources.get("GPU") else CPU_SEQUENCES)
+    sequences = rollout.engine_args.get("max_num_seqs") or (1024 if rollout.uses_gpu else CPU_SEQUENCES)
     return min(MAX_IN_FLIGHT, -(-3 * sequences // (2 * samples * rollout.chunk_prompts)) + 1)

@@ -128,8 +128,8 @@ def make_folder_engine(run: EvalRun) -> "FolderEngine":
             tokenizers[version] if version < len(tokenizers) else paths[version],
             run.rollout,
             seed=run.seed,
-            dtype=torch_dtype(run.model.dtype, run.uses_gpu),
-            device="cuda" if run.uses_gpu else "cpu",
+            dtype=torch_dtype(run.model.dtype, run.rollout.uses_gpu),
+            device="cuda" if run.rollout.uses_gpu else "cpu",
             trust_remote_code=run.model.trust_remote_code,
         )
 

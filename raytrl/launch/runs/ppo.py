@@ -54,7 +54,7 @@ def make_engine(run: PpoRun) -> "RolloutEngine":
         seed=run.seed,
         lora=run.lora,
         dtype=torch_dtype(run.model.dtype, run.learner.uses_gpu),
-        device="cuda" if run.rollout.resources.get("GPU", 0) else "cpu",
+        device="cuda" if run.rollout.uses_gpu else "cpu",
         trust_remote_code=run.model.trust_remote_code,
     )
 
@@ -66,7 +66,7 @@ def make_sources(run: RolloutRun) -> "RewardSources":
     section = run.reward
     if section.on_error == "drop":
         section = section.model_copy(update={"max_dropped_fraction": 1.0})
-    return RewardSources(section, "cuda" if run.reward.resources.get("GPU", 0) else "cpu")
+    return RewardSources(section, "cuda" if run.reward.uses_gpu else "cpu")
 
 
 def ppo_worker(config: dict[str, Any]) -> dict[str, float]:

@@ -30,7 +30,7 @@ class EndpointSource:
             if variable not in os.environ:
                 raise ConfigError(
                     f"reward.sources.{section.name}.headers_env.{header}: environment variable {variable} is not set "
-                    "where the reward actor runs; expected the value of the header; set it there"
+                    "where the reward actor runs; expected: the value of the header; set it there"
                 )
             self._headers[header] = os.environ[variable]
 
@@ -61,5 +61,5 @@ def _post(request: urllib.request.Request, timeout_s: float) -> Sequence[object]
     except (ValueError, KeyError, TypeError):
         scores = None
     if not isinstance(scores, list):
-        raise CallError(f"answered {answer[:200]!r}; expected a JSON object with a list `scores`")
+        raise CallError(f"answered {answer[:200]!r}; expected: a JSON object with a list `scores`")
     return scores

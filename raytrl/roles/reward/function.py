@@ -81,7 +81,7 @@ class FunctionSource:
             self._stop()
             raise ConfigError(
                 f"reward.sources.{self.section.name}.function: cannot load {self.section.function}; its import {error}"
-                "; expected a function of that name; name the file by its path from the working directory"
+                "; expected: a function of that name; name the file by its path from the working directory"
             ) from None
 
     def _exchange(self, message: object, limit_s: float) -> Sequence[object]:

@@ -70,7 +70,7 @@ def import_function(name: str) -> Callable[..., Any]:
         module = importlib.import_module(place)
     function = getattr(module, attribute, None)
     if not callable(function):
-        raise AttributeError(f"{place} has no function {attribute!r}; found {function!r}")
+        raise AttributeError(f"{place} has no function {attribute!r}; found: {function!r}")
     return function  # type: ignore[no-any-return]  # callable: checked above
 
 

@@ -117,8 +117,8 @@ class ModelSource:
         absent = sorted(map(str, [*loading["missing_keys"], *loading["mismatched_keys"]]))
         if absent:
             raise ConfigError(
-                f"{self._where}: not a trained sequence classifier; found no weights for {', '.join(absent[:4])}, "
-                "which would be random; expected a model trained as one; train it with `raytrl reward`"
+                f"{self._where}: not a trained sequence classifier; found: no weights for {', '.join(absent[:4])}, "
+                "which would be random; expected: a model trained as one; train it with `raytrl reward`"
             )
         return model.eval().to(self._device), tokenizer
 
@@ -132,7 +132,7 @@ def _merged(model: str, where: str) -> str:
         if (merged / "config.json").is_file():
             return str(merged)
     raise ConfigError(
-        f"{where}: is a LoRA adapter; found no merged model in {folder / 'merged'}; expected a whole classifier; "
+        f"{where}: is a LoRA adapter; found: no merged model in {folder / 'merged'}; expected: a whole classifier; "
         "merge the adapter into its base and name that folder"
     )
 
@@ -147,7 +147,7 @@ def _output_index(config: Any, label: str | int | None, where: str) -> int:
     if len(found) == 1:
         return found[0]
     known = ", ".join(f"{index} ({names.get(index)})" for index in range(count))
-    raise ConfigError(f"{where}: which output is the score; found {label!r}; expected one of {known}; set label")
+    raise ConfigError(f"{where}: which output is the score; found: {label!r}; expected: one of {known}; set label")
 
 
 def _max_tokens(text_config: Any, tokenizer: Any) -> int:

@@ -57,8 +57,8 @@ class RewardSources:
         for prompt, response in pairs:
             if (prompt.step, prompt.row) != (response.step, response.row):
                 raise ValueError(
-                    f"reward: response (step {response.step}, row {response.row}) was paired with prompt (step "
-                    f"{prompt.step}, row {prompt.row}); expected the prompt it answers"
+                    f"reward: a response goes with another prompt; found: response (step {response.step}, row "
+                    f"{response.row}), prompt (step {prompt.step}, row {prompt.row}); expected: the prompt it answers"
                 )
         if not pairs:
             return []
@@ -103,10 +103,10 @@ class RewardSources:
                     tries = f" (asked {section.retries + 1} times)" if outcome.retry and section.retries else ""
                     found.append(
                         f"reward source {section.name!r} ({_target(section)}): {where}: {outcome.reason}{tries}; "
-                        "expected one finite number"
+                        "expected: one finite number"
                     )
             if all(outcome is None for outcome in row):
-                found.append(f"reward: {where}: {_NOT_APPLICABLE.reason}; expected a score from at least one")
+                found.append(f"reward: {where}: {_NOT_APPLICABLE.reason}; expected: a score from at least one")
         return found
 
 
@@ -118,7 +118,7 @@ def check_dropped(scores: Sequence[Score], max_dropped_fraction: float, last: st
     dropped = sum(score.value is None for score in scores)
     if dropped > max_dropped_fraction * len(scores):
         raise RewardError(
-            f"reward: too many samples were dropped; found {dropped} of {len(scores)}; expected at most "
+            f"reward: too many samples were dropped; found: {dropped} of {len(scores)}; expected: at most "
             f"{max_dropped_fraction:g} of them (reward.max_dropped_fraction)"
             + (f"; {last}" if last else "")
             + "; fix the source, or allow more"

@@ -64,7 +64,7 @@ def summarize(
     _by_sample(scores, responses)
     if sequence_kls is not None and len(sequence_kls) != len(responses):
         raise ValueError(
-            f"evaluation: one KL a response; found {len(sequence_kls)} for {len(responses)} responses; expected as many"
+            f"evaluation: one KL a response; found: {len(sequence_kls)} for {len(responses)} responses; expected: as many"
         )
     values = [score.value for score in scores if score.value is not None]
     names = sorted({name for score in scores for name in score.by_source})
@@ -109,7 +109,7 @@ def spread(values: Sequence[float]) -> Spread | None:
     bad = [index for index, value in enumerate(values) if not math.isfinite(value)]
     if bad:
         raise ValueError(
-            f"evaluation: not a finite number; found {values[bad[0]]} at position {bad[0]}; expected finite numbers "
+            f"evaluation: not a finite number; found: {values[bad[0]]} at position {bad[0]}; expected: finite numbers "
             "only; drop or mend that sample first"
         )
     if not values:
@@ -132,7 +132,7 @@ def _by_sample(scores: Sequence[Score], of: Sequence[Response] | Sequence[Score]
     if found.keys() != expected or len(found) != len(scores) or len(expected) != len(of):
         odd = sorted(found.keys() ^ expected)[:3]
         raise ValueError(
-            f"evaluation: two sets of one evaluation must name the same (row, sample) once each; found {len(scores)} "
-            f"and {len(of)}, differing first in {odd or 'repeated ones'}; expected the same samples on both sides"
+            f"evaluation: two sets of one evaluation must name the same (row, sample) once each; found: {len(scores)} "
+            f"and {len(of)}, differing first in {odd or 'repeated ones'}; expected: the same samples on both sides"
         )
     return found

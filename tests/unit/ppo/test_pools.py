@@ -425,7 +425,7 @@ def test_drops_are_judged_over_the_whole_batch() -> None:
         if passes:
             assert sum(score.value is None for score in scorer.collect()) == 2
         else:
-            with pytest.raises(RewardError, match="found 2 of 8"):
+            with pytest.raises(RewardError, match="found: 2 of 8"):
                 scorer.collect()
 
 

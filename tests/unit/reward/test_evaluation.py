@@ -60,5 +60,5 @@ def test_spread() -> None:
     single = spread([2.0])
     assert single is not None
     assert single.std == 0.0
-    with pytest.raises(ValueError, match="found nan at position 1"):
+    with pytest.raises(ValueError, match="found: nan at position 1"):
         spread([1.0, float("nan")])

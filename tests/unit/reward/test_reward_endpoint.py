@@ -133,9 +133,9 @@ def test_nobody_there(server: _Server, pair: Any) -> None:
         (b'{"scores": [Infinity]}', "returned inf"),
         (b'{"scores": [true]}', "returned True (a bool)"),
         (b'{"scores": ["0.5"]}', "returned '0.5' (a str)"),
-        (b'{"scores": 0.5}', "expected a JSON object with a list `scores`"),
-        (b'{"score": [0.5]}', "expected a JSON object with a list `scores`"),
-        (b"[0.5]", "expected a JSON object with a list `scores`"),
+        (b'{"scores": 0.5}', "expected: a JSON object with a list `scores`"),
+        (b'{"score": [0.5]}', "expected: a JSON object with a list `scores`"),
+        (b"[0.5]", "expected: a JSON object with a list `scores`"),
         (b"<html>", "answered b'<html>'"),
     ],
 )

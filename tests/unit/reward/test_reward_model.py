@@ -115,7 +115,7 @@ def test_label_picks_an_output(classifier: Any, pair: Any) -> None:
     assert ask(_source(path, label=0), one) == pytest.approx([_direct(path, PROMPT + TEXTS[1] + "<eos>")], abs=1e-6)
     assert by_name != ask(_source(path, label="NEGATIVE"), one)
     for label in (None, "GOOD", 2):
-        with pytest.raises(ConfigError, match=r"expected one of 0 \(NEGATIVE\), 1 \(POSITIVE\)"):
+        with pytest.raises(ConfigError, match=r"expected: one of 0 \(NEGATIVE\), 1 \(POSITIVE\)"):
             _source(path, label=label)
 
 
@@ -144,7 +144,7 @@ def test_an_adapter_folder_stands_for_the_merged_model_beside_it(tmp_path: Path,
     adapter = tmp_path / "model"
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text("{}")
-    with pytest.raises(ConfigError, match="is a LoRA adapter; found no merged model"):
+    with pytest.raises(ConfigError, match="is a LoRA adapter; found: no merged model"):
         _source(str(adapter))
     (adapter / "merged").symlink_to(classifier())
     one = [pair(PROMPT, "x")]

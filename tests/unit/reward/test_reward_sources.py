@@ -85,7 +85,7 @@ def test_drop_gives_none_never_zero(sources: Any, pair: Any) -> None:
 
 def test_more_dropped_than_the_budget_fails(sources: Any, pair: Any) -> None:
     pairs = [pair("p", "good", row=0), pair("p", "bad", row=1), pair("p", "bad", row=2)]
-    with pytest.raises(RewardError, match=r"found 2 of 3; expected at most 0\.5 .*'flaky'.*row 1.*returned nan"):
+    with pytest.raises(RewardError, match=r"found: 2 of 3; expected: at most 0\.5 .*'flaky'.*row 1.*returned nan"):
         sources({"flaky": 1.0}, on_error="drop", max_dropped_fraction=0.5).score(pairs)
 
 
@@ -102,7 +102,7 @@ def test_no_source_applies(sources: Any, pair: Any) -> None:
 
 
 def test_a_response_paired_with_another_prompt_is_refused(sources: Any, pair: Any) -> None:
-    with pytest.raises(ValueError, match="was paired with prompt"):
+    with pytest.raises(ValueError, match="goes with another prompt"):
         sources({"length": 1.0}).score([(pair("p", "x", row=0)[0], pair("p", "x", row=1)[1])])
 
 

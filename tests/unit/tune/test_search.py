@@ -55,7 +55,7 @@ def test_refused_by_the_file_alone(sweep: Load, case: str) -> None:
         ("ppo.kl.coef", {"choice": [0.1, -0.2]}, "value -0.2 is refused: ppo.kl.coef: input should be greater than"),
         ("ppo.gamma", {"uniform": [0.5, 1.5]}, "value 1.5 is refused: ppo.gamma: "),
         ("ppo.kl.coeff", {"choice": [1]}, "value 1 is refused: ppo.kl.coeff: unknown key; nearest known key: coef"),
-        ("ppo.minibatches", {"randint": [1, 5]}, "value 3 is refused: ppo.batch_size must be a multiple"),
+        ("ppo.minibatches", {"randint": [1, 5]}, "value 3 is refused: ppo.batch_size: every optimizer step"),
     ],
 )
 def test_every_value_is_tried_on_the_base_run(

@@ -1,16 +1,16 @@
 """The command line. Parses first and imports late, so that help and config errors answer at once."""
 
 import json
-import shlex
 import sys
 import traceback
-from collections.abc import Callable, Iterator
-from typing import Annotated, Any
+from collections.abc import Callable
+from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 
+from raytrl import commands
+from raytrl.commands import err, out
 from raytrl.errors import RaytrlError
 
 app = typer.Typer(
@@ -31,9 +31,6 @@ Overrides = Annotated[
 Fresh = Annotated[bool, typer.Option("--fresh", help="throw away what the run directory holds and start anew")]
 Debug = Annotated[bool, typer.Option("--debug", help="show the full traceback of an error")]
 
-out = Console(highlight=False)
-err = Console(stderr=True, highlight=False)
-
 
 def _guarded(work: Callable[[], None], debug: bool) -> None:
     """Runs a command's work; an error becomes one message and an exit status (2: not started, 1: failed)."""
@@ -48,169 +45,6 @@ def _guarded(work: Callable[[], None], debug: bool) -> None:
     except KeyboardInterrupt:
         err.print("interrupted; the same command continues from the last checkpoint")
         raise typer.Exit(130) from None
-
-
-def _train(kind: str, file: str, overrides: list[str] | None, fresh: bool) -> None:
-    from raytrl.config.load import load_run
-
-    loaded = load_run(file, overrides or [], kind)
-    from raytrl.launch.runs.run import kind_of, run_to_end
-    from raytrl.records.outcome import Trained
-    from raytrl.report.progress import Display, summary
-
-    _stop_on_sigterm()
-    with Display(out, f"{kind} {loaded.run.name}") as display:
-        outcome = run_to_end(kind_of(loaded), _command(), fresh, display.show)
-    assert isinstance(outcome, Trained)
-    if outcome.already_done:
-        out.print("this run is finished already; --fresh trains it anew")
-    out.print(summary(outcome))
-    _write_page(loaded)
-
-
-def _evaluate(file: str, overrides: list[str] | None, fresh: bool) -> None:
-    from raytrl.config.load import load_run
-
-    loaded = load_run(file, overrides or [], "eval")
-    from raytrl.launch.runs.evaluation import EvalKind
-    from raytrl.launch.runs.run import run_to_end
-    from raytrl.report.evaluation import results_table, samples_table
-    from raytrl.report.progress import Display
-
-    _stop_on_sigterm()
-    with Display(out, f"eval {loaded.run.name}") as display:
-        outcome = run_to_end(EvalKind(loaded), _command(), fresh, display.show)
-    if outcome.already_done:
-        out.print("this evaluation is finished already; --fresh does it anew")
-    out.print(samples_table(outcome.samples))
-    out.print(results_table(outcome.results))
-    _write_page(loaded)
-
-
-def _command() -> str:
-    """What the user typed."""
-    return shlex.join(["raytrl", *sys.argv[1:]])
-
-
-def _write_page(loaded: Any) -> None:
-    from raytrl.report.run_page import write_run_page
-    from raytrl.rundir import RunDirectory
-
-    out.print(f"report    {write_run_page(RunDirectory(loaded.run.output_dir, loaded.run.name))}", soft_wrap=True)
-
-
-def _plan(file: str, overrides: list[str], cluster: list[str], models: str) -> None:
-    from raytrl.config.load import load_run
-
-    loaded = load_run(file, overrides)
-    from raytrl.launch.session.session import planned_cluster
-    from raytrl.plan.plan import RULE, plan
-    from raytrl.report.plan import plan_view
-
-    out.print(plan_view(plan(loaded, planned_cluster(loaded.run, cluster), models)))
-    out.print(f"[dim]{RULE}[/]")
-
-
-def _submit(words: list[str], address: str | None, wait: bool, env: list[str], secret: list[str]) -> None:
-    from raytrl.launch.jobs import jobs
-
-    submission = jobs.prepare(words, env, secret)
-    client = jobs.connect(address)
-    job = jobs.job_of(client, submission)
-    if job is not None:
-        out.print(f"{job} is at this run already", soft_wrap=True)
-    else:
-        out.print(f"sending   {submission.package}", soft_wrap=True, markup=False)
-        job = jobs.submit(client, submission)
-        out.print(f"job       {job}", soft_wrap=True)
-    if not wait:
-        out.print(f"follow it with the same command without --no-wait, or: ray job logs --follow {job}", soft_wrap=True)
-        return
-    try:
-        jobs.follow(client, job, lambda text: out.out(text, end="", highlight=False))
-    except KeyboardInterrupt:
-        _stop_or_leave(client, job)
-    status, text = jobs.outcome(client, job)
-    if text:
-        err.print(text, soft_wrap=True, markup=False)
-    raise typer.Exit(status)
-
-
-def _stop_or_leave(client: Any, job: str) -> None:
-    from raytrl.launch.jobs import jobs
-
-    if sys.stdin.isatty() and typer.confirm(f"\nstop {job}? (no: it goes on without this terminal)"):
-        jobs.stop(client, job)
-        return
-    err.print(f"{job} goes on; the same command follows it again; ray job stop {job} ends it", soft_wrap=True)
-    raise typer.Exit(130)
-
-
-def _tune(file: str, overrides: list[str] | None, fresh: bool) -> None:
-    from raytrl.config.load import load_run
-
-    loaded = load_run(file, overrides or [], "tune")
-    from raytrl.launch.runs.run import run_to_end
-    from raytrl.launch.sweep.sweep import SweepKind
-    from raytrl.records.metrics import KL
-    from raytrl.report.sweep import SweepDisplay, sweep_summary, trials_table
-    from raytrl.report.sweep_page import write_sweep_page
-    from raytrl.rundir import RunDirectory
-
-    _stop_on_sigterm()
-    kind = SweepKind(loaded)
-    run, columns = kind.run, list(dict.fromkeys([kind.run.metric, *kind.run.limit, KL]))
-    with SweepDisplay(out, f"tune {run.name}", columns) as display:
-        kind.show_trials = display.show_trials
-        outcome = run_to_end(kind, _command(), fresh, display.show)
-    run_dir = RunDirectory(run.output_dir, run.name)
-    if outcome.already_done:
-        out.print("this sweep is finished already; --fresh makes it anew")
-    else:
-        write_sweep_page(run, outcome.trials, outcome.best, run_dir)
-    _wide_in_a_pipe().print(trials_table(outcome.trials, columns, outcome.best))
-    out.print(sweep_summary(outcome, run_dir.exists(f"trials/{outcome.best}/tensorboard")))
-
-
-def _quickstart(output_dir: str, overrides: list[str], fresh: bool) -> None:
-    from contextlib import contextmanager
-
-    from raytrl.launch.runs.quickstart import quickstart
-    from raytrl.records.outcome import Evaluated
-    from raytrl.report.evaluation import samples_table
-    from raytrl.report.progress import Display
-    from raytrl.report.quickstart import paths_table, stages_table
-    from raytrl.report.run_page import write_run_page
-    from raytrl.rundir import RunDirectory
-
-    _stop_on_sigterm()
-
-    @contextmanager
-    def showing(title: str) -> Iterator[Callable[[Any], None]]:
-        out.print(f"[bold]{escape(title)}[/]", soft_wrap=True)
-        with Display(out, title.split()[0]) as display:
-            yield display.show
-
-    stages = {stage.kind: stage for stage in quickstart(output_dir, overrides, fresh, showing)}
-    last = stages["eval"].outcome
-    assert isinstance(last, Evaluated)
-    out.rule("done", align="left")
-    out.print(samples_table(last.samples, titles={"compare": "before PPO", "model": "after PPO"}))
-    rows = {kind: stage.rows for kind, stage in stages.items()}
-    out.print(stages_table(rows, last.results, {kind: stage.seconds for kind, stage in stages.items()}))
-    for stage in stages:
-        write_run_page(RunDirectory(output_dir, stage))
-    out.print(paths_table(output_dir))
-
-
-def _stop_on_sigterm() -> None:
-    """A stopped job or a full queue slot ends the run as Ctrl-C does: Ray is taken down, checkpoints stay."""
-    import signal
-
-    def stop(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGTERM, stop)
 
 
 def _show_versions(asked: bool) -> None:
@@ -249,43 +83,43 @@ def quickstart(
     debug: Debug = False,
 ) -> None:
     """From nothing to an aligned model on this machine: SFT, reward model, PPO, evaluation; data included."""
-    _guarded(lambda: _quickstart(output_dir, overrides or [], fresh), debug)
+    _guarded(lambda: commands.quickstart(output_dir, overrides or [], fresh), debug)
 
 
 @app.command()
 def sft(config: File, overrides: Overrides = None, fresh: Fresh = False, debug: Debug = False) -> None:
     """Supervised fine-tuning with TRL's SFTTrainer."""
-    _guarded(lambda: _train("sft", config, overrides, fresh), debug)
+    _guarded(lambda: commands.train("sft", config, overrides, fresh), debug)
 
 
 @app.command()
 def reward(config: File, overrides: Overrides = None, fresh: Fresh = False, debug: Debug = False) -> None:
     """A reward model from preference pairs, with TRL's RewardTrainer."""
-    _guarded(lambda: _train("reward", config, overrides, fresh), debug)
+    _guarded(lambda: commands.train("reward", config, overrides, fresh), debug)
 
 
 @app.command()
 def dpo(config: File, overrides: Overrides = None, fresh: Fresh = False, debug: Debug = False) -> None:
     """Direct preference optimisation with TRL's DPOTrainer."""
-    _guarded(lambda: _train("dpo", config, overrides, fresh), debug)
+    _guarded(lambda: commands.train("dpo", config, overrides, fresh), debug)
 
 
 @app.command()
 def ppo(config: File, overrides: Overrides = None, fresh: Fresh = False, debug: Debug = False) -> None:
     """PPO against reward models, rules or endpoints, with rollout and reward actors."""
-    _guarded(lambda: _train("ppo", config, overrides, fresh), debug)
+    _guarded(lambda: commands.train("ppo", config, overrides, fresh), debug)
 
 
 @app.command("eval")
 def evaluate(config: File, overrides: Overrides = None, fresh: Fresh = False, debug: Debug = False) -> None:
     """Scores a model's responses, alone or against a second model."""
-    _guarded(lambda: _evaluate(config, overrides, fresh), debug)
+    _guarded(lambda: commands.evaluate(config, overrides, fresh), debug)
 
 
 @app.command()
 def tune(config: File, overrides: Overrides = None, fresh: Fresh = False, debug: Debug = False) -> None:
     """A sweep over any settings of a run file with Ray Tune, to a table, pictures and the best model."""
-    _guarded(lambda: _tune(config, overrides, fresh), debug)
+    _guarded(lambda: commands.tune(config, overrides, fresh), debug)
 
 
 @app.command()
@@ -322,7 +156,7 @@ def submit(
     debug: Debug = False,
 ) -> None:
     """Runs a command as a Ray job with this folder's files, follows its log, ends with its exit status."""
-    _guarded(lambda: _submit(words, address, not no_wait, env or [], secret or []), debug)
+    _guarded(lambda: commands.submit(words, address, not no_wait, env or [], secret or []), debug)
 
 
 @app.command("plan")
@@ -340,7 +174,7 @@ def plan_command(
     debug: Debug = False,
 ) -> None:
     """What would run where, whether it fits, how large a step is. Starts nothing."""
-    _guarded(lambda: _plan(config, overrides or [], cluster or [], models), debug)
+    _guarded(lambda: commands.plan(config, overrides or [], cluster or [], models), debug)
 
 
 @config_app.command("show")
@@ -358,7 +192,7 @@ def config_show(
 
         loaded = load_run(config, overrides or [])
         if not describe:
-            _wide_in_a_pipe().print(values_table(loaded))
+            commands.wide_in_a_pipe().print(values_table(loaded))
             return
         for shown in described_values(loaded, one_line=not out.is_terminal):
             out.print(shown, soft_wrap=not out.is_terminal)
@@ -384,11 +218,6 @@ def config_schema(
         sys.stdout.write(json.dumps(json_schema(kind), indent=2) + "\n")
 
     _guarded(work, False)
-
-
-def _wide_in_a_pipe() -> Console:
-    """The console for a table; a pipe has no width, and grep sees each row on one line."""
-    return out if out.is_terminal else Console(highlight=False, width=10_000)
 
 
 def main() -> None:

@@ -84,7 +84,7 @@ class Room:
         if not any(waiting.values()):
             return []
         limits = [
-            f"{each.key.partition('.')[0]}.start_timeout_s {limit:g} s"
+            f"{each.section_name}.start_timeout_s {limit:g} s"
             for each in run.processes()
             if (limit := getattr(each.section, "start_timeout_s", None)) is not None
         ]

@@ -18,7 +18,7 @@ def fitted(loaded: LoadedRun, cluster: Cluster) -> tuple[LoadedRun, Chosen]:
     In a cluster nothing is chosen: others use it, too, and it may be larger than it looks.
     """
     groups = loaded.run.processes()
-    unwritten = [each for each in groups if "resources" not in each.section.model_fields_set]
+    unwritten = [each for each in groups if not each.resources_written]
     if cluster.where != THIS_MACHINE or not unwritten:
         return loaded, {}
     have = sum(node.resources.get("CPU", 0.0) for node in cluster.nodes)
@@ -27,7 +27,7 @@ def fitted(loaded: LoadedRun, cluster: Cluster) -> tuple[LoadedRun, Chosen]:
     share = math.floor(100 * (have - (asked - wanted)) / sum(each.count for each in unwritten)) / 100
     if asked <= have or share < LEAST_CPU:
         return loaded, {}
-    chosen = {each.key.partition(".")[0]: {"CPU": share} for each in unwritten}
+    chosen = {each.section_name: {"CPU": share} for each in unwritten}
     return with_chosen(loaded, chosen), chosen
 
 

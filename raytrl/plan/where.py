@@ -33,7 +33,7 @@ def check_one_node(run: Run) -> None:
         ResourceError: naming the key.
     """
     for each in run.processes():
-        role, section = each.key.partition(".")[0], each.section
+        role, section = each.section_name, each.section
         if section.labels:
             raise ResourceError(
                 f"{role}.labels: a local Ray is one node without labels; found: {section.labels}; expected: "

@@ -10,6 +10,7 @@ import yaml
 from raytrl.config.load import load_run
 from raytrl.config.runs.base import Run
 from raytrl.config.runs.supervised import SupervisedRun
+from raytrl.config.sections.learner import LearnerSection
 from raytrl.errors import ConfigError
 from raytrl.launch.runs.resume import Standing, inspect_run
 from raytrl.rundir import RunDirectory
@@ -143,6 +144,18 @@ def test_where_it_runs_may_change_and_is_told(tmp_path: Path) -> None:
         "output_dir",
         "report_to",
     }
+
+
+def test_resources_that_nobody_wrote_are_chosen_anew_without_a_word(tmp_path: Path) -> None:
+    run = run_of(tmp_path)
+    run_dir = started(run.model_copy(update={"learner": run.learner.model_copy(update={"resources": {"CPU": 0.66}})}))
+    commit(run_dir, [4], world_size=2)
+    learner = LearnerSection(**run.learner.model_dump(exclude={"resources"}))
+    standing = inspect_run(run.model_copy(update={"learner": learner}), run_dir)
+    assert (standing.state, standing.notices) == ("continue", ())
+    written = LearnerSection(**learner.model_dump(exclude={"resources"}), resources={"CPU": 1})
+    standing = inspect_run(run.model_copy(update={"learner": written}), run_dir)
+    assert standing.notices == ("learner.resources.CPU was 0.66, now 1.0",)
 
 
 def test_more_workers_without_deepspeed_continue_with_a_notice_of_the_larger_step(tmp_path: Path) -> None:

@@ -44,6 +44,15 @@ class Processes:
     count: int  # that the run cannot do without
     most: int  # that it can use
 
+    @property
+    def section_name(self) -> str:
+        return self.key.partition(".")[0]
+
+    @property
+    def resources_written(self) -> bool:
+        """Whether somebody said what each process takes."""
+        return "resources" in self.section.model_fields_set
+
 
 @dataclass(frozen=True)
 class ModelUse:

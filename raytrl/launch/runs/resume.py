@@ -97,7 +97,9 @@ def refuse_changes(run_dir: RunDirectory, name: str, run: Run) -> list[str]:
             f"{run_dir}: this run was started with other settings: {'; '.join(frozen)}; choose another name, or --fresh "
             f"to throw the old run away"
         )
-    return list(changed.values())
+    # Those that nobody wrote are chosen for the machine at each start, which says so itself.
+    unwritten = tuple(f"{each.section_name}.resources" for each in run.processes() if not each.resources_written)
+    return [line for key, line in changed.items() if not key.startswith(unwritten)]
 
 
 def last_committed(run_dir: RunDirectory) -> Committed | None:

@@ -14,7 +14,7 @@ from toy import LocalGenerator, LocalScorer, Log, Prompts, config, gpt2, make_en
 
 from raytrl.algo.kl import kl_estimate
 from raytrl.loop.loop import Schedule, run
-from raytrl.roles.learner import experience, learner, sequences
+from raytrl.roles.learner import credit, learner, sequences
 
 pytestmark = pytest.mark.slow
 
@@ -47,19 +47,19 @@ def test_kl_left_out_is_far_off() -> None:
 
 
 def test_k3_in_the_reward_is_far_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(experience, "kl_estimate", lambda a, b, _: kl_estimate(a, b, "k3"))
+    monkeypatch.setattr(credit, "kl_estimate", lambda a, b, _: kl_estimate(a, b, "k3"))
     assert end_distance(1)[1] > 0.1
 
 
 def test_score_on_the_first_token_is_far_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = experience.token_rewards
+    original = credit.token_rewards
 
     def early(scores_B, kl_BR, mask_BR, kl_coef):  # type: ignore[no-untyped-def]
         rewards_BR = original(scores_B * 0, kl_BR, mask_BR, kl_coef)
         rewards_BR[:, 0] += scores_B
         return rewards_BR
 
-    monkeypatch.setattr(experience, "token_rewards", early)
+    monkeypatch.setattr(credit, "token_rewards", early)
     assert end_distance(1)[1] > 0.05
 
 

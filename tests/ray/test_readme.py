@@ -1,43 +1,94 @@
-"""Every `raytrl` command of the README, in its order and in a folder laid out as a clone is, cut short."""
+"""Every `raytrl` command of the guides, in their order and in a folder laid out as a clone is, cut short."""
 
+import random
 import re
 import shlex
+import shutil
 from pathlib import Path
 
-from tests.runs import metrics, raytrl
+import pytest
+
+from tests.runs import metrics, raytrl, write_rows
 
 ROOT = Path(__file__).resolve().parents[2]
-
+GUIDES = ("README.md", "configs/README.md", "cluster/README.md")
 
 # Others run these: test_quickstart.py, and test_jobs.py on a Ray that takes jobs.
 ELSEWHERE = ("quickstart", "submit")
-# What makes a command short.
-CUTS = {"config": [], "report": [], "plan": [], "ppo": ["ppo.steps=1", "ppo.batch_size=8", "ppo.minibatches=1"]}
+SMALL_PPO = ["ppo.steps=1", "ppo.batch_size=8", "ppo.minibatches=1"]
+# What makes a command short. A sweep is left with one trial.
+CUTS = {
+    "sft": ["training.max_steps=2", "data.eval=null"],
+    "reward": ["training.max_steps=2", "data.eval=null"],
+    "ppo": [*SMALL_PPO, "data.eval=null", "eval=null"],
+    "eval": ["rows=4", "rollout.sampling.max_new_tokens=4"],
+    "tune": [
+        f"fixed={{{', '.join(word.replace('=', ': ') for word in SMALL_PPO)}}}",
+        "search.ppo.learning_rate={grid: [3e-4]}",
+        "search.ppo.kl.coef={grid: [0.05]}",
+    ],
+}
 
 
 def commands() -> list[list[str]]:
-    """The words of each `raytrl …` line in the README's shell blocks."""
-    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    """The words of each `raytrl …` line in the guides' shell blocks, each once."""
+    pages = [(ROOT / guide).read_text() for guide in GUIDES]
+    blocks = [block for page in pages for block in re.findall(r"^```bash\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)]
     lines = [line for block in blocks for line in block.splitlines()]
-    found = [line.rpartition("&&")[2].partition("#")[0].replace(".venv/bin/", "") for line in lines]
-    return [shlex.split(line)[1:] for line in found if line.strip().startswith("raytrl ")]
+    found = [line.rpartition("&&")[2].partition("#")[0].replace(".venv/bin/", "").strip() for line in lines]
+    return [shlex.split(line)[1:] for line in dict.fromkeys(found) if line.startswith("raytrl ")]
 
 
-def test_every_command_runs(tmp_path: Path) -> None:
-    clone = tmp_path / "clone"
+def make_clone(folder: Path) -> Path:
+    """The folder of a clone, with the reviews beside it: the real ones, or where they are not, rows of their columns."""
+    clone = folder / "clone"
     clone.mkdir()
     (clone / "configs").symlink_to(ROOT / "configs")
-    (tmp_path / "shared").symlink_to(ROOT.parent / "shared")
-    (clone / "my-run.yaml").write_text((ROOT / "configs/sft-reviews.yaml").read_text())
+    shutil.copy(ROOT / "configs/sft-reviews.yaml", clone / "my-run.yaml")
+    if (ROOT.parent / "shared/data/movie-reviews").is_dir():
+        (folder / "shared").symlink_to(ROOT.parent / "shared")
+        return clone
+    rng = random.Random(0)
+    syllables = [first + vowel + last for first in "bdfgklmnprst" for vowel in "aeiou" for last in "lmnrst"]
+    words = ["".join(rng.choices(syllables, k=rng.randint(1, 4))) for _ in range(6000)]
+    for name in ("train", "test"):
+        rows = [{"text": " ".join(rng.choices(words, k=12)), "label": i % 2} for i in range(1000)]
+        (folder / "shared/data/movie-reviews").mkdir(parents=True, exist_ok=True)
+        write_rows(folder / f"shared/data/movie-reviews/{name}.jsonl", rows)
+    return clone
+
+
+def as_after_quickstart(clone: Path) -> None:
+    """What `raytrl quickstart` leaves, but for its models and data, which are those of the runs before."""
+    folder = clone / "runs/quickstart"
+    shutil.copytree(ROOT / "raytrl/quickstart", folder)
+    for stage in ("sft", "reward", "ppo"):
+        (folder / stage).symlink_to(f"../{stage}-reviews")
+    (folder / "data").mkdir()
+    for name in ("prompts", "prompts_held_out"):
+        write_rows(folder / f"data/{name}.jsonl", [{"prompt": f"the film {i}"} for i in range(8)])
+
+
+@pytest.mark.timeout(1800)  # seventeen processes one after the other, seven of them with a Ray of their own
+def test_every_command_runs(tmp_path: Path) -> None:
+    clone = make_clone(tmp_path)
     ran = set()
     for words in commands():
         if words[0] in ELSEWHERE:
             continue
-        cut = CUTS.get(words[0], ["training.max_steps=2", "data.eval=null"])
-        output = raytrl(*words, *cut, cwd=clone, PYTHONPATH=str(ROOT))
+        if words[0] == "eval":
+            as_after_quickstart(clone)
+        output = raytrl(*words, *CUTS.get(words[0], []), cwd=clone, PYTHONPATH=str(ROOT))
         assert output
         ran.add(words[0])
-    assert ran == {"sft", "reward", "ppo", "config", "report", "plan"}
-    assert "<svg" in (clone / "runs/sft-reviews/report.html").read_text()
+    assert ran == {"sft", "reward", "ppo", "eval", "tune", "config", "report", "plan", "--version"}
+    assert "<svg" in (clone / "runs/ppo-reviews/report.html").read_text()
     assert len(metrics(clone / "runs/zero2")) == 2
     assert (clone / "runs/sft-reviews-lora/model/merged").is_dir()
+    assert (clone / "runs/quickstart/eval/results.json").is_file()
+    assert (clone / "runs/sweep-lr-kl/best.yaml").is_file()
+
+
+def test_every_training_command_has_a_cut() -> None:
+    """Those without one answer at once."""
+    assert {words[0] for words in commands()} - CUTS.keys() == {*ELSEWHERE, "config", "report", "plan", "--version"}

@@ -23,15 +23,6 @@ def test_every_run_file_is_valid_and_says_what_it_needs(path: Path) -> None:
     assert run.name == path.stem
 
 
-def test_the_run_files_of_the_readme_are_valid(tmp_path: Path) -> None:
-    blocks = re.findall(r"```yaml\n(.*?)```", Path("README.md").read_text(), re.DOTALL)
-    kinds = [block.partition("kind: ")[2].split()[0] for block in blocks]
-    assert kinds == ["sft", "ppo", "tune"]
-    for kind, block in zip(kinds, blocks, strict=True):
-        (tmp_path / "run.yaml").write_text(block)
-        assert load_run(str(tmp_path / "run.yaml"), [], kind).run.kind == kind
-
-
 PLANNED = [path for path in FILES if "GPU: " in path.read_text() and "kind: tune" not in path.read_text()]
 
 

@@ -69,7 +69,7 @@ def as_after_quickstart(clone: Path) -> None:
         write_rows(folder / f"data/{name}.jsonl", [{"prompt": f"the film {i}"} for i in range(8)])
 
 
-@pytest.mark.timeout(1800)  # seventeen processes one after the other, seven of them with a Ray of their own
+@pytest.mark.timeout(1800)  # sixteen processes one after the other, seven of them with a Ray of their own
 def test_every_command_runs(tmp_path: Path) -> None:
     clone = make_clone(tmp_path)
     ran = set()

@@ -11,6 +11,8 @@ from raytrl.config.foreign.native import NativeClass, check_values, native_defau
 from raytrl.config.renamed import OWNED, unknown_key
 from raytrl.config.runs.base import Columns, Head, ModelUse, Processes, TrainingRun, or_raise
 
+_STRATEGIES = ("no", "steps", "epoch")
+
 
 class SupervisedRun(TrainingRun):
     """SFT, reward modelling or DPO: one TRL trainer on Ray Train workers."""
@@ -27,15 +29,13 @@ class SupervisedRun(TrainingRun):
     @classmethod
     def _native_training(cls, training: dict[str, Any]) -> dict[str, Any]:
         problems = [f"{key}: is set by {OWNED[key]}" for key in training if key in OWNED]
-        # YAML reads a bare `no` as false; the strategies mean the word.
-        training = {
-            key: "no" if value is False and key.endswith("_strategy") else value
-            for key, value in training.items()
-            if key not in OWNED
-        }
+        training = {key: value for key, value in training.items() if key not in OWNED}
         known = native_fields(cls.native_class)
         problems += [unknown_key("", k, set(known) - set(OWNED)) for k in training if k not in known]
         problems += [p.removeprefix(".") for p in check_values("", cls.native_class, training)]
+        for key in ("eval_strategy", "logging_strategy"):
+            if isinstance(value := training.get(key, "no"), str) and value not in _STRATEGIES:
+                problems.append(f"{key}: found: {value!r}; expected: {' | '.join(_STRATEGIES)}")
         return or_raise(problems, training)
 
     @classmethod

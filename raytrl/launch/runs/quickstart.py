@@ -15,7 +15,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from raytrl.config.load import LoadedRun, load_run, yaml_text
+from raytrl.config.load import LoadedRun, load_run
+from raytrl.config.yaml12 import yaml_text
 from raytrl.errors import ConfigError
 from raytrl.film_reviews import make_film_reviews, write_film_reviews
 from raytrl.launch.runs.run import Show, kind_of, run_to_end

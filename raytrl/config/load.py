@@ -78,6 +78,9 @@ def load_run(path: str, overrides: list[str], kind: str | None = None) -> Loaded
         raise ConfigError("\n".join(_problems(error, RUNS[found], values, origins, path))) from None
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
+    for key, value in flatten(values):
+        if value != value:
+            raise ConfigError(f"{_where(key, origins, path)}: {key}: found: .nan; expected: a number")
     return LoadedRun(run, origins, path)
 
 

@@ -232,6 +232,11 @@ def test_true_and_auto_stay_what_they_are(tmp_path: Path) -> None:
     assert found.training["bf16"] is True  # type: ignore[attr-defined]
 
 
+def test_a_setting_that_is_not_a_number_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^command line: training.learning_rate: found: .nan; expected: a number"):
+        load_run(run_file(tmp_path, "a"), ["training.learning_rate=.nan"])
+
+
 def test_labels_of_a_judge() -> None:
     def label(text: str) -> Any:
         return SourceSection.model_validate(read(f"{{name: a, model: m, label: {text}}}")).label

@@ -126,6 +126,6 @@ def _run_stage(
     started = time.monotonic()
     with showing(f"{STAGES.index(kind) + 1}/{len(STAGES)}  {command}") as show:
         outcome = run_to_end(kind_of(loaded), command, fresh, show)
-    rows = RunDirectory(loaded.run.output_dir, loaded.run.name).rows("metrics.jsonl")
+    rows = RunDirectory(loaded.run.output_dir, loaded.run.name).metrics()
     seconds = None if outcome.already_done else time.monotonic() - started
     return Stage(kind, command, outcome, rows, seconds)

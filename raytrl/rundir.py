@@ -1,6 +1,7 @@
 """A run directory: config.yaml, manifest.json, metrics.jsonl, checkpoints/, model/ on a local path or a URI."""
 
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -65,6 +66,10 @@ class RunDirectory:
             return [*found, json.loads(last)] if last else found
         except json.JSONDecodeError:
             return found
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """Rows of metrics.jsonl; NaN stands for what was not finite."""
+        return [{key: math.nan if v is None else v for key, v in row.items()} for row in self.rows("metrics.jsonl")]
 
     def write(self, name: str, text: str) -> None:
         """Writes a small file so that a reader sees the old text or the new, never half of it."""
@@ -152,7 +157,7 @@ class RunDirectory:
         return json.loads(text) if text else {}
 
     def update_manifest(self, **values: Any) -> None:
-        self.write("manifest.json", json.dumps(self.manifest() | values, indent=2) + "\n")
+        self.write("manifest.json", json.dumps(finite(self.manifest() | values), indent=2) + "\n")
 
 
 def _from_uri(uri: str) -> tuple[fs.FileSystem, str]:
@@ -189,7 +194,7 @@ class StepLog:
 
     def extend(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Adds lines."""
-        lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+        lines = [json.dumps(finite(row), ensure_ascii=False) for row in rows]
         self._lines += lines
         if lines and self._run_dir.is_local:
             with open(self._run_dir.at(self._name), "a", encoding="utf-8") as file:
@@ -210,7 +215,7 @@ class MetricsLog(StepLog):
     def append(self, metrics: dict[str, Any]) -> None:
         """Adds a step's line; what else is known of the same step (an evaluation after it) joins that line."""
         if self._lines and _step_of(self._lines[-1]) == metrics["step"]:
-            self._lines[-1] = json.dumps(json.loads(self._lines[-1]) | metrics)
+            self._lines[-1] = json.dumps(finite(json.loads(self._lines[-1]) | metrics))
             self.flush()
         else:
             self.extend([metrics])
@@ -221,6 +226,15 @@ def _step_of(line: str) -> int:
         return int(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):  # the last line of a killed driver may be half written: drop it
         return _HALF_WRITTEN
+
+
+def finite(value: Any) -> Any:
+    """A value for JSON, which has no NaN and no infinity: null stands for them."""
+    if isinstance(value, Mapping):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def now() -> str:

@@ -1,14 +1,11 @@
 """A run file plus `dotted.key=value` overrides → one frozen, checked run; every value knows where it came from."""
 
-import json
-import math
 import re
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
 from raytrl.config.describe import fields_at
@@ -16,6 +13,7 @@ from raytrl.config.foreign.deepspeed import read_deepspeed
 from raytrl.config.kinds import RUNS
 from raytrl.config.renamed import unknown_key
 from raytrl.config.runs.base import Run
+from raytrl.config.yaml12 import dump, parse, yaml_text
 from raytrl.errors import ConfigError
 
 
@@ -29,7 +27,7 @@ class LoadedRun:
 
     def as_yaml(self) -> str:
         """A run file with every value resolved."""
-        return yaml.safe_dump(self.run.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        return dump(self.run.model_dump(mode="json"))
 
     def values(self) -> list[tuple[str, Any, str]]:
         """(dotted key, value, origin) of every value in force, defaults included.
@@ -45,31 +43,6 @@ class LoadedRun:
     def where(self, key: str) -> str:
         """The origin of a dotted key or else of its nearest parent that has one; the file where none has."""
         return _where(key, self.origins, self.file)
-
-
-class _RunFileLoader(yaml.SafeLoader):
-    """YAML where 1e-5 is a number (YAML 1.2) and a key that stands twice is an error."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: dict[Any, int] = {}
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            line = key_node.start_mark.line + 1
-            if not isinstance(key, Hashable):
-                raise ConfigError(f"{key_node.start_mark.name}:{line}: a key must be a word; found: {key!r}")
-            if key in seen:
-                raise ConfigError(
-                    f"{key_node.start_mark.name}:{line}: key {key!r} stands twice; first on line {seen[key]}"
-                )
-            seen[key] = line
-        return super().construct_mapping(node, deep)
-
-
-_RunFileLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
-
-_PLAIN = re.compile(r"[/\w][./\w\-]*")
 
 
 def load_run(path: str, overrides: list[str], kind: str | None = None) -> LoadedRun:
@@ -105,6 +78,9 @@ def load_run(path: str, overrides: list[str], kind: str | None = None) -> Loaded
         raise ConfigError("\n".join(_problems(error, RUNS[found], values, origins, path))) from None
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
+    for key, value in flatten(values):
+        if value != value:
+            raise ConfigError(f"{_where(key, origins, path)}: {key}: found: .nan; expected: a number")
     return LoadedRun(run, origins, path)
 
 
@@ -115,32 +91,13 @@ def _read(path: str) -> tuple[dict[str, Any], dict[str, str]]:
         hint = f"; run files there: {', '.join(near)}" if near else ""
         raise ConfigError(f"{path}: no such run file{hint}")
     try:
-        values, node = _parse(file.read_text(encoding="utf-8"), path)
+        values, lines = parse(file.read_text(encoding="utf-8"), path)
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not a text file in UTF-8: {error.reason} at byte {error.start}") from None
     values = {} if values is None else values
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: not a run file; found: {type(values).__name__}; expected: keys and values")
-    origins = {key: f"{path}:{line}" for key, line in _lines(node)}
-    return values, origins
-
-
-def _parse(text: str, name: str) -> tuple[Any, yaml.Node | None]:
-    """The value of a YAML text and its nodes, which know their lines; `name` stands for the text in messages."""
-    try:
-        loader = _RunFileLoader(text)
-    except yaml.reader.ReaderError as error:
-        line = text.count("\n", 0, error.position) + 1
-        raise ConfigError(f"{name}:{line}: not YAML: {error.reason}") from None
-    loader.name = name
-    try:
-        node = loader.get_single_node()
-        return (loader.construct_document(node) if node else None), node
-    except yaml.MarkedYAMLError as error:
-        mark = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise ConfigError(f"{name}{mark}: not YAML: {error.problem}") from None
-    finally:
-        loader.dispose()
+    return values, {key: f"{path}:{line}" for key, line in lines.items()}
 
 
 def _open_deepspeed(values: dict[str, Any], origins: dict[str, str]) -> None:
@@ -154,44 +111,15 @@ def _open_deepspeed(values: dict[str, Any], origins: dict[str, str]) -> None:
     except ConfigError as error:
         raise ConfigError(f"{_where(key, origins, 'command line')}: {error}") from None
     try:  # JSON is YAML, but for tabs
-        lines = _lines(yaml.compose(Path(file).read_text(encoding="utf-8"), _RunFileLoader), f"{key}.")
-    except yaml.YAMLError:
-        lines = []
-    origins |= {key: file} | {name: f"{file}:{line}" for name, line in lines}
-
-
-def _lines(node: yaml.Node | None, prefix: str = "") -> list[tuple[str, int]]:
-    """(dotted key, line number) of every key and list item below a YAML node."""
-    if isinstance(node, yaml.MappingNode):
-        children = [(str(key.value), key.start_mark.line + 1, value) for key, value in node.value]
-    elif isinstance(node, yaml.SequenceNode):
-        children = [(str(i), item.start_mark.line + 1, item) for i, item in enumerate(node.value)]
-    else:
-        return []
-    found = []
-    for name, line, child in children:
-        key = f"{prefix}{name}"
-        found += [(key, line), *_lines(child, f"{key}.")]
-    return found
+        _, lines = parse(Path(file).read_text(encoding="utf-8"), file)
+    except ConfigError:
+        lines = {}
+    origins |= {key: file} | {f"{key}.{name}": f"{file}:{line}" for name, line in lines.items()}
 
 
 def overrides_of(values: Mapping[str, Any]) -> list[str]:
     """`dotted.key=value` of each: what `load_run` reads back as these values."""
     return [f"{key}={yaml_text(value)}" for key, value in values.items()]
-
-
-def yaml_text(value: Any) -> str:
-    """A value in one line of YAML that reads back as the same value; quoted only where it has to be."""
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{yaml_text(key)}: {yaml_text(item)}" for key, item in value.items()) + "}"
-    if isinstance(value, list | tuple):
-        return "[" + ", ".join(map(yaml_text, value)) + "]"
-    if isinstance(value, str):
-        is_plain = _PLAIN.fullmatch(value) and _parse(value, value)[0] == value  # not so: `true`, `1e3`, `null`
-        return value if is_plain else yaml.safe_dump(value, default_style='"', allow_unicode=True, width=math.inf)[:-1]
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value).replace("inf", ".inf").replace("nan", ".nan")
-    return json.dumps(value)
 
 
 def _apply(values: dict[str, Any], origins: dict[str, str], override: str) -> None:
@@ -200,7 +128,7 @@ def _apply(values: dict[str, Any], origins: dict[str, str], override: str) -> No
         raise ConfigError(
             f"{override!r}: not an override; expected: dotted.key=value, such as training.learning_rate=1e-5"
         )
-    value, _ = _parse(text, f"command line: {key}: {text!r}")
+    value, _ = parse(text, f"command line: {key}: {text!r}")
     if key.startswith("learner.deepspeed."):
         _open_deepspeed(values, origins)
     *parents, last = key.split(".")

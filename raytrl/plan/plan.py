@@ -8,6 +8,7 @@ from raytrl.config.runs.base import Run
 from raytrl.config.sections.data import DataSource
 from raytrl.errors import ConfigError, DataError
 from raytrl.plan.capacity import CERTAINTY, Load, Room, check_memory
+from raytrl.plan.checks.common import check_rows
 from raytrl.plan.cluster import ADDED, Cluster, Node, amounts
 from raytrl.plan.fit import fitted, in_words
 from raytrl.plan.memory import GIB, Estimate, estimates
@@ -34,6 +35,7 @@ def plan(loaded: LoadedRun, cluster: Cluster, models: str = "") -> Plan:
     shapes, problems = read_shapes(run, models)
     rows, missing = _rows(run)
     problems += missing
+    check_rows(run, rows)
     if problems and room.where == THIS_MACHINE:
         raise ConfigError("\n".join(problems))
     notes = in_words(chosen) + [f"not known here, so not checked: {problem}" for problem in problems]

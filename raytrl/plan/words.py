@@ -51,7 +51,7 @@ def _millions(count: int) -> str:
 
 def _former(run: Run, steps: int | None) -> Words:
     """Seconds a step, from what the run directory holds of an earlier start."""
-    rows = RunDirectory(run.output_dir, run.name).rows("metrics.jsonl")
+    rows = RunDirectory(run.output_dir, run.name).metrics()
     seconds = [float(row[STEP_S]) for row in rows if STEP_S in row]
     if not seconds:
         return []

@@ -57,8 +57,8 @@ def write_run_page(run_dir: RunDirectory) -> str:
     manifest = run_dir.manifest()
     if not manifest:
         raise ConfigError(f"{run_dir}: no run; found: no manifest.json; expected: the directory of a run")
-    rows = (run_dir.rows(name) for name in ("metrics.jsonl", "samples.jsonl"))
-    run_dir.write("report.html", run_page(str(run_dir), manifest, *rows))
+    page_text = run_page(str(run_dir), manifest, run_dir.metrics(), run_dir.rows("samples.jsonl"))
+    run_dir.write("report.html", page_text)
     return f"{run_dir}/report.html"
 
 

@@ -19,7 +19,7 @@ def write_sweep_page(run: TuneRun, trials: Sequence[Trial], best: str, run_dir: 
     folder = f"{run.name}/trials"
     curves = {}
     for trial in trials:
-        rows = RunDirectory(run.output_dir, f"{folder}/{trial.name}").rows("metrics.jsonl")
+        rows = RunDirectory(run.output_dir, f"{folder}/{trial.name}").metrics()
         curves[trial.name] = [(row["step"], row[run.metric]) for row in rows if run.metric in row]
     run_dir.write("report.html", sweep_page(run, trials, best, curves))
 

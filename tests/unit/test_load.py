@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 
-from raytrl.config.load import LoadedRun, load_run, overrides_of, yaml_text
+from raytrl.config.load import LoadedRun, load_run, overrides_of
 from raytrl.config.renamed import RENAMED_PPO
 from raytrl.config.runs.ppo import PpoRun
 from raytrl.config.runs.supervised import SupervisedRun
+from raytrl.config.yaml12 import yaml_text
 from raytrl.errors import ConfigError
 
 RUN = """\

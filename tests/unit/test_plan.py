@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,9 +11,11 @@ from rich.console import Console
 from raytrl.config.load import load_run
 from raytrl.errors import ConfigError, ResourceError
 from raytrl.launch.session.session import planned_cluster
+from raytrl.plan.checks.supervised import prepare_supervised
 from raytrl.plan.plan import plan
 from raytrl.records.plan import Plan
 from raytrl.report.plan import plan_view
+from raytrl.rundir import RunDirectory
 from tests.ppo_files import make_files, ppo_file
 from tests.runs import raytrl, run_file, text_rows, write_rows
 
@@ -62,6 +65,94 @@ def test_a_run_on_this_machine(tmp_path: Path) -> None:
     (role,) = found.roles
     assert role.nodes == {"this machine": 1}
     assert 0.3 < sum(role.memory_gib.values()) < 2
+
+
+DROP = {"dataloader_drop_last": True, "per_device_train_batch_size": 8, "max_steps": -1}
+
+
+@pytest.mark.parametrize(
+    ("rows", "workers", "training", "steps"),
+    [
+        (60, 1, {}, 24),  # 7.5 batches of 8
+        (60, 1, {"dataloader_drop_last": True}, 21),
+        (60, 2, {"dataloader_drop_last": True, "gradient_accumulation_steps": 2}, 6),
+        (60, 2, {"gradient_accumulation_steps": 2}, 6),
+        (5, 1, {}, 3),
+        (8, 1, {"dataloader_drop_last": True}, 3),
+        (60, 1, {"num_train_epochs": 0.001}, 1),
+        (400, 1, {"num_train_epochs": 1.1}, 56),  # 1.1 * 50 is 55.00000000000001, and the trainer rounds up
+        (5, 1, {"max_steps": 7}, 7),
+    ],
+)
+def test_steps_are_those_of_the_trainer(
+    rows: int, workers: int, training: dict[str, Any], steps: int, tmp_path: Path
+) -> None:
+    values = {"per_device_train_batch_size": 8, "max_steps": -1, "num_train_epochs": 3, **training}
+    run = load_run(sft(tmp_path, training=values, learner={"workers": workers}), []).run
+    assert run.steps({"data.train": rows}) == steps
+    from transformers import Trainer, TrainingArguments  # its own arithmetic, on as many batches as a worker has
+
+    batches = -(-rows // (8 * workers)) if "dataloader_drop_last" not in training else rows // (8 * workers)
+    arguments = TrainingArguments(
+        **{k: v for k, v in values.items() if k != "dataloader_drop_last"}, output_dir=str(tmp_path), use_cpu=True
+    )
+    stand_in = SimpleNamespace(
+        get_total_train_batch_size=lambda _: 8, get_sp_size=lambda: 1, num_examples=lambda _: rows
+    )
+    assert Trainer.set_initial_training_values(stand_in, arguments, [None] * batches)[-1] == steps
+
+
+@pytest.mark.parametrize(
+    ("training", "learner", "found"),
+    [
+        ({}, {"workers": 1}, "found: 5 rows for batches of 8 (training.per_device_train_batch_size 8)"),
+        ({"max_steps": 9}, {"workers": 1}, "found: 5 rows for batches of 8"),
+        (
+            {"per_device_train_batch_size": 4},
+            {"workers": 2},
+            "found: 5 rows for batches of 8 (training.per_device_train_",
+        ),
+    ],
+)
+def test_a_run_without_a_step_is_refused(
+    training: dict[str, Any], learner: dict[str, Any], found: str, tmp_path: Path
+) -> None:
+    file = sft(tmp_path, training=DROP | training, learner=learner)
+    write_rows(tmp_path / "train.jsonl", text_rows(5))
+    with pytest.raises(
+        ConfigError, match=r"data.train: training.dataloader_drop_last drops .* an epoch has no step"
+    ) as error:
+        planned(file)
+    assert found in str(error.value)
+    run: Any = load_run(file, []).run
+    with pytest.raises(ConfigError, match="an epoch has no step"):
+        prepare_supervised(run, RunDirectory(str(tmp_path), "x"))
+
+
+def test_an_evaluation_of_no_rows_is_refused(tmp_path: Path) -> None:
+    data = {"train": str(tmp_path / "train.jsonl"), "eval": write_rows(tmp_path / "few.jsonl", text_rows(3))}
+    training = DROP | {"per_device_eval_batch_size": 4}
+    with pytest.raises(ConfigError, match=r"data\.eval: .* nothing is evaluated; found: 3 rows for batches of 4"):
+        planned(sft(tmp_path, training=training, data=data, learner={"workers": 1}))
+
+
+@pytest.mark.parametrize(
+    ("training", "message"),
+    [
+        ({"max_steps": 0}, "training.max_steps: 0 is a run without a step"),
+        ({"max_steps": -1, "num_train_epochs": 0}, "training.num_train_epochs: a run without a step; found: 0"),
+        ({"max_steps": -1, "num_train_epochs": -1.0}, "training.num_train_epochs: a run without a step; found: -1"),
+    ],
+)
+def test_no_steps_asked_for_are_refused(training: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_run(sft(tmp_path, training=training), [])
+
+
+def test_what_packing_leaves_is_counted_by_the_worker(tmp_path: Path) -> None:
+    run: Any = load_run(sft(tmp_path, training=DROP | {"packing": True}, learner={"workers": 1}), []).run
+    assert run.too_few_rows({"data.train": 5}) == []
+    assert "an epoch has no step" in run.without_batch({"data.train": 5})[0]
 
 
 def test_an_earlier_start_tells_the_time(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from raytrl.config.foreign.native import (
     native_default,
     native_fields,
     package_folder,
+    words_for_bools,
 )
 from raytrl.config.renamed import unknown_key
 from raytrl.errors import ConfigError
@@ -153,6 +154,10 @@ def check_keys(deepspeed: dict[str, Any]) -> list[str]:
     """Unknown keys and values that cannot be, one line each."""
     where = "learner.deepspeed"
     problems = [unknown_key(where, key, _top_level_keys()) for key in deepspeed if key not in _top_level_keys()]
+    problems += words_for_bools(f"{where}.", deepspeed)
+    for key, section in deepspeed.items():
+        if isinstance(section, dict) and key not in ("zero_optimization", *DEEPSPEED_SECTIONS):
+            problems += words_for_bools(f"{where}.{key}.", section)
     zero = deepspeed.get("zero_optimization", {})
     if not isinstance(zero, dict):
         return [*problems, f"{where}.zero_optimization: found: {zero!r}; expected: a dictionary"]

@@ -10,6 +10,7 @@ import functools
 import importlib.util
 import types
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -182,11 +183,30 @@ def _type(annotation: ast.expr) -> Any:
     return type(None) if found is None else found
 
 
+def is_word_for_bool(kind: Any, value: Any) -> bool:
+    """Whether a word such as `yes`, or a number in quotes, stands where a type has true and false and no words.
+
+    pydantic takes these for booleans, the libraries themselves take every word for true.
+    """
+    kinds = typing.get_args(kind) if typing.get_origin(kind) in (typing.Union, types.UnionType) else (kind,)
+    words = {"yes", "no", "on", "off", "y", "n", "t", "f", "1", "0"}
+    return bool in kinds and str not in kinds and isinstance(value, str) and value.lower() in words
+
+
+def words_for_bools(where: str, values: Mapping[str, Any]) -> list[str]:
+    """The same of values whose types only the library knows, one line each: none of them takes `yes` or `off` as a word."""
+    hint = "expected: true or false, or a number without quotes"
+    return [f"{where}{key}: found: {v!r}; {hint}" for key, v in values.items() if is_word_for_bool(bool, v)]
+
+
 def check_values(where: str, native: NativeClass, values: dict[str, Any]) -> list[str]:
     """Problems of the values given for known fields, one line each; YAML text such as '1e-5' is coerced, in place."""
     problems = []
     for key, field in native_fields(native).items():
         if key not in values or field.type is Any:
+            continue
+        if is_word_for_bool(field.type, values[key]):
+            problems.append(f"{where}.{key}: found: {values[key]!r}; expected: true or false ({native})")
             continue
         try:
             coerced = TypeAdapter(field.type).validate_python(values[key])

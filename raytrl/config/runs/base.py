@@ -115,6 +115,14 @@ class Run(Section):
         """
         return None
 
+    def too_few_rows(self, rows: Mapping[str, int]) -> list[str]:
+        """Datasets that are too small for what is asked of them, one line each.
+
+        Args:
+            rows: of each dataset, by its key.
+        """
+        return []
+
     def in_words(self, rows: Mapping[str, int], vocabulary: int | None) -> list[tuple[str, str]]:
         """(subject, sentence) pairs for people: what it does, how large a step is, how many there are.
 

@@ -11,6 +11,8 @@ from raytrl.config.foreign.native import NativeClass, check_values, native_defau
 from raytrl.config.renamed import OWNED, unknown_key
 from raytrl.config.runs.base import Columns, Head, ModelUse, Processes, TrainingRun, or_raise
 
+_STRATEGIES = ("no", "steps", "epoch")
+
 
 class SupervisedRun(TrainingRun):
     """SFT, reward modelling or DPO: one TRL trainer on Ray Train workers."""
@@ -27,15 +29,15 @@ class SupervisedRun(TrainingRun):
     @classmethod
     def _native_training(cls, training: dict[str, Any]) -> dict[str, Any]:
         problems = [f"{key}: is set by {OWNED[key]}" for key in training if key in OWNED]
-        # YAML reads a bare `no` as false; the strategies mean the word.
-        training = {
-            key: "no" if value is False and key.endswith("_strategy") else value
-            for key, value in training.items()
-            if key not in OWNED
-        }
+        training = {key: value for key, value in training.items() if key not in OWNED}
         known = native_fields(cls.native_class)
         problems += [unknown_key("", k, set(known) - set(OWNED)) for k in training if k not in known]
         problems += [p.removeprefix(".") for p in check_values("", cls.native_class, training)]
+        if not problems:
+            problems += _no_steps(training)
+        for key in ("eval_strategy", "logging_strategy"):
+            if isinstance(value := training.get(key, "no"), str) and value not in _STRATEGIES:
+                problems.append(f"{key}: found: {value!r}; expected: {' | '.join(_STRATEGIES)}")
         return or_raise(problems, training)
 
     @classmethod
@@ -125,7 +127,28 @@ class SupervisedRun(TrainingRun):
         if self._max_steps > 0:
             return self._max_steps
         per_epoch = self._steps_an_epoch(rows)
-        return None if per_epoch is None else -(-int(per_epoch * 100 * self._epochs) // 100)
+        return None if per_epoch is None else math.ceil(self._epochs * per_epoch)
+
+    def too_few_rows(self, rows: Mapping[str, int]) -> list[str]:
+        if self.training.get("packing") or self.training.get("eval_packing"):
+            return []  # which makes other rows: the worker counts those
+        return self.without_batch(rows)
+
+    def without_batch(self, rows: Mapping[str, int]) -> list[str]:
+        """Datasets, as the trainer has them, that do not fill one batch where only full ones count, one line each."""
+        keys = {"data.train": "per_device_train_batch_size", "data.eval": "per_device_eval_batch_size"}
+        problems = []
+        for key, count in rows.items() if self.training.get("dataloader_drop_last") else ():
+            a_pass, workers = int(self.native(keys[key])), self.learner.max_workers
+            if count < a_pass * workers:
+                what = "an epoch has no step" if key == "data.train" else "nothing is evaluated"
+                on = f" on {workers} workers" if workers > 1 else ""
+                problems.append(
+                    f"{key}: training.dataloader_drop_last drops the only, incomplete batch, so {what}; found: {count} rows "
+                    f"for batches of {a_pass * workers} (training.{keys[key]} {a_pass}{on}); expected: at least "
+                    f"{a_pass * workers} rows, smaller batches, or dataloader_drop_last: false"
+                )
+        return problems
 
     @property
     def _max_steps(self) -> int:
@@ -142,7 +165,7 @@ class SupervisedRun(TrainingRun):
             return None
         batch = self.rows_a_pass * self.learner.max_workers
         batches = count // batch if self.training.get("dataloader_drop_last") else -(-count // batch)
-        return max(1, -(-batches // self.accumulated))
+        return -(-batches // self.accumulated)
 
     def in_words(self, rows: Mapping[str, int], vocabulary: int | None) -> list[tuple[str, str]]:
         batch, accumulate, most = self.rows_a_pass, self.accumulated, self.learner.max_workers
@@ -202,6 +225,15 @@ class SupervisedRun(TrainingRun):
     def bfloat16_key(self) -> str | None:
         key = next((key for key in ("bf16", "bf16_full_eval") if self.training.get(key)), None)
         return super().bfloat16_key() if key is None else f"training.{key}"
+
+
+def _no_steps(training: Mapping[str, Any]) -> list[str]:
+    steps, epochs = training.get("max_steps", -1), training.get("num_train_epochs", 1)
+    if steps == 0:
+        return ["max_steps: 0 is a run without a step; found: 0; expected: more, or -1 for num_train_epochs to count"]
+    if steps < 0 and not epochs > 0:
+        return [f"num_train_epochs: a run without a step; found: {epochs}; expected: more than 0, or max_steps"]
+    return []
 
 
 class SftRun(SupervisedRun):

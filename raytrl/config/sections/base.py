@@ -3,7 +3,17 @@
 import math
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+
+from raytrl.config.foreign.native import is_word_for_bool
 
 # How processes go on nodes, by Ray's names: on few, on many, all on one, each on another.
 Strategy = Literal["pack", "spread", "strict_pack", "strict_spread"]
@@ -22,6 +32,13 @@ class Section(BaseModel):
             return values
         sections = {k for k, field in cls.model_fields.items() if isinstance(field.default, dict | Section)}
         return {key: value for key, value in values.items() if value is not None or key not in sections}
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _true_or_false(cls, value: Any, info: ValidationInfo) -> Any:
+        if is_word_for_bool(cls.model_fields[str(info.field_name)].annotation, value):
+            raise ValueError(f"found: {value!r}; expected: true or false")
+        return value
 
 
 def _above_zero(resources: dict[str, float]) -> dict[str, float]:

@@ -7,6 +7,7 @@ from pydantic import ConfigDict, model_validator
 
 from raytrl.config.foreign.native import (
     DATASET_BUILDERS,
+    is_word_for_bool,
     native_fields,
 )
 from raytrl.config.renamed import unknown_key
@@ -51,6 +52,9 @@ class DataSource(Section):
         unknown = [unknown_key("", key, names) for key in (self.model_extra or {}) if key not in known]
         if unknown:
             raise ValueError("; ".join(unknown))
+        for key, value in (self.model_extra or {}).items():
+            if is_word_for_bool(known[key].type, value):
+                raise ValueError(f"{key}: found: {value!r}; expected: true or false")
         if self.path in DATASET_BUILDERS and self.data_files is None and self.data_dir is None:
             raise ValueError(f"data_files: missing; the {self.path} builder reads files")
         if self.transform is not None and not re.fullmatch(r"[^:]+:\w+", self.transform):

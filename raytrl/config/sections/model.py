@@ -4,6 +4,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from raytrl.config.foreign.native import words_for_bools
 from raytrl.config.sections.base import Section
 
 
@@ -56,6 +57,8 @@ class ModelSection(Section):
             raise ValueError(
                 "config.model_type: missing; expected: an architecture of transformers such as llama, gpt2"
             )
+        if problems := words_for_bools("config.", self.config or {}):
+            raise ValueError("\n".join(problems))
         if self.config is not None and self.tokenizer is None:
             raise ValueError("tokenizer: missing; a model made from a config needs one: a folder, or {vocab_size: …}")
         if self.path is not None and isinstance(self.tokenizer, TokenizerSpec):

@@ -66,6 +66,13 @@ class SourceSection(Section):
             )
         return weight
 
+    @field_validator("label", mode="before")
+    @classmethod
+    def _check_label(cls, label: object) -> object:
+        if isinstance(label, bool):  # or it would be the number of an output, 1 or 0
+            raise ValueError(f'found: {label}; expected: a number, or a name: "{str(label).lower()}" in quotes')
+        return label
+
     @field_validator("function")
     @classmethod
     def _check_function(cls, function: str | None) -> str | None:

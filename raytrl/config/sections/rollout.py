@@ -2,8 +2,9 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
+from raytrl.config.foreign.native import words_for_bools
 from raytrl.config.sections.base import ProcessSection, Section
 
 # Truncated sampling draws from another distribution than the one whose log-probs PPO learns from: at top_p 0.8 a
@@ -79,6 +80,13 @@ class RolloutSection(ProcessSection):
     """Seconds without a single answer of any actor before the run fails; reward actors have those of their sources more."""
     samples: Annotated[int, Field(ge=0)] = 8
     """Responses a step, and of an evaluation, that go to samples.jsonl."""
+
+    @field_validator("engine_args")
+    @classmethod
+    def _no_words_for_bools(cls, arguments: dict[str, Any]) -> dict[str, Any]:
+        if problems := words_for_bools("", arguments):
+            raise ValueError("\n".join(problems))
+        return arguments
 
     def chosen(self, **names: str) -> "RolloutSection":
         """A copy with auto replaced; what was written in the run file stays the only part that counts as written."""

@@ -15,7 +15,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from raytrl.config.load import LoadedRun, load_run, yaml_text
+from raytrl.config.load import LoadedRun, load_run
+from raytrl.config.yaml12 import yaml_text
 from raytrl.errors import ConfigError
 from raytrl.film_reviews import make_film_reviews, write_film_reviews
 from raytrl.launch.runs.run import Show, kind_of, run_to_end
@@ -125,6 +126,6 @@ def _run_stage(
     started = time.monotonic()
     with showing(f"{STAGES.index(kind) + 1}/{len(STAGES)}  {command}") as show:
         outcome = run_to_end(kind_of(loaded), command, fresh, show)
-    rows = RunDirectory(loaded.run.output_dir, loaded.run.name).rows("metrics.jsonl")
+    rows = RunDirectory(loaded.run.output_dir, loaded.run.name).metrics()
     seconds = None if outcome.already_done else time.monotonic() - started
     return Stage(kind, command, outcome, rows, seconds)

@@ -9,6 +9,7 @@ import yaml
 from raytrl.config.foreign.deepspeed import zero_stage
 from raytrl.config.runs.base import Run, TrainingRun
 from raytrl.errors import ConfigError
+from raytrl.plan.inputs import Inputs, changes, is_code_of_rewards
 from raytrl.rundir import RunDirectory
 
 # What may change between two starts of a run: where it runs, not what it computes.
@@ -100,6 +101,33 @@ def refuse_changes(run_dir: RunDirectory, name: str, run: Run) -> list[str]:
     # Those that nobody wrote are chosen for the machine at each start, which says so itself.
     unwritten = tuple(f"{each.section_name}.resources" for each in run.processes() if not each.resources_written)
     return [line for key, line in changed.items() if not key.startswith(unwritten)]
+
+
+def changed_inputs(run_dir: RunDirectory, made_from: Inputs, state: str) -> list[str]:
+    """Notices of data, models and code that are not what the run in the directory was started with.
+
+    Args:
+        made_from: what they are now.
+        state: in which the run stands.
+
+    Raises:
+        ConfigError: it would go on with other rows or another model: the result would be neither run's.
+    """
+    found = changes(run_dir.manifest().get("inputs", {}), made_from)
+    if state == "done" and found:
+        return [
+            f"{run_dir}: answers for what was there when it was made; changed since: {'; '.join(found.values())}; "
+            f"--fresh does it anew"
+        ]
+    frozen = [line for key, line in found.items() if not is_code_of_rewards(key)]
+    if frozen:
+        raise ConfigError(
+            f"{run_dir}: what this run was started with has changed since: {'; '.join(frozen)}; expected: what was there, "
+            f"to go on; put it back, choose another name, or --fresh to throw the old run away"
+        )
+    return [
+        f"changed since the run was started, and it goes on with what is there now: {line}" for line in found.values()
+    ]
 
 
 def last_committed(run_dir: RunDirectory) -> Committed | None:

@@ -13,12 +13,13 @@ from typing import Any, Generic, TypeVar, cast
 from raytrl.config.load import LoadedRun
 from raytrl.config.runs.base import Run
 from raytrl.errors import RaytrlError
-from raytrl.launch.runs.resume import Standing, drop_half_written, inspect_run
+from raytrl.launch.runs.resume import Standing, changed_inputs, drop_half_written, inspect_run
 from raytrl.launch.session.session import check_output_dir, cluster_of, prepare_environment
 from raytrl.plan.capacity import Room, check_memory
 from raytrl.plan.checks.common import Facts
 from raytrl.plan.cluster import Cluster, Need
 from raytrl.plan.fit import fitted, in_words
+from raytrl.plan.inputs import Inputs, inputs_of
 from raytrl.plan.need import need_of
 from raytrl.plan.shapes import read_shapes
 from raytrl.plan.words import Words, processes_of, words_of
@@ -77,6 +78,10 @@ class Kind(ABC, Generic[R, O_co]):
             ConfigError: the directory holds a run of other settings.
         """
         return Standing("fresh") if fresh else inspect_run(self.run, run_dir)
+
+    def made_from(self) -> Inputs:
+        """Fingerprints of its data, models and code; a sweep remembers those of its trials."""
+        return {} if self.lent is not None else inputs_of(self.run)
 
     def plan(self, cluster: Cluster, run_dir: RunDirectory) -> Planned:
         """Everything that can be checked before anything starts, and what will run where.
@@ -151,6 +156,8 @@ def run_to_end(kind: Kind[Any, O_co], command: str, fresh: bool, show: Show) -> 
     run_dir = RunDirectory(run.output_dir, run.name)
     with run_dir.locked():
         standing = kind.standing(run_dir, fresh)
+        if standing.state != "fresh":
+            _tell(changed_inputs(run_dir, kind.made_from(), standing.state), show)
         if standing.state == "done":
             return kind.outcome(run_dir, already_done=True)
         _tell(standing.notices, show)
@@ -161,7 +168,7 @@ def run_to_end(kind: Kind[Any, O_co], command: str, fresh: bool, show: Show) -> 
                 words.insert(-2, ("resume", standing.resume))
             _tell(planned.notices, show)
             show(Progress("plan", words=tuple(words)))
-            _write_start(kind.loaded, run_dir, command)
+            _write_start(kind, run_dir, command)
             kind.begin(run_dir)
             with _failure_noted(run_dir):
                 start = Start(run_dir, command, planned.need, {"checks_s": time.time() - started}, show)
@@ -206,8 +213,9 @@ def _failure_noted(run_dir: RunDirectory) -> Iterator[None]:
         raise
 
 
-def _write_start(loaded: LoadedRun, run_dir: RunDirectory, command: str) -> None:
+def _write_start(kind: Kind[Any, O_co], run_dir: RunDirectory, command: str) -> None:
     """Writes config.yaml and the manifest of a run that starts, or starts again."""
+    loaded = kind.loaded
     run_dir.write("config.yaml", loaded.as_yaml())
     earlier = run_dir.manifest()
     run_dir.update_manifest(
@@ -216,6 +224,7 @@ def _write_start(loaded: LoadedRun, run_dir: RunDirectory, command: str) -> None
         command=command,
         seed=loaded.run.seed,
         versions=versions(),
+        inputs=kind.made_from(),
         origins={key: origin for key, _, origin in loaded.values() if origin != "default"},
         started=earlier.get("started", now()),
         starts=earlier.get("starts", 0) + 1,

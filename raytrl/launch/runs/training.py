@@ -1,5 +1,6 @@
 """What every run has that trains a network: Ray Train around its workers, and a model in the end."""
 
+import math
 import os
 import tempfile
 import threading
@@ -53,7 +54,8 @@ class TrainingKind(Kind[T, Trained]):
 
     def outcome(self, run_dir: RunDirectory, already_done: bool) -> Trained:
         manifest = run_dir.manifest()
-        return Trained(str(run_dir), already_done, manifest["model"], manifest["metrics"])
+        metrics = {key: math.nan if value is None else value for key, value in manifest["metrics"].items()}
+        return Trained(str(run_dir), already_done, manifest["model"], metrics)
 
 
 def _import_train() -> None:

@@ -1,6 +1,7 @@
 """A sweep's record of its trials: trials.json, what their run directories say, and which one is the best."""
 
 import json
+import math
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -50,7 +51,7 @@ class TrialBook:
 
     def rows(self, name: str) -> list[dict[str, Any]]:
         """What a trial has logged so far; a line that is being written is left out."""
-        return self.directory(name).rows("metrics.jsonl")
+        return self.directory(name).metrics()
 
     def look(self, name: str) -> Trial:
         """Step and metrics of a trial as its run directory has them now; not saved."""
@@ -59,17 +60,27 @@ class TrialBook:
             trial = self._trials[name]
             if rows:
                 metrics = last_values(rows, self._shown, self._run.average_last)
-                self._trials[name] = trial = replace(trial, step=rows[-1]["step"], metrics=metrics)
+                known = {key: value for key, value in metrics.items() if math.isfinite(value)}
+                self._trials[name] = trial = replace(trial, step=rows[-1]["step"], metrics=known)
             return trial
 
     def end(self, name: str, state: str, cause: str, seconds: float) -> Trial:
-        """Writes down how a trial ended; one that is over the limit at its last value is not simply done."""
+        """Writes down how a trial ended; one that is over the limit at its last value is not simply done.
+
+        Nor is one whose metric, or a limited one, is not a finite number: no comparison with it says anything.
+        """
         trial = self.look(name)
+        if state == "done" and (odd := self._not_finite(name)):
+            state, cause = "failed", f"{odd} at the end: not a finite number"
         if state == "done" and (over := over_limit(trial.metrics, self._run.limit)):
             state, cause = "over limit", f"{over} at the end"
         if state == "done" and self._run.metric not in trial.metrics:
             state, cause = "failed", f"metrics.jsonl has no {self._run.metric!r}"
         return self.change(name, state=state, cause=cause, seconds=seconds)
+
+    def _not_finite(self, name: str) -> str:
+        values = last_values(self.rows(name), [self._run.metric, *self._run.limit], self._run.average_last)
+        return ", ".join(f"{key} {value}" for key, value in values.items() if not math.isfinite(value))
 
     def take_up_again(self) -> None:
         """Before a sweep goes on: trials that ended while nobody looked are done, the others wait for their turn."""
@@ -109,8 +120,8 @@ def last_values(rows: Sequence[Mapping[str, Any]], keys: Iterable[str], count: i
 
 
 def over_limit(metrics: Mapping[str, float], limit: Mapping[str, float]) -> str:
-    """`objective/kl 12.1 > 10` for each value over its limit; empty where none is."""
-    over = [f"{key} {metrics[key]:.4g} > {most:g}" for key, most in limit.items() if metrics.get(key, most) > most]
+    """`objective/kl 12.1 > 10` for each value over its limit, NaN included; empty where none is."""
+    over = [f"{key} {metrics[key]:.4g} > {most:g}" for key, most in limit.items() if not metrics.get(key, most) <= most]
     return ", ".join(over)
 
 
@@ -130,14 +141,14 @@ class LimitWatch:
         for key, most in self._limit.items():
             if key in metrics and step > self._seen[key]:
                 self._seen[key] = step
-                self._in_a_row[key] = self._in_a_row[key] + 1 if metrics[key] > most else 0
+                self._in_a_row[key] = 0 if metrics[key] <= most else self._in_a_row[key] + 1  # NaN is over
                 if self._in_a_row[key] >= self._patience:
                     return f"{key} {metrics[key]:.4g} > {most:g}, {self._patience} values in a row"
         return ""
 
 
 def best_trial(trials: Iterable[Trial], metric: str, mode: str) -> Trial | None:
-    """The trial that ran to its end with the best last value of the metric; the first of equal ones."""
-    done = [trial for trial in trials if trial.state == "done" and metric in trial.metrics]
+    """The trial that ran to its end with the best last value of the metric, a finite one; the first of equal ones."""
+    done = [t for t in trials if t.state == "done" and math.isfinite(t.metrics.get(metric, math.nan))]
     sign = 1 if mode == "max" else -1
     return max(done, key=lambda trial: sign * trial.metrics[metric], default=None)

@@ -3,6 +3,7 @@
 import importlib
 import inspect
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -91,12 +92,16 @@ class _Median(MedianStoppingRule):  # type: ignore[misc]
             super().on_trial_complete(tune_controller, trial, result)
 
 
+def _is_number(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)
+
+
 def replay(scheduler: Any, run: TuneRun, book: TrialBook) -> None:
     """Shows a new scheduler the trials that ended before the sweep was cut off, by Ray's interface of schedulers."""
     if run.scheduler.name == "none":
         return
     for trial in book.all:
-        rows = [row for row in book.rows(trial.name) if run.metric in row] if trial.is_ended else []
+        rows = [row for row in book.rows(trial.name) if _is_number(row.get(run.metric))] if trial.is_ended else []
         if not rows:
             continue
         stand_in = SimpleNamespace(trial_id=f"ended-{trial.name}")
@@ -206,7 +211,8 @@ class TrialSearcher(Searcher):  # type: ignore[misc]
 
     def _value(self, trial: Trial) -> float | None:
         """What Optuna hears of a trial; nothing of one over a limit, or it would look for more of the kind."""
-        return None if over_limit(trial.metrics, self._run.limit) else trial.metrics.get(self._run.metric)
+        value = trial.metrics.get(self._run.metric)
+        return None if over_limit(trial.metrics, self._run.limit) or not _is_number(value) else value
 
     def _tell(self, trial: Trial, value: float | None) -> None:
         if trial.name in self._suggested:

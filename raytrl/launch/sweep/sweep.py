@@ -22,6 +22,7 @@ from raytrl.launch.sweep.room import AtOnce, Sweep, concurrent_trials
 from raytrl.plan.checks.common import Facts
 from raytrl.plan.cluster import Cluster, Need
 from raytrl.plan.fit import fitted, in_words, with_chosen
+from raytrl.plan.inputs import Inputs, inputs_of
 from raytrl.plan.shapes import read_shapes
 from raytrl.plan.where import check_one_node, joins_cluster, refuse_client
 from raytrl.plan.words import Words, words_of
@@ -79,6 +80,15 @@ class SweepKind(Kind[TuneRun, Swept]):
         """
         found = [("config.yaml", self.run), (_BASE, self._sweep.base.run)]
         return [notice for name, run in found if run_dir.exists(name) for notice in refuse_changes(run_dir, name, run)]
+
+    def made_from(self) -> Inputs:
+        """Of the base run, and of every value that may name other data or models."""
+        found = inputs_of(self._sweep.base.run)
+        for edge in self._edges:
+            if isinstance(edge.value, str | dict | list):
+                for key, files in inputs_of(edge.loaded.run).items():
+                    found[key] = {**found.get(key, {}), **files}
+        return found
 
     def plan(self, cluster: Cluster, run_dir: RunDirectory) -> Planned:
         from raytrl.launch.sweep.search import first_trials, make_optuna, make_scheduler

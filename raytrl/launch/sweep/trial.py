@@ -1,5 +1,6 @@
 """What runs in a trial's process: an ordinary run on the sweep's Ray, whose steps also go to Ray Tune."""
 
+import math
 import os
 import traceback
 from collections.abc import Mapping, Sequence
@@ -112,7 +113,7 @@ class TrialReports:
         """Takes the steps of a start that was cut off: schedulers see a trial as a whole."""
         if event.step <= self._step + 1:
             return
-        for row in self._run_dir.rows("metrics.jsonl"):
+        for row in self._run_dir.metrics():
             if row["step"] <= event.step:
                 self._take(row["step"], event.total_steps, row)
 
@@ -122,13 +123,16 @@ class TrialReports:
         if self._sweep.metric not in metrics or step <= self._step:
             return
         self._step = step
-        row = {"step": step, self._sweep.metric: metrics[self._sweep.metric]}
+        row: dict[str, float] = {"step": step}
+        if math.isfinite(metrics[self._sweep.metric]):  # a scheduler's comparisons with NaN would all be false
+            row[self._sweep.metric] = metrics[self._sweep.metric]
         if step >= total_steps:
             self.last = row
             return
-        from ray import tune
+        if self._sweep.metric in row:
+            from ray import tune
 
-        tune.report(row)
+            tune.report(row)
 
     def _check_known(self, metrics: Mapping[str, float]) -> None:
         for key, names in (("metric", [self._sweep.metric]), ("limit", list(self._sweep.limit))):

@@ -37,6 +37,16 @@ def check_run(run: Run) -> None:
         check_cpu(run)
 
 
+def check_rows(run: Run, rows: Mapping[str, int]) -> None:
+    """The datasets are large enough; ConfigError names those that are not.
+
+    Args:
+        rows: of each dataset that could be counted, by its key.
+    """
+    if problems := run.too_few_rows(rows):
+        raise ConfigError("\n".join(problems))
+
+
 def check_trackers(run: TrainingRun) -> None:
     """Every tracker of `report_to` is installed; ConfigError names the one that is not."""
     for tracker in run.report_to:

@@ -5,7 +5,7 @@ import tempfile
 from raytrl.config.runs.supervised import SupervisedRun
 from raytrl.config.sections.model import TokenizerSpec
 from raytrl.errors import ConfigError
-from raytrl.plan.checks.common import Facts, check_run, check_trackers
+from raytrl.plan.checks.common import Facts, check_rows, check_run, check_trackers
 from raytrl.rundir import RunDirectory
 
 
@@ -29,6 +29,7 @@ def prepare_supervised(run: SupervisedRun, run_dir: RunDirectory) -> Facts:
         eval_rows = load_data(run.data.eval, "data.eval")
         check_columns(eval_rows, run, "data.eval")
         rows["data.eval"] = len(eval_rows)
+    check_rows(run, rows)
     from raytrl.roles.models.tokenizer import check_tokenizer, load_tokenizer, train_tokenizer
 
     spec = run.model.tokenizer

@@ -2,10 +2,10 @@
 
 import os
 
-import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
 from raytrl.config.runs.base import TrainingRun
+from raytrl.config.yaml12 import dump
 
 
 def write_model_card(
@@ -43,7 +43,7 @@ with raytrl on Ray Train{" and TRL" if run.trl_trainer else ""}.
 ```
 
 ```yaml
-{yaml.safe_dump(run.model_dump(mode="json", exclude_none=True), sort_keys=False).strip()}
+{dump(run.model_dump(mode="json", exclude_none=True)).strip()}
 ```
 
 Versions: {", ".join(f"{name} {version}" for name, version in versions.items())}.

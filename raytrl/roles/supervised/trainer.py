@@ -123,17 +123,31 @@ def train(job: Job[SupervisedRun], context: WorkerContext) -> dict[str, float]:
             for key, given in rows.items():
                 kept = trainer.train_dataset if key == "data.train" else trainer.eval_dataset
                 _tell_left_out(key, len(given), len(kept), arguments.max_length, context)
+        _check_batches(run, trainer)
         _phase(context, "starting")
         checkpoint = stack.enter_context(context.restored())
         if checkpoint is not None:
             _train_no_further_than_asked(trainer, checkpoint)
         trainer.train(resume_from_checkpoint=checkpoint)
+        if not trainer.state.global_step:
+            raise DataError("data.train: the trainer took no step, whatever the reason: there is no model to keep")
         metrics = {"loss": reporter.last_loss}
         if run.data.eval is not None:
             metrics |= {k: float(v) for k, v in trainer.evaluate().items() if not k.endswith("_per_second")}
         _save(job, run_dir, trainer, base, metrics, context)
         context.barrier()  # no rank leaves before the model is in place
     return {key: value for key, value in metrics.items() if _is_finite(value)}
+
+
+def _check_batches(run: SupervisedRun, trainer: Any) -> None:
+    """What packing and `max_length` have left fills a batch.
+
+    Raises:
+        DataError: it does not, and the trainer would take no step, or evaluate nothing.
+    """
+    left = {"data.train": trainer.train_dataset, "data.eval": trainer.eval_dataset}
+    if problems := run.without_batch({key: len(rows) for key, rows in left.items() if rows is not None}):
+        raise DataError("\n".join(problems))
 
 
 def _train_no_further_than_asked(trainer: Any, checkpoint: str) -> None:

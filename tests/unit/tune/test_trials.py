@@ -3,9 +3,11 @@
 import csv
 import io
 import json
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,7 +25,7 @@ from raytrl.plan.cluster import Group, Need, Node
 from raytrl.records.progress import Progress
 from raytrl.records.sweep import Trial
 from raytrl.report.sweep_page import frontier, sweep_page
-from raytrl.rundir import RunDirectory
+from raytrl.rundir import MetricsLog, RunDirectory
 
 Load = Callable[..., LoadedRun]
 METRIC = "objective/scores_raw"
@@ -144,6 +146,66 @@ def test_a_done_trial_over_the_limit_or_without_the_metric_is_not_done(sweep: Lo
     assert book.end(over, "done", "", 1.0).cause == "objective/kl 6 > 5 at the end"
     assert book[over].state == "over limit"
     assert book.end(without, "done", "", 1.0).state == "failed"
+
+
+@pytest.mark.parametrize("mode", ["max", "min"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_number_that_is_not_one_never_wins(value: float, mode: str, sweep: Load) -> None:
+    run = sweep(limit={"objective/kl": 5.0}, mode=mode).run
+    assert isinstance(run, TuneRun)
+    book = TrialBook(run, RunDirectory(run.output_dir, run.name))
+    book.add(first_trials(run))
+    odd, good, kl, _ = (each.name for each in book.all)
+    for name, score, distance in ((odd, value, 1.0), (good, 1.0, 1.0), (kl, 2.0, math.nan)):
+        book.directory(name).write("manifest.json", "{}")
+        log = MetricsLog(book.directory(name))
+        log.append({"step": 1, METRIC: 1.0, "objective/kl": 1.0})
+        log.append({"step": 2, METRIC: score, "objective/kl": distance})
+        book.end(name, "done", "", 1.0)
+    assert (book[odd].state, book[good].state, book[kl].state) == ("failed", "done", "failed")
+    assert book[odd].cause == f"{METRIC} nan at the end: not a finite number"
+    assert METRIC not in book[odd].metrics
+    assert book[kl].cause == "objective/kl nan at the end: not a finite number"
+    assert best_trial(book.all, METRIC, mode) == book[good]
+    for file in ("trials.json", f"trials/{odd}/metrics.jsonl"):
+        assert not re.search("NaN|Infinity", book._run_dir.read(file) or "")
+    assert f"{METRIC} nan" in results_csv(book.all, list(run.search))
+
+
+def test_a_sweep_of_before_with_nan_in_its_book_has_another_best() -> None:
+    trials = [trial("a", "done", math.nan), trial("b", "done", 1.0), trial("c", "done", math.inf)]
+    assert best_trial(trials, METRIC, "max") is best_trial(trials, METRIC, "min") is trials[1]
+    assert best_trial(trials[::2], METRIC, "max") is None
+
+
+def test_nan_is_over_every_limit() -> None:
+    assert over_limit({"objective/kl": math.nan}, {"objective/kl": 10.0}) == "objective/kl nan > 10"
+    watch = LimitWatch({"objective/kl": 10.0}, 2)
+    assert [watch.take(step, {"objective/kl": math.nan}) for step in (1, 2)] == [
+        "",
+        "objective/kl nan > 10, 2 values in a row",
+    ]
+
+
+def test_schedulers_and_optuna_see_finite_numbers_only(book: TrialBook, monkeypatch: pytest.MonkeyPatch) -> None:
+    reported: list[dict[str, Any]] = []
+    monkeypatch.setattr("ray.tune.report", reported.append)
+    reports = TrialReports(book._run, book.directory("x"))
+    for step, value in enumerate((1.0, math.nan, -math.inf, 2.0), 1):
+        reports.show(Progress("step", step, 5, metrics={METRIC: value}))
+    assert reported == [{"step": 1, METRIC: 1.0}, {"step": 4, METRIC: 2.0}]
+    reports.show(Progress("step", 5, 5, metrics={METRIC: math.nan}))
+    assert reports.last == {"step": 5}
+    heard: list[Any] = []
+    scheduler = SimpleNamespace(on_trial_add=lambda *_: None, on_trial_result=lambda _, __, row: heard.append(row))
+    book.directory(book.all[0].name).write(
+        "metrics.jsonl", f'{{"step": 1, "{METRIC}": NaN}}\n{{"step": 2, "{METRIC}": 3}}\n'
+    )
+    replay(scheduler, book._run.model_copy(update={"scheduler": SimpleNamespace(name="asha")}), book)
+    assert heard[0] == {"step": 2, METRIC: 3}
+    searcher = TrialSearcher(book._run, book, None, lambda trial: None)
+    assert searcher._value(trial("a", "done", math.nan)) is None
+    assert searcher._value(trial("a", "done", 2.0)) == 2.0
 
 
 def test_a_scheduler_knows_the_trials_of_before_the_cut(sweep: Load, book: TrialBook) -> None:

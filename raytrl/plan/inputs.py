@@ -1,0 +1,173 @@
+"""What a run is made from: fingerprints of its data, models and code, and what became of them since it was started.
+
+Data are digested whole up to 4 GiB a file: another row anywhere is other data. Weights are digested by their size and 256
+places: a model that was trained or made anew differs in all of them, and 16 GB are looked at in a moment. Times of change are
+not looked at: `cp -p` and `rsync -t` keep them, `touch` and a clone change them.
+"""
+
+import ast
+import functools
+import glob
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import xxhash
+
+from raytrl.config.runs.base import Run, TrainingRun
+from raytrl.config.runs.rollout import RolloutRun
+from raytrl.config.sections.data import DataSource
+
+Inputs = dict[str, dict[str, str]]  # key of the run file → file → digest
+
+_WHOLE_DATA, _WHOLE_WEIGHTS = 4 << 30, 64 << 20  # bytes: larger files are looked at in places
+_PLACES, _BLOCK = 256, 64 << 10
+_MODEL_FILES = ("*.json", "*.safetensors", "*.bin", "*.model", "*.txt", "*.jinja", "*.py")
+_MANY = 200  # files of one key that a manifest names one by one
+
+
+def inputs_of(run: Run) -> Inputs:
+    """Fingerprints of everything on this machine, or in its Hugging Face cache, that the run reads; the rest is left out."""
+    found: Inputs = {}
+    data = getattr(run, "data", None)
+    for name in ("train", "eval"):
+        source: DataSource | None = getattr(data, name, None)
+        if source is not None:
+            found[f"data.{name}"] = dict(_data(source))
+            if source.transform is not None:
+                found[f"data.{name}.transform"] = _code(source.transform)
+    for use in run.models():
+        if use.path is not None:
+            found[use.key] = _model(use.path, use.revision)
+    found |= {key: _model(path, None) for key, path in _tokenizers(run)}
+    for i, reward in enumerate(run.reward.sources if isinstance(run, RolloutRun) else ()):
+        if reward.function is not None:
+            found[f"reward.sources.{i}.function"] = _code(reward.function)
+    return {key: _few(files) for key, files in found.items() if files}
+
+
+def changes(before: Mapping[str, Mapping[str, str]], now: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
+    """Key → what is not as it was, of keys that both have; `before` of an earlier version may lack them all."""
+    found = {}
+    for key, then in before.items():
+        here = now.get(key, {})
+        words = [f"{file} (gone)" for file in then if file not in here]
+        words += [f"{file} (new)" for file in here if file not in then]
+        words += [f"{file} (other content)" for file in then if file in here and here[file] != then[file]]
+        if words:
+            more = f" and {len(words) - 3} more" if len(words) > 3 else ""
+            found[key] = f"{key}: {', '.join(words[:3])}{more}"
+    return found
+
+
+def is_code_of_rewards(key: str) -> bool:
+    """Whether a run may go on with another: mending a reward function is why many a run is cut off."""
+    return key.startswith("reward.") and key.endswith(".function")
+
+
+def _tokenizers(run: Run) -> Iterator[tuple[str, str]]:
+    if isinstance(run, RolloutRun | TrainingRun) and isinstance(run.model.tokenizer, str):
+        yield "model.tokenizer", run.model.tokenizer
+    template = getattr(run, "training", {}).get("chat_template_path")
+    if isinstance(template, str):
+        yield "training.chat_template_path", template
+
+
+def _data(source: DataSource) -> Iterator[tuple[str, str]]:
+    files = [source.data_files] if isinstance(source.data_files, str) else list(source.data_files or [])
+    is_folder = os.path.isdir(source.path)
+    for pattern in files:
+        places = [pattern, os.path.join(source.path, pattern)] if is_folder else [pattern]
+        matched = next((m for place in places if (m := _matches(place))), [])
+        for file in matched:
+            yield file, _digest(file, _WHOLE_DATA)
+    folder = source.data_dir if source.data_dir is not None and os.path.isdir(source.data_dir) else None
+    if folder is None and is_folder and not files:
+        folder = os.path.join(source.path, source.data_dir) if source.data_dir else source.path
+    if folder is not None:
+        yield from _folder(folder, [p for p in Path(folder).rglob("*") if _is_data(p, folder)], _WHOLE_DATA)
+    elif not files and not is_folder and (commit := _dataset_commit(source)):
+        yield source.path, commit
+
+
+def _matches(pattern: str) -> list[str]:
+    if os.path.isfile(pattern):
+        return [pattern]
+    return sorted(file for file in glob.glob(pattern, recursive=True) if os.path.isfile(file))
+
+
+def _is_data(path: Path, folder: str) -> bool:
+    """Not hidden, and not what `datasets` leaves in a saved dataset whose rows it has gone through."""
+    parts = path.relative_to(folder).parts
+    return path.is_file() and not any(p.startswith(".") for p in parts) and not parts[-1].startswith(("cache-", "tmp"))
+
+
+def _model(path: str, revision: str | None) -> dict[str, str]:
+    if os.path.isfile(path):
+        return {path: _digest(path, _WHOLE_WEIGHTS)}
+    if os.path.isdir(path):
+        files = [file for pattern in _MODEL_FILES for file in Path(path).glob(pattern) if file.is_file()]
+        return dict(_folder(path, files, _WHOLE_WEIGHTS))
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        cached = try_to_load_from_cache(path, "config.json", revision=revision)
+    except HFValidationError:  # a folder that is gone
+        return {}
+    return {path: os.path.basename(os.path.dirname(cached))} if isinstance(cached, str) else {}
+
+
+def _dataset_commit(source: DataSource) -> str | None:
+    """The commit that the cache has for a hub id."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    name = f"datasets--{source.path.replace('/', '--')}"
+    ref = Path(HF_HUB_CACHE, name, "refs", source.revision or "main")
+    return ref.read_text(encoding="utf-8").strip() if ref.is_file() else None
+
+
+def _code(place: str) -> dict[str, str]:
+    """Of a Python file what it says, whatever its comments and line breaks are; installed packages have versions."""
+    module = place.rpartition(":")[0]
+    path = Path(module if module.endswith(".py") else f"{module.replace('.', '/')}.py")
+    if not path.is_file():
+        return {}
+    try:
+        said = ast.dump(ast.parse(path.read_bytes()))
+    except (SyntaxError, ValueError):  # whoever loads it says so
+        return {str(path): _digest(str(path), _WHOLE_DATA)}
+    return {str(path): xxhash.xxh3_128_hexdigest(said.encode())}
+
+
+def _folder(folder: str, files: list[Path], whole: int) -> Iterator[tuple[str, str]]:
+    for file in sorted(files):
+        yield os.path.join(folder, file.relative_to(folder)), _digest(str(file), whole)
+
+
+def _few(files: dict[str, str]) -> dict[str, str]:
+    """The same in one line where there are many."""
+    if len(files) <= _MANY:
+        return files
+    digest = xxhash.xxh3_128_hexdigest(repr(sorted(files.items())).encode())
+    return {os.path.commonpath(files): f"{len(files)} files: {digest}"}
+
+
+def _digest(path: str, whole: int) -> str:
+    status = os.stat(path)
+    return _digest_of(os.path.realpath(path), status.st_size, status.st_mtime_ns, status.st_ino, whole)
+
+
+@functools.lru_cache(maxsize=1024)
+def _digest_of(path: str, size: int, mtime_ns: int, inode: int, whole: int) -> str:
+    """`size:xxh3_128`; remembered within this process, where a sweep asks for one model many times."""
+    digest = xxhash.xxh3_128()
+    with open(path, "rb") as file:
+        if size <= whole:
+            while block := file.read(1 << 20):
+                digest.update(block)
+        else:
+            for place in range(_PLACES):
+                file.seek((size - _BLOCK) * place // (_PLACES - 1))
+                digest.update(file.read(_BLOCK))
+    return f"{size}:{digest.hexdigest()}"

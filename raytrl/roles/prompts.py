@@ -7,7 +7,7 @@ from typing import Any
 
 from raytrl.config.sections.rollout import RolloutSection
 from raytrl.errors import ConfigError, DataError
-from raytrl.records.samples import Prompt, PromptText
+from raytrl.records.samples import Message, Prompt, PromptText
 
 
 class PromptTable:
@@ -36,7 +36,20 @@ class PromptTable:
         columns = dict(self._dataset[index])
         text = columns.pop("prompt")
         token_ids = self.token_ids(text, index)
-        return Prompt(step, row, text, token_ids[-self._max_tokens :], columns)
+        if len(token_ids) > self._max_tokens:
+            token_ids = token_ids[-self._max_tokens :]
+            text = self._seen(text, token_ids, index)
+        return Prompt(step, row, text, token_ids, columns)
+
+    def _seen(self, text: PromptText, kept: Sequence[int], index: int) -> PromptText:
+        """What is left of a prompt that is cut: reward sources read no more than the policy does."""
+        whole = text if isinstance(text, str) else self._rendered(text, index)
+        if self._tokenizer.is_fast:
+            encoded = self._tokenizer(whole, add_special_tokens=isinstance(text, str), return_offsets_mapping=True)
+            start = int(encoded["offset_mapping"][-len(kept)][0])
+        else:  # these do not know where their tokens stand
+            start = max(0, len(whole) - len(self._tokenizer.decode(kept)))
+        return text[start:] if isinstance(text, str) else last_messages(text, whole, start)
 
     def token_ids(self, text: PromptText, index: int) -> tuple[int, ...]:
         """The whole prompt, before it is cut."""
@@ -68,6 +81,29 @@ class PromptTable:
                 f"{self._where}: row {index + 1}: the chat template cannot render the prompt: {error}"
             ) from error
         return str(text)
+
+
+def last_messages(messages: Sequence[Message], rendered: str, start: int) -> list[Message]:
+    """The messages that stand in `rendered[start:]`; of one that begins before it, what is behind.
+
+    A message whose content the template changed cannot be found: it counts as seen where the one before it is.
+    """
+    seen: list[Message] = []
+    end = len(rendered)
+    for message in reversed(messages):
+        content = message.get("content")
+        content = content.strip() if isinstance(content, str) else ""
+        place = rendered.rfind(content, 0, end) if content else -1
+        if place < 0 and end <= start:
+            break
+        if place >= 0:
+            if place + len(content) <= start:
+                break
+            end = place
+            if place < start:
+                return [{**message, "content": content[start - place :]}, *seen]
+        seen.insert(0, message)
+    return seen
 
 
 def check_prompts(table: PromptTable, tokenizer: Any, where: str) -> tuple[int, int]:

@@ -9,7 +9,10 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from raytrl.config.sections.reward import SourceSection
 from raytrl.errors import ConfigError
+from raytrl.roles.models.positions import positions_of
 from raytrl.roles.reward.call import Failure, Pair, completion_of, within
+
+_CUT_HERE = "\ue0c7cut\ue0c7"  # of the private use area: no text has it
 
 
 class ModelSource:
@@ -58,16 +61,26 @@ class ModelSource:
         if isinstance(prompt.text, str):
             return prompt.text + response.text + (self._end if response.ended else "")
         messages = [*prompt.text, *completion_of(pair)]
-        text = self._tokenizer.apply_chat_template(messages, tokenize=False, continue_final_message=not response.ended)
-        return str(text)
+        if response.ended:
+            return str(self._tokenizer.apply_chat_template(messages, tokenize=False))
+        # transformers' `continue_final_message` refuses what a template changes, which for some is all reasoning.
+        messages[-1] = {**messages[-1], "content": response.text + _CUT_HERE}
+        text, found, _ = str(self._tokenizer.apply_chat_template(messages, tokenize=False)).rpartition(_CUT_HERE)
+        if not found:
+            raise ValueError("the template leaves out the end of a response that was cut")
+        return text
 
     def token_ids(self, pair: Pair) -> list[int] | Failure:
         """The classifier's own token ids of one prompt and response, or why it cannot read them."""
         chat = not isinstance(pair[0].text, str)
         if chat and not self._tokenizer.chat_template:
             return Failure("its tokenizer has no chat template, and the prompt is a list of messages", retry=False)
+        try:
+            text = self.text(pair)
+        except Exception as error:  # a template is a program; it may raise anything, and does for one response alone
+            return Failure(f"its chat template cannot render the response: {error}", retry=False)
         # A chat template writes the special tokens itself.
-        ids = list(self._tokenizer(self.text(pair), add_special_tokens=not chat)["input_ids"])
+        ids = list(self._tokenizer(text, add_special_tokens=not chat)["input_ids"])
         if not ids:
             return Failure("the text has no tokens", retry=False)
         if len(ids) > self._max_tokens:
@@ -152,5 +165,6 @@ def _output_index(config: Any, label: str | int | None, where: str) -> int:
 
 def _max_tokens(text_config: Any, tokenizer: Any) -> int:
     """The longest text that both the model's positions and the tokenizer allow."""
-    limits = [getattr(text_config, "max_position_embeddings", None), tokenizer.model_max_length]
+    positions = positions_of(text_config)
+    limits = [None if positions is None else positions.most, tokenizer.model_max_length]
     return min(int(limit) for limit in limits if limit is not None)

@@ -13,7 +13,7 @@ from raytrl.data import check_columns
 from raytrl.errors import ConfigError, DataError
 from raytrl.records.samples import chunks
 from raytrl.roles.models.tokenizer import load_tokenizer, train_tokenizer
-from raytrl.roles.prompts import PromptOrder, PromptTable, SharedPrompts, check_prompts
+from raytrl.roles.prompts import PromptOrder, PromptTable, SharedPrompts, check_prompts, last_messages
 
 RUN = PpoRun(
     name="a",
@@ -79,6 +79,30 @@ def test_a_long_prompt_loses_its_beginning_or_is_refused(tokenizer: Any) -> None
     refusing = table(tokenizer, rows, max_prompt_length=4, long_prompts="refuse")
     with pytest.raises(DataError, match=r"data\.train: row 2: the prompt is too long; found: \d+ tokens"):
         check_prompts(refusing, tokenizer, "data.train")
+
+
+def test_reward_sources_read_what_the_policy_saw_of_a_long_prompt(tokenizer: Any) -> None:
+    rows = [{"prompt": "the film is good the film is bad"}, {"prompt": "the film"}]
+    cut = table(tokenizer, rows, max_prompt_length=4)
+    prompt = cut.prompt(0, 0, 0)
+    assert rows[0]["prompt"].endswith(str(prompt.text)) and len(str(prompt.text)) < len(rows[0]["prompt"])
+    assert tokenizer.decode(prompt.token_ids) == prompt.text
+    assert cut.prompt(1, 0, 0).text == "the film"[-len(tokenizer.decode(cut.prompt(1, 0, 0).token_ids)) :]
+
+
+def test_of_a_long_conversation_reward_sources_read_the_last_messages() -> None:
+    turns = [("system", "be short"), ("user", "is the film good"), ("assistant", "it is"), ("user", "is the film good")]
+    messages = [{"role": role, "content": content, "extra": 1} for role, content in turns]
+    whole = "".join(f"<{role}>{content}|" for role, content in turns) + "<assistant>"
+    assert last_messages(messages, whole, 0) == messages
+    assert last_messages(messages, whole, 1) == messages  # nothing but a part of a role is lost
+    assert last_messages(messages, whole, whole.index("film")) == [
+        {**messages[1], "content": "film good"},
+        *messages[2:],
+    ]
+    assert last_messages(messages, whole, whole.index("<assistant>it")) == messages[2:]
+    assert last_messages(messages, whole, whole.rindex("good")) == [{**messages[3], "content": "good"}]
+    assert last_messages(messages, whole, len(whole) - 3) == []
 
 
 def test_conversations_take_the_chat_template(tokenizer: Any, tmp_path: Path) -> None:

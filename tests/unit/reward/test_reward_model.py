@@ -98,6 +98,34 @@ def test_chat_without_a_template_is_a_failure(classifier: Any, pair: Any) -> Non
     assert "no chat template" in outcome.reason
 
 
+DROPS_THINKING = (
+    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'].split('</think>')[-1] | trim }}<eos>\n{% endfor %}"
+)
+
+
+def test_a_cut_response_that_the_template_changes_is_scored_as_rendered(classifier: Any, pair: Any) -> None:
+    path, prompt = classifier(template=DROPS_THINKING), [{"role": "user", "content": "hi"}]
+    said = ["I found it dull", "<think>\nwell</think> dull "]
+    scores = ask(_source(path), [pair(prompt, text, row=row, ended=False) for row, text in enumerate(said)])
+    read = ["<|user|>hi<eos>\n<|assistant|>I found it dull", "<|user|>hi<eos>\n<|assistant|>dull "]
+    assert scores == pytest.approx([_direct(path, text, special=False) for text in read], abs=1e-6)
+
+
+def test_a_response_that_the_template_cannot_render_fails_alone(classifier: Any, pair: Any) -> None:
+    raises = "{% if 'dull' in messages[-1]['content'] %}{{ raise_exception('no such word') }}{% endif %}ok"
+    drops = "{% for m in messages %}{{ m['content'].split('</think>')[0] }}{% endfor %}"
+    prompt = [{"role": "user", "content": "hi"}]
+    first, second = ask(_source(classifier(template=raises)), [pair(prompt, "dull"), pair(prompt, "good", row=1)])
+    assert first == Failure("its chat template cannot render the response: no such word", retry=False)
+    assert isinstance(second, float)
+    first, second = ask(
+        _source(classifier(template=drops)),
+        [pair(prompt, "a</think>b", ended=False), pair(prompt, "good", row=1, ended=False)],
+    )
+    assert isinstance(first, Failure) and "leaves out the end of a response" in first.reason
+    assert isinstance(second, float)
+
+
 def test_a_text_too_long_is_a_failure_of_its_row_only(classifier: Any, pair: Any) -> None:
     source = _source(classifier(), retries=2)
     long, short = ask(source, [pair(PROMPT, " moving" * 80), pair(PROMPT, "x", row=1)])

@@ -1,12 +1,9 @@
 """`raytrl plan`: what a run file would run where, whether it fits, and how large a step is. Starts nothing."""
 
-import os
 from collections.abc import Sequence
 
 from raytrl.config.load import LoadedRun
-from raytrl.config.runs.base import Run
-from raytrl.config.sections.data import DataSource
-from raytrl.errors import ConfigError, DataError
+from raytrl.errors import ConfigError
 from raytrl.plan.capacity import CERTAINTY, Load, Room, check_memory
 from raytrl.plan.checks.common import check_rows
 from raytrl.plan.cluster import ADDED, Cluster, Node, amounts
@@ -14,6 +11,7 @@ from raytrl.plan.fit import fitted, in_words
 from raytrl.plan.memory import GIB, Estimate, estimates
 from raytrl.plan.need import need_of
 from raytrl.plan.shapes import read_shapes
+from raytrl.plan.tried import facts_of
 from raytrl.plan.where import THIS_MACHINE
 from raytrl.plan.words import words_of
 from raytrl.records.plan import Plan, PlannedRole
@@ -33,12 +31,14 @@ def plan(loaded: LoadedRun, cluster: Cluster, models: str = "") -> Plan:
     run = loaded.run
     room = Room.on(cluster, need_of(run))
     shapes, problems = read_shapes(run, models)
-    rows, missing = _rows(run)
+    facts, missing = facts_of(run)
+    rows = facts.rows
     problems += missing
     check_rows(run, rows)
     if problems and room.where == THIS_MACHINE:
         raise ConfigError("\n".join(problems))
-    notes = in_words(chosen) + [f"not known here, so not checked: {problem}" for problem in problems]
+    notes = [*in_words(chosen), *facts.notices]
+    notes += [f"not known here, so not checked: {problem}" for problem in problems]
     found, tight = check_memory(run, room, shapes)
     notes += [
         f"{each.key}: {each.count} is the least that is needed; up to {each.most} where there is room"
@@ -49,7 +49,7 @@ def plan(loaded: LoadedRun, cluster: Cluster, models: str = "") -> Plan:
     return Plan(
         where=f"{room.where}: {_sum_of([node for node in room.nodes if not node.name.startswith(ADDED)])}",
         roles=tuple(_roles(room, estimates(run, shapes))),
-        words=tuple(words_of(run, shapes, rows, {})),
+        words=tuple(words_of(run, shapes, rows, facts.words)),
         shared=tuple(_shared(found)),
         notes=tuple(notes),
     )
@@ -92,25 +92,6 @@ def _shared(found: Sequence[Load]) -> list[tuple[str, float, float | None]]:
     """What all processes of a node take together: of its RAM, and of GPUs that they share."""
     together = [load for load in found if not load.what.startswith("each of ")]
     return [(load.what.removeprefix("all processes on the "), load.taken, load.there) for load in together]
-
-
-def _rows(run: Run) -> tuple[dict[str, int], list[str]]:
-    """Rows of each local dataset by its key, and what is missing; nothing is downloaded to count it."""
-    data = getattr(run, "data", None)
-    rows, problems = dict[str, int](), list[str]()
-    for name in ("train", "eval"):
-        source: DataSource | None = getattr(data, name, None)
-        if source is None:
-            continue
-        if source.data_files is None and source.data_dir is None and not os.path.isdir(source.path):
-            continue  # a hub id: to count its rows is to download them
-        from raytrl.data import load_data  # datasets: 1.3 s
-
-        try:
-            rows[f"data.{name}"] = len(load_data(source, f"data.{name}"))
-        except DataError as error:
-            problems.append(str(error))
-    return rows, problems
 
 
 RULE = (

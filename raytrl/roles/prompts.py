@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from raytrl.config.sections.rollout import RolloutSection
-from raytrl.errors import ConfigError, DataError
+from raytrl.errors import DataError
 from raytrl.records.samples import Message, Prompt, PromptText
 
 
@@ -22,7 +22,8 @@ class PromptTable:
             where: the dataset's key, for error messages.
         """
         self._dataset, self._tokenizer, self._where = dataset, tokenizer, where
-        self._max_tokens, self._cuts = rollout.max_prompt_length, rollout.long_prompts == "cut"
+        self._cuts = rollout.long_prompts == "cut"
+        self.max_tokens = rollout.max_prompt_length
 
     def __len__(self) -> int:
         return len(self._dataset)
@@ -36,14 +37,13 @@ class PromptTable:
         columns = dict(self._dataset[index])
         text = columns.pop("prompt")
         token_ids = self.token_ids(text, index)
-        if len(token_ids) > self._max_tokens:
-            token_ids = token_ids[-self._max_tokens :]
-            text = self._seen(text, token_ids, index)
-        return Prompt(step, row, text, token_ids, columns)
+        return Prompt(step, row, self.seen(text, token_ids, index), token_ids[-self.max_tokens :], columns)
 
-    def _seen(self, text: PromptText, kept: Sequence[int], index: int) -> PromptText:
-        """What is left of a prompt that is cut: reward sources read no more than the policy does."""
-        whole = text if isinstance(text, str) else self._rendered(text, index)
+    def seen(self, text: PromptText, token_ids: Sequence[int], index: int) -> PromptText:
+        """What is left of a prompt with so many tokens: reward sources read no more than the policy does."""
+        if len(token_ids) <= self.max_tokens:
+            return text
+        kept, whole = token_ids[-self.max_tokens :], text if isinstance(text, str) else self.rendered(text, index)
         if self._tokenizer.is_fast:
             encoded = self._tokenizer(whole, add_special_tokens=isinstance(text, str), return_offsets_mapping=True)
             start = int(encoded["offset_mapping"][-len(kept)][0])
@@ -53,21 +53,24 @@ class PromptTable:
 
     def token_ids(self, text: PromptText, index: int) -> tuple[int, ...]:
         """The whole prompt, before it is cut."""
-        if isinstance(text, str):
-            ids = self._tokenizer(text)["input_ids"]
-        else:
-            rendered = self._rendered(text, index)
-            ids = self._tokenizer(rendered, add_special_tokens=False)["input_ids"]
-        if not ids:
-            raise DataError(f"{self._where}: row {index + 1}: the prompt has no tokens; found: {str(text)[:80]!r}")
-        if len(ids) > self._max_tokens and not self._cuts:
-            raise DataError(
-                f"{self._where}: row {index + 1}: the prompt is too long; found: {len(ids)} tokens; expected: at most "
-                f"{self._max_tokens} (rollout.max_prompt_length), or rollout.long_prompts: cut"
-            )
-        return tuple(ids)
+        return self.token_ids_of([text], index)[0]
 
-    def _rendered(self, messages: Sequence[Any], index: int) -> str:
+    def token_ids_of(self, prompts: Sequence[PromptText], first: int) -> list[tuple[int, ...]]:
+        """Those of many: rows from `first` on, all of them strings or all of them messages."""
+        special = isinstance(prompts[0], str)
+        texts = [p if isinstance(p, str) else self.rendered(p, i) for i, p in enumerate(prompts, first)]
+        many = [tuple(ids) for ids in self._tokenizer(texts, add_special_tokens=special)["input_ids"]]
+        for index, (text, ids) in enumerate(zip(prompts, many, strict=True), first):
+            if not ids:
+                raise DataError(f"{self._where}: row {index + 1}: the prompt has no tokens; found: {str(text)[:80]!r}")
+            if len(ids) > self.max_tokens and not self._cuts:
+                raise DataError(
+                    f"{self._where}: row {index + 1}: the prompt is too long; found: {len(ids)} tokens; expected: at most "
+                    f"{self.max_tokens} (rollout.max_prompt_length), or rollout.long_prompts: cut"
+                )
+        return many
+
+    def rendered(self, messages: Sequence[Any], index: int) -> str:
         ends_in_answer = messages[-1]["role"] == "assistant"  # then the response goes on with it, as in TRL
         try:
             text = self._tokenizer.apply_chat_template(
@@ -104,39 +107,6 @@ def last_messages(messages: Sequence[Message], rendered: str, start: int) -> lis
                 return [{**message, "content": content[start - place :]}, *seen]
         seen.insert(0, message)
     return seen
-
-
-def check_prompts(table: PromptTable, tokenizer: Any, where: str) -> tuple[int, int]:
-    """Goes through every prompt before anything is started.
-
-    Returns:
-        Tokens of the longest prompt before cutting, and how many prompts are cut.
-
-    Raises:
-        ConfigError: the tokenizer has no end token, no chat template for conversations, or ends every prompt.
-        DataError: a prompt that cannot be used, with its row.
-    """
-    if tokenizer.eos_token_id is None:
-        raise ConfigError(
-            "model.tokenizer: has no end token, so no response would ever end; expected: one with eos_token"
-        )
-    if not isinstance(table._dataset[0]["prompt"], str) and not tokenizer.chat_template:
-        raise ConfigError(
-            f"model.tokenizer: {where} has conversations, but the tokenizer has no chat template; expected: one that "
-            f"has, or prompts that are strings"
-        )
-    if tokenizer("a")["input_ids"][-1:] == [tokenizer.eos_token_id]:
-        raise ConfigError("model.tokenizer: puts its end token behind every prompt, so the policy would go on after it")
-    lengths = [len(table.token_ids(text, i)) for i, text in enumerate(table._dataset["prompt"])]
-    return max(lengths), sum(length > table._max_tokens for length in lengths)
-
-
-def max_positions(model_path: str, trust_remote_code: bool) -> int | None:
-    """The longest sequence that a model takes; None where its config does not say."""
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(model_path, trust_remote_code=trust_remote_code).get_text_config()
-    return getattr(config, "max_position_embeddings", None)
 
 
 class PromptOrder:

@@ -106,7 +106,7 @@ class Kind(ABC, Generic[R, O_co]):
         words += processes_of(run, cluster.where)
         if loads:
             words.append(("memory", f"about {', '.join(map(str, loads[:4]))}"))
-        return Planned(need, words, [*in_words(chosen), *notices, *room.awaited(run)])
+        return Planned(need, words, [*in_words(chosen), *facts.notices, *notices, *room.awaited(run)])
 
     @abstractmethod
     def check(self, run_dir: RunDirectory) -> Facts:

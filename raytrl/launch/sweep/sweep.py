@@ -105,7 +105,9 @@ class SweepKind(Kind[TuneRun, Swept]):
         one = self._sweep.trial_need(base)
         store = one.object_store_bytes * self._at_once.count
         need = Need((*self._sweep.shared_need().groups, *one.groups), store)
-        return Planned(need, _words(self._sweep, self._at_once, facts), [*in_words(chosen), *self._at_once.notes])
+        return Planned(
+            need, _words(self._sweep, self._at_once, facts), [*in_words(chosen), *facts.notices, *self._at_once.notes]
+        )
 
     def check(self, run_dir: RunDirectory) -> Facts:
         """Data, models and reward sources of the base run, and of every value that may name others."""

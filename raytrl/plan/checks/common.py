@@ -1,13 +1,11 @@
-"""Checks that several kinds of run share: trackers, models, reward sources, prompts."""
+"""Checks that several kinds of run share: trackers, models, reward sources."""
 
 import importlib.util
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from raytrl.config.runs.base import Run, TrainingRun
-from raytrl.config.runs.rollout import RolloutRun
-from raytrl.config.sections.data import DataSource
 from raytrl.config.sections.reward import RewardSection
 from raytrl.errors import ConfigError
 from raytrl.plan.hub import hub_folder
@@ -18,10 +16,11 @@ from raytrl.roles.reward.function import FunctionSource
 
 @dataclass(frozen=True)
 class Facts:
-    """What the checks of a run found out about its datasets, by their keys: how many rows, and words about them."""
+    """What the checks of a run found out about its datasets: by their keys how many rows and words about them, and notices."""
 
     rows: Mapping[str, int] = field(default_factory=dict)
     words: Mapping[str, str] = field(default_factory=dict)
+    notices: Sequence[str] = ()  # what of the rows is cut, left out, written twice
 
 
 def check_run(run: Run) -> None:
@@ -82,28 +81,3 @@ def check_functions(section: RewardSection) -> None:
     for source in section.sources:
         if source.function is not None:
             FunctionSource(source).close()
-
-
-def check_prompts_of(run: RolloutRun, source: DataSource, where: str) -> tuple[int, str]:
-    """Goes through every prompt; returns how many there are, and words about them."""
-    from raytrl.data import check_columns, load_data  # datasets: 1.3 s
-    from raytrl.roles.models.tokenizer import load_tokenizer
-    from raytrl.roles.prompts import PromptTable, check_prompts, max_positions
-
-    dataset = load_data(source, where)
-    check_columns(dataset, run, where)
-    try:
-        tokenizer = load_tokenizer(run.tokenizer_path, None, run.model.trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"model.tokenizer: cannot be loaded: {str(error).splitlines()[0]}") from None
-    longest, num_cut = check_prompts(PromptTable(dataset, tokenizer, run.rollout, where), tokenizer, where)
-    kept, new = min(longest, run.rollout.max_prompt_length), run.rollout.sampling.max_new_tokens
-    positions = max_positions(str(run.model.path), run.model.trust_remote_code)
-    if positions is not None and kept + new > positions:
-        raise ConfigError(
-            f"{where}: the longest prompt and its response do not fit the model; found: {kept} tokens + "
-            f"rollout.sampling.max_new_tokens {new} = {kept + new}; expected: at most {positions}; lower max_new_tokens or "
-            f"rollout.max_prompt_length"
-        )
-    cut = f", {num_cut:,} cut to rollout.max_prompt_length" if num_cut else ""
-    return len(dataset), f"{len(dataset):,} prompts of up to {longest} tokens{cut}"

@@ -2,7 +2,8 @@
 
 from raytrl.config.runs.evaluation import EvalRun
 from raytrl.errors import ConfigError, DataError
-from raytrl.plan.checks.common import Facts, check_functions, check_prompts_of, check_run
+from raytrl.plan.checks.common import Facts, check_functions, check_run
+from raytrl.plan.checks.prompts import check_prompts_of
 
 
 def check_eval(run: EvalRun) -> Facts:
@@ -13,15 +14,7 @@ def check_eval(run: EvalRun) -> Facts:
     """
     check_run(run)
     check_functions(run.reward)
-    rows, words = 0, ""
-    for key, (path, tokenizer) in reversed(run.evaluated.items()):
-        own = run.model_copy(update={"model": run.model.model_copy(update={"path": path, "tokenizer": tokenizer})})
-        try:
-            rows, words = check_prompts_of(own, run.data.eval, "data.eval")
-        except DataError:
-            raise  # names the row already
-        except ConfigError as error:
-            raise ConfigError(f"{key}: {error}" if key != "model" else str(error)) from None
+    facts = check_eval_prompts(run)
     if run.reference.path is not None:
         from raytrl.roles.models.tokenizer import load_tokenizer
 
@@ -34,4 +27,23 @@ def check_eval(run: EvalRun) -> Facts:
                     f"{run.reference.path!r} than in that of {key}, {tokenizer_path!r}; expected: a model with the same "
                     f"tokenizer, or no reference"
                 )
-    return Facts({"data.eval": rows}, {"data.eval": words})
+    return facts
+
+
+def check_eval_prompts(run: EvalRun) -> Facts:
+    """Every prompt, alone, for each model that is evaluated.
+
+    Raises:
+        ConfigError: one cannot be used.
+    """
+    rows, words, notices = 0, "", dict[str, None]()
+    for key, (path, tokenizer) in reversed(run.evaluated.items()):
+        own = run.model_copy(update={"model": run.model.model_copy(update={"path": path, "tokenizer": tokenizer})})
+        try:
+            rows, words, more = check_prompts_of(own, run.data.eval, "data.eval")
+            notices |= dict.fromkeys(more)
+        except DataError:
+            raise  # names the row already
+        except ConfigError as error:
+            raise ConfigError(f"{key}: {error}" if key != "model" else str(error)) from None
+    return Facts({"data.eval": rows}, {"data.eval": words}, tuple(notices))

@@ -1,7 +1,8 @@
 """What is checked before a PPO run starts."""
 
 from raytrl.config.runs.ppo import PpoRun
-from raytrl.plan.checks.common import Facts, check_functions, check_prompts_of, check_run, check_trackers
+from raytrl.plan.checks.common import Facts, check_functions, check_run, check_trackers
+from raytrl.plan.checks.prompts import check_prompts_of
 
 
 def check_ppo(run: PpoRun) -> Facts:
@@ -13,6 +14,19 @@ def check_ppo(run: PpoRun) -> Facts:
     check_run(run)
     check_functions(run.reward)
     check_trackers(run)
+    return check_ppo_prompts(run)
+
+
+def check_ppo_prompts(run: PpoRun) -> Facts:
+    """Every prompt, alone.
+
+    Raises:
+        ConfigError: one cannot be used.
+    """
     sources = {"data.train": run.data.train, "data.eval": run.data.eval}
     found = {key: check_prompts_of(run, source, key) for key, source in sources.items() if source is not None}
-    return Facts({key: rows for key, (rows, _) in found.items()}, {key: words for key, (_, words) in found.items()})
+    return Facts(
+        {key: rows for key, (rows, _, _) in found.items()},
+        {key: words for key, (_, words, _) in found.items()},
+        [notice for _, _, notices in found.values() for notice in notices],
+    )

@@ -1,6 +1,8 @@
 """What is checked, and made ready, before SFT, reward modelling or DPO starts."""
 
 import tempfile
+from collections.abc import Mapping
+from typing import Any
 
 from raytrl.config.runs.supervised import SupervisedRun
 from raytrl.config.sections.model import TokenizerSpec
@@ -9,11 +11,12 @@ from raytrl.plan.checks.common import Facts, check_rows, check_run, check_tracke
 from raytrl.rundir import RunDirectory
 
 
-def prepare_supervised(run: SupervisedRun, run_dir: RunDirectory) -> Facts:
+def prepare_supervised(run: SupervisedRun, run_dir: RunDirectory, *, tries_rows: bool = True) -> Facts:
     """Checks data, tokenizer and model, and trains the tokenizer where one is asked for.
 
     Args:
         run_dir: where a trained tokenizer is read from, or put.
+        tries_rows: False where a sweep has tried them for all its runs.
 
     Raises:
         ConfigError: something is missing, or does not fit together.
@@ -24,12 +27,11 @@ def prepare_supervised(run: SupervisedRun, run_dir: RunDirectory) -> Facts:
     check_run(run)
     train_rows = load_data(run.data.train, "data.train")
     columns = check_columns(train_rows, run, "data.train")
-    rows = {"data.train": len(train_rows)}
+    rows = {"data.train": (train_rows, columns)}
     if run.data.eval is not None:
         eval_rows = load_data(run.data.eval, "data.eval")
-        check_columns(eval_rows, run, "data.eval")
-        rows["data.eval"] = len(eval_rows)
-    check_rows(run, rows)
+        rows["data.eval"] = (eval_rows, check_columns(eval_rows, run, "data.eval"))
+    check_rows(run, {key: len(dataset) for key, (dataset, _) in rows.items()})
     from raytrl.roles.models.tokenizer import check_tokenizer, load_tokenizer, train_tokenizer
 
     spec = run.model.tokenizer
@@ -43,9 +45,91 @@ def prepare_supervised(run: SupervisedRun, run_dir: RunDirectory) -> Facts:
                 tokenizer.save_pretrained(f"{folder}/tokenizer")
                 run_dir.store(f"{folder}/tokenizer", "tokenizer")
     else:
-        try:
-            tokenizer = load_tokenizer(spec or str(run.model.path), run.model.revision, run.model.trust_remote_code)
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"model.tokenizer: cannot be loaded: {str(error).splitlines()[0]}") from None
+        tokenizer = own_tokenizer(run)
     check_tokenizer(tokenizer, run, conversation_of(train_rows, columns))
-    return Facts(rows)
+    if not tries_rows:
+        return Facts({key: len(dataset) for key, (dataset, _) in rows.items()})
+    return try_rows(run, tokenizer, rows)
+
+
+def own_tokenizer(run: SupervisedRun) -> Any:
+    """The tokenizer that the run file names.
+
+    Raises:
+        ConfigError: it cannot be loaded.
+    """
+    from raytrl.roles.models.tokenizer import load_tokenizer
+
+    model = run.model
+    try:
+        return load_tokenizer(str(model.tokenizer or model.path), model.revision, model.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model.tokenizer: cannot be loaded: {str(error).splitlines()[0]}") from None
+
+
+def try_rows(run: SupervisedRun, tokenizer: Any, rows: Mapping[str, tuple[Any, tuple[str, ...]]]) -> Facts:
+    """Tries every row: its chat template, its length.
+
+    Args:
+        tokenizer: the run's own; it is changed.
+        rows: by key: a dataset, and the columns that are trained on.
+
+    Raises:
+        DataError: a row that cannot be trained on.
+    """
+    from raytrl.plan.checks.rows import go_through
+    from raytrl.plan.checks.told import refuse, row_notices, row_words
+    from raytrl.roles.models.tokenizer import as_trained
+
+    counts = {key: len(dataset) for key, (dataset, _) in rows.items()}
+    trained = as_trained(tokenizer, run)
+    if trained is None:
+        return Facts(
+            counts, notices=("rows are not tried before the start: training.chat_template_path is on the hub",)
+        )
+    words, notices = {}, list[str]()
+    for key, (dataset, columns) in rows.items():
+        check = _check(run, trained, key, columns, len(dataset))
+        also = [name for name in ("tools", "chat_template_kwargs") if name in dataset.column_names]
+        found = go_through(dataset, [*columns, *also], check, alone=run.model.trust_remote_code)
+        refuse(found, check)
+        words[key] = row_words(found, check)
+        notices += row_notices(found, check, "max_length" not in run.training)
+    return Facts(counts, words, notices)
+
+
+def _check(run: SupervisedRun, tokenizer: Any, where: str, columns: tuple[str, ...], count: int) -> Any:
+    from raytrl.plan.checks.training_rows import TrainingRows
+
+    packed = run.training.get("packing")
+    if where == "data.eval" and run.training.get("eval_packing") is not None:
+        packed = run.training["eval_packing"]
+    only = run.training.get("completion_only_loss")
+    return TrainingRows(
+        where=where,
+        kind=run.kind,
+        columns=columns,
+        tokenizer=tokenizer,
+        max_length=run.native("max_length"),
+        keeps_end=run.training.get("truncation_mode") == "keep_end",
+        packing=str(run.native("packing_strategy")) if packed else None,
+        completion_only="completion" in columns and only is not False,
+        multiple=run.training.get("pad_to_multiple_of"),
+        positions=_positions(run),
+        every=1 if count <= 20_000 else 10,
+    )
+
+
+def _positions(run: SupervisedRun) -> Any:
+    from raytrl.roles.models.positions import positions_at, positions_of
+
+    model = run.model
+    if model.path is not None:
+        return positions_at(model.path, model.revision, model.trust_remote_code, "model.path")
+    from transformers import AutoConfig
+
+    values = dict(model.config or {})
+    try:
+        return positions_of(AutoConfig.for_model(values.pop("model_type"), **values))
+    except Exception as error:  # the config's own checks raise classes of their own
+        raise ConfigError(f"model.config: cannot be built: {str(error).splitlines()[0]}") from None

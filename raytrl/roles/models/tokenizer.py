@@ -86,21 +86,54 @@ def _remedy(run: SupervisedRun, name: str) -> str:
     return f"choose a model.tokenizer that has one (raytrl {run.kind} has no training.{name})"
 
 
+_FROM_HUB = "<hub>"  # TRL fetches it in the worker
+
+
+def _template(tokenizer: Any, run: SupervisedRun) -> Any:
+    """The chat template that rows will be written with; raises FileNotFoundError with the path."""
+    path = run.training.get("chat_template_path")
+    if path is None:
+        return tokenizer.chat_template
+    if str(path).endswith((".jinja", ".j2")):
+        if not os.path.isfile(path):
+            raise FileNotFoundError(path)
+        with open(path, encoding="utf-8") as file:
+            return file.read()
+    return load_tokenizer(path, None, False).chat_template if os.path.isdir(path) else _FROM_HUB
+
+
+def as_trained(tokenizer: Any, run: SupervisedRun) -> Any | None:
+    """The tokenizer as TRL's trainer will have it, changed in place; None where a part of it is on the hub.
+
+    Call it after `check_tokenizer`.
+    """
+    template = _template(tokenizer, run)
+    if template is _FROM_HUB:
+        return None
+    if run.model.pad_token is not None:
+        tokenizer.add_special_tokens({"pad_token": run.model.pad_token})
+    if run.training.get("eos_token"):
+        tokenizer.eos_token = run.training["eos_token"]
+    path = run.training.get("chat_template_path")
+    if path is not None and os.path.isdir(path):  # as TRL's `clone_chat_template`
+        source = load_tokenizer(path, None, False)
+        known = tokenizer.get_vocab()
+        tokenizer.add_tokens([t for t in source.added_tokens_decoder.values() if t.content not in known])
+        tokenizer.eos_token = source.eos_token
+    tokenizer.chat_template = template
+    return tokenizer
+
+
 def _check_template(tokenizer: Any, run: SupervisedRun, conversation: list[dict[str, Any]], eos: str) -> None:
     key = (
         "training.chat_template_path" if "chat_template_path" in native_fields(run.native_class) else "model.tokenizer"
     )
-    template = tokenizer.chat_template
-    if path := run.training.get("chat_template_path"):
-        if str(path).endswith((".jinja", ".j2")):
-            if not os.path.isfile(path):
-                raise ConfigError(f"{key}: no such file; found: {path!r}")
-            with open(path, encoding="utf-8") as file:
-                template = file.read()
-        elif os.path.isdir(path):
-            template = load_tokenizer(path, None, False).chat_template
-        else:
-            return  # a hub id: TRL fetches it in the worker
+    try:
+        template = _template(tokenizer, run)
+    except FileNotFoundError as error:
+        raise ConfigError(f"{key}: no such file; found: {str(error)!r}") from None
+    if template is _FROM_HUB:
+        return
     if template is None:
         raise ConfigError(
             f"{key}: the rows are conversations, but the tokenizer has no chat template; "

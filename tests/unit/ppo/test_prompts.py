@@ -11,9 +11,11 @@ from raytrl.config.sections.model import TokenizerSpec
 from raytrl.config.sections.rollout import RolloutSection
 from raytrl.data import check_columns
 from raytrl.errors import ConfigError, DataError
+from raytrl.plan.checks.prompts import Judge, PromptRows, check_for_prompts, judged
+from raytrl.plan.checks.rows import Found, go_through
 from raytrl.records.samples import chunks
 from raytrl.roles.models.tokenizer import load_tokenizer, train_tokenizer
-from raytrl.roles.prompts import PromptOrder, PromptTable, SharedPrompts, check_prompts, last_messages
+from raytrl.roles.prompts import PromptOrder, PromptTable, SharedPrompts, last_messages
 
 RUN = PpoRun(
     name="a",
@@ -34,6 +36,11 @@ def tokenizer() -> Any:
 
 def table(tokenizer: Any, rows: list[dict[str, Any]], **rollout: Any) -> PromptTable:
     return PromptTable(Dataset.from_list(rows), tokenizer, RolloutSection(**rollout), "data.train")
+
+
+def found_in(tokenizer: Any, rows: list[dict[str, Any]], *judges: Judge, **rollout: Any) -> Found:
+    check = PromptRows("data.train", table(tokenizer, [{"prompt": "a"}], **rollout), tokenizer, judges)
+    return go_through(Dataset.from_list(rows), ["prompt"], check)
 
 
 def shared(tokenizer: Any, rank: int = 0, world: int = 1, **changes: Any) -> SharedPrompts:
@@ -75,10 +82,10 @@ def test_a_long_prompt_loses_its_beginning_or_is_refused(tokenizer: Any) -> None
     whole = table(tokenizer, rows)
     ids = whole.prompt(1, 0, 0).token_ids
     assert table(tokenizer, rows, max_prompt_length=4).prompt(1, 0, 0).token_ids == ids[-4:]
-    assert check_prompts(table(tokenizer, rows, max_prompt_length=4), tokenizer, "data.train") == (len(ids), 1)
-    refusing = table(tokenizer, rows, max_prompt_length=4, long_prompts="refuse")
+    found = found_in(tokenizer, rows, max_prompt_length=4)
+    assert (found.longest[""], found.tally("cut").rows) == ((len(ids), 2), 1)
     with pytest.raises(DataError, match=r"data\.train: row 2: the prompt is too long; found: \d+ tokens"):
-        check_prompts(refusing, tokenizer, "data.train")
+        found_in(tokenizer, rows, max_prompt_length=4, long_prompts="refuse")
 
 
 def test_reward_sources_read_what_the_policy_saw_of_a_long_prompt(tokenizer: Any) -> None:
@@ -108,7 +115,7 @@ def test_of_a_long_conversation_reward_sources_read_the_last_messages() -> None:
 def test_conversations_take_the_chat_template(tokenizer: Any, tmp_path: Path) -> None:
     rows = [{"prompt": [{"role": "user", "content": "is the film good"}]}]
     with pytest.raises(ConfigError, match="no chat template"):
-        check_prompts(table(tokenizer, rows), tokenizer, "data.train")
+        check_for_prompts(tokenizer, rows[0]["prompt"], "data.train")
     tokenizer.save_pretrained(tmp_path)
     chat = load_tokenizer(str(tmp_path), None, False)
     chat.chat_template = TEMPLATE
@@ -124,10 +131,53 @@ def test_conversations_take_the_chat_template(tokenizer: Any, tmp_path: Path) ->
 
 def test_what_is_refused(tokenizer: Any) -> None:
     with pytest.raises(DataError, match=r"row 2: the prompt has no tokens"):
-        check_prompts(table(tokenizer, [{"prompt": "film"}, {"prompt": ""}]), tokenizer, "data.train")
+        found_in(tokenizer, [{"prompt": "film"}, {"prompt": ""}])
     with pytest.raises(DataError, match=r"data\.train: row 2: 'prompt' is missing or null"):
         check_columns(Dataset.from_list([{"prompt": "a"}, {"prompt": None}]), RUN, "data.train")
     with pytest.raises(DataError, match=r"no columns that `raytrl ppo` can train on; found: text; expected: prompt"):
         check_columns(Dataset.from_list([{"text": "a"}]), RUN, "data.train")
     pairs = Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}])
     assert check_columns(pairs, RUN, "data.train") == ("prompt",)
+
+
+def chat_of(tokenizer: Any, folder: Path, template: str) -> Any:
+    tokenizer.save_pretrained(folder)
+    chat = load_tokenizer(str(folder), None, False)
+    chat.chat_template = template
+    return chat
+
+
+def test_a_reward_model_must_be_able_to_read_every_prompt(tokenizer: Any, tmp_path: Path) -> None:
+    strict = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system turn') }}{% endif %}" + TEMPLATE
+    policy, judge = (chat_of(tokenizer, tmp_path / str(i), t) for i, t in enumerate((TEMPLATE, strict)))
+    turns = [{"role": "user", "content": "is the film good"}]
+    rows = [{"prompt": turns}, {"prompt": [{"role": "system", "content": "be short"}, *turns]}]
+    with pytest.raises(DataError, match=r"row 2: the chat template of rm cannot render .* no system turn"):
+        found_in(policy, rows, Judge("rm", judge, 64))
+    judge.chat_template = None
+    with pytest.raises(DataError, match=r"^rm: its tokenizer has no chat template"):
+        found_in(policy, rows, Judge("rm", judge, 64))
+
+
+def test_a_reward_model_reads_cut_prompts_and_must_have_room_for_them(tokenizer: Any) -> None:
+    rows = [{"prompt": "film"}, {"prompt": "the film is good " * 20}]
+    tight = Judge("rm", tokenizer, 10)
+    found = found_in(tokenizer, rows, tight, max_prompt_length=8)
+    assert found.longest["rm"] == (8, 2)  # as many as the policy's own: the same tokenizer
+    (notice,) = judged(found, [tight], RUN, "data.train")
+    assert notice.startswith("data.train: row 2: the prompt has 8 tokens of rm, which takes 10")
+    assert judged(found, [Judge("rm", tokenizer, 8 + 48)], RUN, "data.train") == []
+    with pytest.raises(DataError, match=r"row 2: the prompt does not fit the reward model rm; found: 8 of its tokens"):
+        judged(found, [Judge("rm", tokenizer, 8)], RUN, "data.train")
+
+
+def test_two_beginning_tokens_are_counted(tokenizer: Any, tmp_path: Path) -> None:
+    from tokenizers import processors
+
+    two = chat_of(tokenizer, tmp_path, TEMPLATE)
+    two.add_special_tokens({"bos_token": "<s>"})
+    two.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", two.bos_token_id)]
+    )
+    twice = found_in(two, [{"prompt": "film"}, {"prompt": "<s>film"}]).tally("twice")
+    assert (twice.rows, twice.first) == (1, 2)

@@ -33,7 +33,7 @@ def plan(loaded: LoadedRun, cluster: Cluster, models: str = "") -> Plan:
     run = loaded.run
     room = Room.on(cluster, need_of(run))
     shapes, problems = read_shapes(run, models)
-    rows, missing = _rows(run)
+    rows, columns, missing = _rows(run)
     problems += missing
     check_rows(run, rows)
     if problems and room.where == THIS_MACHINE:
@@ -49,7 +49,7 @@ def plan(loaded: LoadedRun, cluster: Cluster, models: str = "") -> Plan:
     return Plan(
         where=f"{room.where}: {_sum_of([node for node in room.nodes if not node.name.startswith(ADDED)])}",
         roles=tuple(_roles(room, estimates(run, shapes))),
-        words=tuple(words_of(run, shapes, rows, {})),
+        words=tuple(words_of(run, shapes, rows, {}, columns)),
         shared=tuple(_shared(found)),
         notes=tuple(notes),
     )
@@ -94,23 +94,26 @@ def _shared(found: Sequence[Load]) -> list[tuple[str, float, float | None]]:
     return [(load.what.removeprefix("all processes on the "), load.taken, load.there) for load in together]
 
 
-def _rows(run: Run) -> tuple[dict[str, int], list[str]]:
-    """Rows of each local dataset by its key, and what is missing; nothing is downloaded to count it."""
+def _rows(run: Run) -> tuple[dict[str, int], dict[str, str], list[str]]:
+    """Rows of each local dataset by its key, its columns in words, and what is missing; nothing is downloaded for it."""
     data = getattr(run, "data", None)
-    rows, problems = dict[str, int](), list[str]()
+    rows, columns, problems = dict[str, int](), dict[str, str](), list[str]()
     for name in ("train", "eval"):
         source: DataSource | None = getattr(data, name, None)
         if source is None:
             continue
         if source.data_files is None and source.data_dir is None and not os.path.isdir(source.path):
             continue  # a hub id: to count its rows is to download them
-        from raytrl.data import load_data  # datasets: 1.3 s
+        from raytrl.data import check_columns, choose_columns, load_data  # datasets: 1.3 s
 
+        where = f"data.{name}"
         try:
-            rows[f"data.{name}"] = len(load_data(source, f"data.{name}"))
+            dataset = load_data(source, where)
+            check_columns(dataset, run, where)
+            rows[where], columns[where] = len(dataset), choose_columns(dataset, run, where).in_words()
         except DataError as error:
             problems.append(str(error))
-    return rows, problems
+    return rows, columns, problems
 
 
 RULE = (

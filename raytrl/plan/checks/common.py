@@ -18,10 +18,11 @@ from raytrl.roles.reward.function import FunctionSource
 
 @dataclass(frozen=True)
 class Facts:
-    """What the checks of a run found out about its datasets, by their keys: how many rows, and words about them."""
+    """What the checks of a run found out about its datasets, by their keys: how many rows, words about them and their columns."""
 
     rows: Mapping[str, int] = field(default_factory=dict)
     words: Mapping[str, str] = field(default_factory=dict)
+    columns: Mapping[str, str] = field(default_factory=dict)
 
 
 def check_run(run: Run) -> None:
@@ -84,9 +85,9 @@ def check_functions(section: RewardSection) -> None:
             FunctionSource(source).close()
 
 
-def check_prompts_of(run: RolloutRun, source: DataSource, where: str) -> tuple[int, str]:
-    """Goes through every prompt; returns how many there are, and words about them."""
-    from raytrl.data import check_columns, load_data  # datasets: 1.3 s
+def check_prompts_of(run: RolloutRun, source: DataSource, where: str) -> tuple[int, str, str]:
+    """Goes through every prompt; returns how many there are, and words about them and about their columns."""
+    from raytrl.data import check_columns, choose_columns, load_data  # datasets: 1.3 s
     from raytrl.roles.models.tokenizer import load_tokenizer
     from raytrl.roles.prompts import PromptTable, check_prompts, max_positions
 
@@ -106,4 +107,5 @@ def check_prompts_of(run: RolloutRun, source: DataSource, where: str) -> tuple[i
             f"rollout.max_prompt_length"
         )
     cut = f", {num_cut:,} cut to rollout.max_prompt_length" if num_cut else ""
-    return len(dataset), f"{len(dataset):,} prompts of up to {longest} tokens{cut}"
+    columns = choose_columns(dataset, run, where).in_words()
+    return len(dataset), f"{len(dataset):,} prompts of up to {longest} tokens{cut}", columns

@@ -13,11 +13,11 @@ def check_eval(run: EvalRun) -> Facts:
     """
     check_run(run)
     check_functions(run.reward)
-    rows, words = 0, ""
+    rows, words, columns = 0, "", ""
     for key, (path, tokenizer) in reversed(run.evaluated.items()):
         own = run.model_copy(update={"model": run.model.model_copy(update={"path": path, "tokenizer": tokenizer})})
         try:
-            rows, words = check_prompts_of(own, run.data.eval, "data.eval")
+            rows, words, columns = check_prompts_of(own, run.data.eval, "data.eval")
         except DataError:
             raise  # names the row already
         except ConfigError as error:
@@ -34,4 +34,4 @@ def check_eval(run: EvalRun) -> Facts:
                     f"{run.reference.path!r} than in that of {key}, {tokenizer_path!r}; expected: a model with the same "
                     f"tokenizer, or no reference"
                 )
-    return Facts({"data.eval": rows}, {"data.eval": words})
+    return Facts({"data.eval": rows}, {"data.eval": words}, {"data.eval": columns})

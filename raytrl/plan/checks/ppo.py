@@ -15,4 +15,5 @@ def check_ppo(run: PpoRun) -> Facts:
     check_trackers(run)
     sources = {"data.train": run.data.train, "data.eval": run.data.eval}
     found = {key: check_prompts_of(run, source, key) for key, source in sources.items() if source is not None}
-    return Facts({key: rows for key, (rows, _) in found.items()}, {key: words for key, (_, words) in found.items()})
+    rows, words, columns = ({key: facts[i] for key, facts in found.items()} for i in range(3))
+    return Facts(rows, words, columns)  # type: ignore[arg-type]

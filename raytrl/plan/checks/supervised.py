@@ -18,17 +18,19 @@ def prepare_supervised(run: SupervisedRun, run_dir: RunDirectory) -> Facts:
     Raises:
         ConfigError: something is missing, or does not fit together.
     """
-    from raytrl.data import check_columns, conversation_of, load_data, texts_of  # datasets: 1.3 s
+    from raytrl.data import check_columns, choose_columns, conversation_of, load_data, texts_of  # datasets: 1.3 s
 
     check_trackers(run)
     check_run(run)
     train_rows = load_data(run.data.train, "data.train")
     columns = check_columns(train_rows, run, "data.train")
     rows = {"data.train": len(train_rows)}
+    used = {"data.train": choose_columns(train_rows, run, "data.train").in_words()}
     if run.data.eval is not None:
         eval_rows = load_data(run.data.eval, "data.eval")
         check_columns(eval_rows, run, "data.eval")
         rows["data.eval"] = len(eval_rows)
+        used["data.eval"] = choose_columns(eval_rows, run, "data.eval").in_words()
     check_rows(run, rows)
     from raytrl.roles.models.tokenizer import check_tokenizer, load_tokenizer, train_tokenizer
 
@@ -48,4 +50,4 @@ def prepare_supervised(run: SupervisedRun, run_dir: RunDirectory) -> Facts:
         except (OSError, ValueError) as error:
             raise ConfigError(f"model.tokenizer: cannot be loaded: {str(error).splitlines()[0]}") from None
     check_tokenizer(tokenizer, run, conversation_of(train_rows, columns))
-    return Facts(rows)
+    return Facts(rows, columns=used)

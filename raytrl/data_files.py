@@ -49,7 +49,7 @@ def _opened(file: str) -> Any:
     return pa.input_stream(file, compression="detect")
 
 
-def chunks(file: str, encoding: str = "utf-8", size: int = _CHUNK) -> Iterator[bytes]:
+def chunks(file: str, encoding: str = "utf-8") -> Iterator[bytes]:
     """Its bytes as UTF-8 without a byte order mark, whole lines at a time.
 
     Raises:
@@ -59,7 +59,7 @@ def chunks(file: str, encoding: str = "utf-8", size: int = _CHUNK) -> Iterator[b
     rest, is_first = b"", True
     try:
         with _opened(file) as stream:
-            while block := stream.read(size):
+            while block := stream.read(_CHUNK):
                 if is_first and decoder is None:
                     if block[:2] in _UTF16:
                         raise DataError(
@@ -161,7 +161,7 @@ def _arrow_schema(every: Iterator[bytes]) -> pa.Schema | None:
             schemas.append(table.schema)
     try:
         found = pa.unify_schemas([pa.schema([_as_text(field) for field in schema]) for schema in schemas])
-    except pa.ArrowInvalid:  # another type in a later chunk; ArrowTypeError is one
+    except (pa.ArrowInvalid, pa.ArrowTypeError):  # another type in a later chunk
         return None
     return found
 

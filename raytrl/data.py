@@ -37,6 +37,11 @@ def load_data(source: DataSource, where: str) -> datasets.Dataset:
     for file in files:
         if "://" not in file and not Path(file).is_file() and not glob.glob(file, recursive=True):
             raise DataError(f"{where}: no such file; found: {file!r} (working directory {Path.cwd()})")
+    if not files and Path(source.path).is_file():
+        raise DataError(
+            f"{where}: a file whose suffix does not say what is in it; found: {source.path!r}; expected: .jsonl, .json, "
+            f".csv, .tsv, .parquet or .txt, or {{path: json, data_files: {source.path}}}"
+        )
     if files and all(Path(file).is_file() and Path(file).stat().st_size == 0 for file in files):
         raise DataError(f"{where}: the dataset is empty; found: 0 bytes in {_name(source)}")
     try:

@@ -146,10 +146,15 @@ class JsonRows(datasets.ArrowBasedBuilder):  # type: ignore[misc]  # datasets is
         return rows_of(file, chunks(file, self._encoding), self.config.field)
 
 
+_NO_OBJECT = re.compile(rb"^[ \t\r]*[^{ \t\r\n]", re.MULTILINE)
+
+
 def _arrow_schema(every: Iterator[bytes]) -> pa.Schema | None:
     """The schema of all chunks where Arrow reads them without changing anything, or None."""
     schemas = []
     for chunk in every:
+        if _NO_OBJECT.search(chunk):  # Arrow takes null for a row, and null alone crashes it
+            return None
         if chunk.strip():
             try:
                 table = _parsed(chunk, None)

@@ -200,6 +200,8 @@ def _array(file: str, content: bytes, field: str | None) -> Iterator[tuple[int, 
 
 def _no_lines(file: str, first: bytes, blocks: Iterator[bytes]) -> str | None:
     """What to do about a file that is one object over many lines; None: it is not."""
+    if b"\n" not in first.strip():
+        return None
     try:
         whole = json.loads(b"".join([first, *blocks]))
     except ValueError:

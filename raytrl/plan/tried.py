@@ -17,24 +17,27 @@ _MOST = 100_000  # rows
 
 def facts_of(run: Run) -> tuple[Facts, list[str]]:
     """What is known of each local dataset, and what is missing or cannot be used."""
-    found, problems = dict[str, Any](), list[str]()
+    found, columns, problems = dict[str, Any](), dict[str, str](), list[str]()
     for name in ("train", "eval"):
         source: DataSource | None = getattr(getattr(run, "data", None), name, None)
         if source is None:
             continue
         if source.data_files is None and source.data_dir is None and not os.path.isdir(source.path):
             continue  # a hub id: to count its rows is to download them
-        from raytrl.data import load_data  # datasets: 1.3 s
+        from raytrl.data import choose_columns, load_data  # datasets: 1.3 s
 
+        where = f"data.{name}"
         try:
-            found[f"data.{name}"] = load_data(source, f"data.{name}")
+            dataset = load_data(source, where)
+            columns[where] = choose_columns(dataset, run, where).in_words()
+            found[where] = dataset
         except DataError as error:
             problems.append(str(error))
-    counted = Facts({key: len(dataset) for key, dataset in found.items()})
+    counted = Facts({key: len(dataset) for key, dataset in found.items()}, columns=columns)
     if problems or not found or not _are_here(run):
         return counted, problems
     if (count := sum(counted.rows.values())) > _MOST:
-        return Facts(counted.rows, notices=[f"{count:,} rows are tried at the start, not here"]), problems
+        return counted | Facts(notices=[f"{count:,} rows are tried at the start, not here"]), problems
     try:
         return _tried(run, found), problems
     except ConfigError as error:

@@ -12,20 +12,33 @@ from raytrl.rundir import RunDirectory
 Words = list[tuple[str, str]]
 
 
-def words_of(run: Run, shapes: Mapping[str, ModelShape], rows: Mapping[str, int], data: Mapping[str, str]) -> Words:
+def words_of(
+    run: Run,
+    shapes: Mapping[str, ModelShape],
+    rows: Mapping[str, int],
+    data: Mapping[str, str],
+    columns: Mapping[str, str],
+) -> Words:
     """(subject, sentence) pairs.
 
     Args:
         shapes: of the models that are known, by key of the run file.
         rows: of the datasets that were counted, by key.
         data: what else is known of them, by key.
+        columns: which of their columns are used, by key.
     """
     words = [_model(use, shapes.get(use.key)) for use in run.models()]
     subjects = {"data.train": "data", "data.eval": "held out" if "data.train" in rows else "data"}
     words += [(subjects[key], data.get(key) or f"{count:,} rows") for key, count in rows.items()]
+    uses = {"data.train": "trains on", "data.eval": "evaluates on"}
+    words += [(uses[key], text) for key, text in columns.items() if key != "data.eval" or text not in _others(columns)]
     model = shapes.get("model.path")
     words += run.in_words(rows, None if model is None else model.vocab)
     return words + _former(run, run.steps(rows))
+
+
+def _others(columns: Mapping[str, str]) -> list[str]:
+    return [text for key, text in columns.items() if key != "data.eval"]
 
 
 def processes_of(run: Run, where: str) -> Words:

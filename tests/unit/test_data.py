@@ -96,7 +96,7 @@ def test_a_broken_json_line_is_named(bad: str) -> None:
 
 def test_a_broken_json_file_is_named() -> None:
     Path("a.json").write_text('[{"text": "a"}, {"text"')
-    assert load_error("a.json").startswith("data.train: 'a.json' cannot be loaded: ")
+    assert load_error("a.json").startswith("data.train: a.json: not JSON: ")
 
 
 def test_a_pattern_loads_the_files_it_matches_and_is_refused_when_there_are_none() -> None:

@@ -32,6 +32,7 @@ TRACKERS = (
 
 Head = Literal["causal", "score"]
 Columns = tuple[str, ...]
+RowKind = Literal["text", "chat", "input_ids"]
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,7 @@ class Run(Section):
     """What every kind of run has."""
 
     also_taken: ClassVar[Columns] = ()  # columns that go before a layout's own where the data have them
+    gives_columns_to_rewards: ClassVar[bool] = False  # those that are no layout's
     launcher: ClassVar[str]  # what in `launch` runs it: package.module:name
 
     kind: str
@@ -105,6 +107,14 @@ class Run(Section):
 
     def layouts(self) -> tuple[Columns, ...]:
         """The columns that it can work on (TRL's dataset types); the first that are all there are taken."""
+        return ()
+
+    def taken_beside(self, rows: RowKind) -> Columns:
+        """The columns that go along with the layout's own where the data have them.
+
+        Args:
+            rows: what the layout's columns hold.
+        """
         return ()
 
     def steps(self, rows: Mapping[str, int]) -> int | None:

@@ -1,5 +1,7 @@
 """What the run files of `raytrl ppo` and `raytrl eval` have in common: rollout and reward actors, and a reference."""
 
+from typing import ClassVar
+
 from raytrl.config.runs.base import Columns, ModelUse, Processes, Run
 from raytrl.config.sections.engines import Asked, engine_words
 from raytrl.config.sections.model import ModelSection
@@ -10,6 +12,8 @@ from raytrl.config.sections.rollout import RolloutSection
 
 class RolloutRun(Run):
     """A run whose model's responses are sampled and scored."""
+
+    gives_columns_to_rewards: ClassVar[bool] = True
 
     model: ModelSection
     """The network whose responses are sampled: a finished one, or the one that PPO goes on from."""

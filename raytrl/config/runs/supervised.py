@@ -9,7 +9,9 @@ from pydantic import Field, field_validator, model_validator
 from raytrl.config.foreign.deepspeed import check_deepspeed
 from raytrl.config.foreign.native import NativeClass, check_values, native_default, native_fields
 from raytrl.config.renamed import OWNED, unknown_key
-from raytrl.config.runs.base import Columns, Head, ModelUse, Processes, TrainingRun, or_raise
+from raytrl.config.runs.base import Columns, Head, ModelUse, Processes, RowKind, TrainingRun, or_raise
+
+_OF_TEMPLATES: Columns = ("tools", "chat_template_kwargs")  # what TRL hands to the chat template beside the messages
 
 _STRATEGIES = ("no", "steps", "epoch")
 
@@ -248,7 +250,14 @@ class SftRun(SupervisedRun):
 
     def layouts(self) -> tuple[Columns, ...]:
         text = str(self.training.get("dataset_text_field", "text"))
-        return (("messages",), ("conversations",), ("prompt", "completion"), (text,), ("input_ids",))
+        found = (("messages",), ("conversations",), ("prompt", "completion"), (text,), ("input_ids",))
+        # Who names the column of the text means that column, whatever others there are.
+        return ((text,), *found) if "dataset_text_field" in self.training else found
+
+    def taken_beside(self, rows: RowKind) -> Columns:
+        if rows == "input_ids":
+            return ("labels", "completion_mask", "assistant_masks")
+        return _OF_TEMPLATES if rows == "chat" else ()
 
 
 class RewardRun(SupervisedRun):
@@ -267,6 +276,9 @@ class RewardRun(SupervisedRun):
     def layouts(self) -> tuple[Columns, ...]:
         return (("chosen", "rejected"),)
 
+    def taken_beside(self, rows: RowKind) -> Columns:
+        return ("margin", *(_OF_TEMPLATES if rows == "chat" else ()))
+
 
 class DpoRun(SupervisedRun):
     """Direct preference optimisation."""
@@ -282,6 +294,9 @@ class DpoRun(SupervisedRun):
 
     def layouts(self) -> tuple[Columns, ...]:
         return (("chosen", "rejected"),)
+
+    def taken_beside(self, rows: RowKind) -> Columns:
+        return _OF_TEMPLATES if rows == "chat" else ()
 
     @property
     def has_reference(self) -> bool:

@@ -14,6 +14,15 @@ from raytrl.config.renamed import unknown_key
 from raytrl.config.sections.base import Section
 
 LOAD_DATASET_KEYS = ("path", "name", "data_dir", "data_files", "split", "revision")
+_BUILDERS = {
+    "json": "json",
+    "jsonl": "json",
+    "ndjson": "json",
+    "csv": "csv",
+    "tsv": "csv",
+    "parquet": "parquet",
+    "txt": "text",
+}
 
 
 class DataSource(Section):
@@ -41,9 +50,10 @@ class DataSource(Section):
     def _from_text(cls, value: Any) -> Any:
         if not isinstance(value, str):
             return value
-        suffixes = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
-        suffix = value[value.rfind(".") :].lower() if "." in value else ""
-        return {"path": suffixes[suffix], "data_files": value} if suffix in suffixes else {"path": value}
+        found = re.search(r"\.(\w+?)(?:\.(?:gz|bz2|xz|zst|lz4))?$", value.lower())
+        if found is None or found[1] not in _BUILDERS:
+            return {"path": value}
+        return {"path": _BUILDERS[found[1]], "data_files": value} | ({"sep": "\t"} if found[1] == "tsv" else {})
 
     @model_validator(mode="after")
     def _builder_options(self) -> "DataSource":

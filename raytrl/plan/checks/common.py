@@ -16,11 +16,22 @@ from raytrl.roles.reward.function import FunctionSource
 
 @dataclass(frozen=True)
 class Facts:
-    """What the checks of a run found out about its datasets: by their keys how many rows and words about them, and notices."""
+    """What the checks of a run found out about its datasets: by their keys how many rows, words about them and about their
+    columns; and notices."""
 
     rows: Mapping[str, int] = field(default_factory=dict)
     words: Mapping[str, str] = field(default_factory=dict)
     notices: Sequence[str] = ()  # what of the rows is cut, left out, written twice
+    columns: Mapping[str, str] = field(default_factory=dict)
+
+    def __or__(self, other: "Facts") -> "Facts":
+        """Of both; a notice that both have is told once."""
+        return Facts(
+            {**self.rows, **other.rows},
+            {**self.words, **other.words},
+            tuple(dict.fromkeys([*self.notices, *other.notices])),
+            {**self.columns, **other.columns},
+        )
 
 
 def check_run(run: Run) -> None:

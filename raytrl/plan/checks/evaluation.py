@@ -36,14 +36,13 @@ def check_eval_prompts(run: EvalRun) -> Facts:
     Raises:
         ConfigError: one cannot be used.
     """
-    rows, words, notices = 0, "", dict[str, None]()
+    facts = Facts()
     for key, (path, tokenizer) in reversed(run.evaluated.items()):
         own = run.model_copy(update={"model": run.model.model_copy(update={"path": path, "tokenizer": tokenizer})})
         try:
-            rows, words, more = check_prompts_of(own, run.data.eval, "data.eval")
-            notices |= dict.fromkeys(more)
+            facts |= check_prompts_of(own, run.data.eval, "data.eval")
         except DataError:
             raise  # names the row already
         except ConfigError as error:
             raise ConfigError(f"{key}: {error}" if key != "model" else str(error)) from None
-    return Facts({"data.eval": rows}, {"data.eval": words}, tuple(notices))
+    return facts

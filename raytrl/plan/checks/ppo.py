@@ -24,9 +24,8 @@ def check_ppo_prompts(run: PpoRun) -> Facts:
         ConfigError: one cannot be used.
     """
     sources = {"data.train": run.data.train, "data.eval": run.data.eval}
-    found = {key: check_prompts_of(run, source, key) for key, source in sources.items() if source is not None}
-    return Facts(
-        {key: rows for key, (rows, _, _) in found.items()},
-        {key: words for key, (_, words, _) in found.items()},
-        [notice for _, _, notices in found.values() for notice in notices],
-    )
+    facts = Facts()
+    for key, source in sources.items():
+        if source is not None:
+            facts |= check_prompts_of(run, source, key)
+    return facts

@@ -9,6 +9,7 @@ from raytrl.config.runs.rollout import RolloutRun
 from raytrl.config.sections.data import DataSource
 from raytrl.config.sections.reward import RewardSection
 from raytrl.errors import ConfigError, DataError
+from raytrl.plan.checks.common import Facts
 from raytrl.plan.checks.rows import Batch, Found, go_through
 from raytrl.plan.checks.told import left_out_notices, twice_notice
 from raytrl.plan.checks.training_rows import LEFT_OUT, SAID
@@ -85,14 +86,14 @@ class PromptRows:
             ) from error
 
 
-def check_prompts_of(run: RolloutRun, source: DataSource, where: str) -> tuple[int, str, list[str]]:
-    """Goes through every prompt; returns how many there are, words about them, and notices.
+def check_prompts_of(run: RolloutRun, source: DataSource, where: str) -> Facts:
+    """Goes through every prompt of a dataset.
 
     Raises:
         ConfigError: the tokenizer cannot be used for prompts, or the longest do not fit into a model.
         DataError: a prompt that cannot be used, with its row.
     """
-    from raytrl.data import check_columns, load_data  # datasets: 1.3 s
+    from raytrl.data import check_columns, choose_columns, load_data  # datasets: 1.3 s
     from raytrl.roles.models.positions import positions_at
     from raytrl.roles.models.tokenizer import load_tokenizer
 
@@ -123,7 +124,9 @@ def check_prompts_of(run: RolloutRun, source: DataSource, where: str) -> tuple[i
         notices.append(twice_notice(twice, found, where, str(tokenizer.bos_token)))
     num_cut = found.tally("cut").rows
     cut = f", {num_cut:,} cut to rollout.max_prompt_length" if num_cut else ""
-    return len(dataset), f"{len(dataset):,} prompts of up to {longest} tokens{cut}", notices
+    words = f"{len(dataset):,} prompts of up to {longest} tokens{cut}"
+    columns = choose_columns(dataset, run, where).in_words()
+    return Facts({where: len(dataset)}, {where: words}, notices, {where: columns})
 
 
 def check_for_prompts(tokenizer: Any, first: Any, where: str) -> None:

@@ -77,16 +77,17 @@ def try_rows(run: SupervisedRun, tokenizer: Any, rows: Mapping[str, tuple[Any, t
     Raises:
         DataError: a row that cannot be trained on.
     """
+    from raytrl.data import choose_columns
     from raytrl.plan.checks.rows import go_through
     from raytrl.plan.checks.told import refuse, row_notices, row_words
     from raytrl.roles.models.tokenizer import as_trained
 
     counts = {key: len(dataset) for key, (dataset, _) in rows.items()}
+    used = {key: choose_columns(dataset, run, key).in_words() for key, (dataset, _) in rows.items()}
     trained = as_trained(tokenizer, run)
     if trained is None:
-        return Facts(
-            counts, notices=("rows are not tried before the start: training.chat_template_path is on the hub",)
-        )
+        untried = "rows are not tried before the start: training.chat_template_path is on the hub"
+        return Facts(counts, notices=(untried,), columns=used)
     words, notices = {}, list[str]()
     for key, (dataset, columns) in rows.items():
         check = _check(run, trained, key, columns, len(dataset))
@@ -95,7 +96,7 @@ def try_rows(run: SupervisedRun, tokenizer: Any, rows: Mapping[str, tuple[Any, t
         refuse(found, check)
         words[key] = row_words(found, check)
         notices += row_notices(found, check, "max_length" not in run.training)
-    return Facts(counts, words, notices)
+    return Facts(counts, words, notices, used)
 
 
 def _check(run: SupervisedRun, tokenizer: Any, where: str, columns: tuple[str, ...], count: int) -> Any:

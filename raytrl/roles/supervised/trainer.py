@@ -11,8 +11,9 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerContro
 from raytrl.config.foreign.deepspeed import with_gather
 from raytrl.config.foreign.native import native_fields
 from raytrl.config.runs.supervised import SupervisedRun
+from raytrl.config.sections.data import DataSource
 from raytrl.config.sections.model import TokenizerSpec
-from raytrl.data import load_data
+from raytrl.data import choose_columns, load_data
 from raytrl.errors import DataError, NonFiniteError
 from raytrl.records.progress import Progress, ProgressKind
 from raytrl.roles.context import WorkerContext
@@ -106,9 +107,9 @@ def train(job: Job[SupervisedRun], context: WorkerContext) -> dict[str, float]:
         arguments = config_class(**training_arguments(run, context, on_gpu))
         arguments.model_init_kwargs = _model_init(run, base, on_gpu)
         reporter = TrainerReporter(context)
-        rows = {"data.train": load_data(run.data.train, "data.train")}
+        rows = {"data.train": _chosen(run, run.data.train, "data.train")}
         if run.data.eval is not None:
-            rows["data.eval"] = load_data(run.data.eval, "data.eval")
+            rows["data.eval"] = _chosen(run, run.data.eval, "data.eval")
         trainer = trainer_class(
             model=base,
             args=arguments,
@@ -148,6 +149,12 @@ def _check_batches(run: SupervisedRun, trainer: Any) -> None:
     left = {"data.train": trainer.train_dataset, "data.eval": trainer.eval_dataset}
     if problems := run.without_batch({key: len(rows) for key, rows in left.items() if rows is not None}):
         raise DataError("\n".join(problems))
+
+
+def _chosen(run: SupervisedRun, source: DataSource, where: str) -> Any:
+    """The rows with the columns that are trained on alone: TRL would go by any other that it knows."""
+    dataset = load_data(source, where)
+    return dataset.select_columns(list(choose_columns(dataset, run, where).columns))
 
 
 def _train_no_further_than_asked(trainer: Any, checkpoint: str) -> None:

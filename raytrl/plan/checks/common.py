@@ -77,7 +77,7 @@ def check_functions(section: RewardSection) -> None:
 def check_prompts_of(run: RolloutRun, source: DataSource, where: str) -> tuple[int, str]:
     """Goes through every prompt; returns how many there are, and words about them."""
     from raytrl.data import check_columns, load_data  # datasets: 1.3 s
-    from raytrl.roles.models.tokenizer import load_tokenizer
+    from raytrl.roles.models.tokenizer import load_tokenizer, turn_end
     from raytrl.roles.prompts import PromptTable, check_prompts, max_positions
 
     dataset = load_data(source, where)
@@ -95,5 +95,9 @@ def check_prompts_of(run: RolloutRun, source: DataSource, where: str) -> tuple[i
             f"rollout.sampling.max_new_tokens {new} = {kept + new}; expected: at most {positions}; lower max_new_tokens or "
             f"rollout.max_prompt_length"
         )
+    turn = turn_end(tokenizer) if not isinstance(dataset[0]["prompt"], str) else None
+    ends = (
+        "" if turn is None or turn[0] == tokenizer.eos_token_id else f"; a turn's end, {turn[1]}, ends a response too"
+    )
     cut = f", {num_cut:,} cut to rollout.max_prompt_length" if num_cut else ""
-    return len(dataset), f"{len(dataset):,} prompts of up to {longest} tokens{cut}"
+    return len(dataset), f"{len(dataset):,} prompts of up to {longest} tokens{cut}{ends}"

@@ -66,8 +66,12 @@ class ModelSource:
         chat = not isinstance(pair[0].text, str)
         if chat and not self._tokenizer.chat_template:
             return Failure("its tokenizer has no chat template, and the prompt is a list of messages", retry=False)
+        try:
+            text = self.text(pair)
+        except Exception as error:  # a template is a program; it may raise anything, and for this response alone
+            return Failure(f"its chat template cannot render the conversation: {error}", retry=False)
         # A chat template writes the special tokens itself.
-        ids = list(self._tokenizer(self.text(pair), add_special_tokens=not chat)["input_ids"])
+        ids = list(self._tokenizer(text, add_special_tokens=not chat)["input_ids"])
         if not ids:
             return Failure("the text has no tokens", retry=False)
         if len(ids) > self._max_tokens:

@@ -173,3 +173,15 @@ def test_a_forward_pass_that_hangs_costs_the_limit(classifier: Any, pair: Any, m
     sleep: Callable[..., Any] = lambda **_: time.sleep(1)  # noqa: E731
     monkeypatch.setattr(source._model, "forward", sleep)
     assert ask(source, [pair(PROMPT, "x")]) == [Failure("gave no answer within 0.2 s")]
+
+
+def test_a_response_that_the_template_cannot_render_fails_alone(classifier: Any, pair: Any) -> None:
+    strict = "{% for m in messages %}{% if '</think>' in m['content'] %}{{ raise_exception('no thoughts') }}{% endif %}"
+    source = _source(classifier(template=f"{strict}{{{{ m['content'] }}}}<eos>{{% endfor %}}"), retries=2)
+    prompt = [{"role": "user", "content": "hi"}]
+    bad, good = ask(source, [pair(prompt, "a</think>b"), pair(prompt, "dull", row=1)])
+    assert isinstance(bad, Failure)
+    assert not bad.retry
+    assert "cannot render the conversation: no thoughts" in bad.reason
+    assert good == ask(source, [pair(prompt, "dull", row=1)])[0]
+    assert isinstance(good, float)

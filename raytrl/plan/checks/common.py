@@ -10,6 +10,7 @@ from raytrl.config.runs.rollout import RolloutRun
 from raytrl.config.sections.data import DataSource
 from raytrl.config.sections.reward import RewardSection
 from raytrl.errors import ConfigError
+from raytrl.plan.checks.weights import check_vocabulary, check_weights
 from raytrl.plan.hub import hub_folder
 from raytrl.plan.where import joins_cluster
 from raytrl.roles.device import check_cpu
@@ -24,8 +25,11 @@ class Facts:
     words: Mapping[str, str] = field(default_factory=dict)
 
 
-def check_run(run: Run) -> None:
+def check_run(run: Run) -> dict[str, int]:
     """What every kind has: its models can be had, and this machine can compute as asked.
+
+    Returns:
+        Rows of embeddings of the models that could be looked at, by key.
 
     Raises:
         ConfigError: naming the key.
@@ -35,6 +39,7 @@ def check_run(run: Run) -> None:
             check_model_path(use.path, use.key, use.revision, adapters=use.key.startswith("reward."))
     if not run.uses_gpu and not joins_cluster(run):
         check_cpu(run)
+    return check_weights(run)
 
 
 def check_trackers(run: TrainingRun) -> None:
@@ -74,7 +79,7 @@ def check_functions(section: RewardSection) -> None:
             FunctionSource(source).close()
 
 
-def check_prompts_of(run: RolloutRun, source: DataSource, where: str) -> tuple[int, str]:
+def check_prompts_of(run: RolloutRun, source: DataSource, where: str, embeddings: int | None) -> tuple[int, str]:
     """Goes through every prompt; returns how many there are, and words about them."""
     from raytrl.data import check_columns, load_data  # datasets: 1.3 s
     from raytrl.roles.models.tokenizer import load_tokenizer, turn_end
@@ -86,6 +91,7 @@ def check_prompts_of(run: RolloutRun, source: DataSource, where: str) -> tuple[i
         tokenizer = load_tokenizer(run.tokenizer_path, None, run.model.trust_remote_code)
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.tokenizer: cannot be loaded: {str(error).splitlines()[0]}") from None
+    beyond = check_vocabulary(tokenizer, embeddings, "model.tokenizer")
     longest, num_cut = check_prompts(PromptTable(dataset, tokenizer, run.rollout, where), tokenizer, where)
     kept, new = min(longest, run.rollout.max_prompt_length), run.rollout.sampling.max_new_tokens
     positions = max_positions(str(run.model.path), run.model.trust_remote_code)
@@ -100,4 +106,4 @@ def check_prompts_of(run: RolloutRun, source: DataSource, where: str) -> tuple[i
         "" if turn is None or turn[0] == tokenizer.eos_token_id else f"; a turn's end, {turn[1]}, ends a response too"
     )
     cut = f", {num_cut:,} cut to rollout.max_prompt_length" if num_cut else ""
-    return len(dataset), f"{len(dataset):,} prompts of up to {longest} tokens{cut}{ends}"
+    return len(dataset), f"{len(dataset):,} prompts of up to {longest} tokens{cut}{ends}{beyond}"

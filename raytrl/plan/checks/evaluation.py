@@ -11,13 +11,15 @@ def check_eval(run: EvalRun) -> Facts:
     Raises:
         ConfigError: something is missing, or does not fit together.
     """
-    check_run(run)
+    embeddings = check_run(run)
     check_functions(run.reward)
     rows, words = 0, ""
     for key, (path, tokenizer) in reversed(run.evaluated.items()):
         own = run.model_copy(update={"model": run.model.model_copy(update={"path": path, "tokenizer": tokenizer})})
         try:
-            rows, words = check_prompts_of(own, run.data.eval, "data.eval")
+            rows, words = check_prompts_of(
+                own, run.data.eval, "data.eval", embeddings.get("model.path" if key == "model" else key)
+            )
         except DataError:
             raise  # names the row already
         except ConfigError as error:

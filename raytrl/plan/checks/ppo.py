@@ -10,9 +10,11 @@ def check_ppo(run: PpoRun) -> Facts:
     Raises:
         ConfigError: something is missing, or does not fit together.
     """
-    check_run(run)
+    embeddings = check_run(run).get("model.path")
     check_functions(run.reward)
     check_trackers(run)
     sources = {"data.train": run.data.train, "data.eval": run.data.eval}
-    found = {key: check_prompts_of(run, source, key) for key, source in sources.items() if source is not None}
+    found = {
+        key: check_prompts_of(run, source, key, embeddings) for key, source in sources.items() if source is not None
+    }
     return Facts({key: rows for key, (rows, _) in found.items()}, {key: words for key, (_, words) in found.items()})

@@ -6,6 +6,7 @@ from raytrl.config.runs.supervised import SupervisedRun
 from raytrl.config.sections.model import TokenizerSpec
 from raytrl.errors import ConfigError
 from raytrl.plan.checks.common import Facts, check_run, check_trackers
+from raytrl.plan.checks.weights import check_vocabulary
 from raytrl.rundir import RunDirectory
 
 
@@ -21,7 +22,7 @@ def prepare_supervised(run: SupervisedRun, run_dir: RunDirectory) -> Facts:
     from raytrl.data import check_columns, conversation_of, load_data, texts_of  # datasets: 1.3 s
 
     check_trackers(run)
-    check_run(run)
+    embeddings = check_run(run)
     train_rows = load_data(run.data.train, "data.train")
     columns = check_columns(train_rows, run, "data.train")
     rows = {"data.train": len(train_rows)}
@@ -46,5 +47,7 @@ def prepare_supervised(run: SupervisedRun, run_dir: RunDirectory) -> Facts:
             tokenizer = load_tokenizer(spec or str(run.model.path), run.model.revision, run.model.trust_remote_code)
         except (OSError, ValueError) as error:
             raise ConfigError(f"model.tokenizer: cannot be loaded: {str(error).splitlines()[0]}") from None
+    if run.model.pad_token is None:  # else the embeddings are made as many as the tokenizer needs
+        check_vocabulary(tokenizer, embeddings.get("model.path"), "model.tokenizer")
     check_tokenizer(tokenizer, run, conversation_of(train_rows, columns))
     return Facts(rows)

@@ -64,9 +64,7 @@ def turn_end(tokenizer: Any) -> tuple[int, str] | None:
         text = tokenizer.apply_chat_template(
             [{"role": "user", "content": "a"}, {"role": "assistant", "content": marker}], tokenize=False
         )
-    except (
-        Exception
-    ):  # a template is a program, and may want other turns than these
+    except Exception:  # a template is a program, and may want other turns than these
         return None
     _, found, after = str(text).rpartition(marker)
     special = {index: str(token) for index, token in tokenizer.added_tokens_decoder.items() if token.special}

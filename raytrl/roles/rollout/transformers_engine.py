@@ -6,13 +6,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from raytrl.algo.logprobs import token_logprobs
 from raytrl.config.sections.rollout import RolloutSection, SamplingSection
 from raytrl.errors import NonFiniteError
 from raytrl.records.samples import Prompt, Response, chunks
 from raytrl.roles.models.adapters import add_policy_adapter
+from raytrl.roles.models.loading import load_model
 from raytrl.roles.rollout.engine import Endings, RolloutEngine, Tokenizer, continued_text, response_seed, response_text
 from raytrl.roles.weights.buckets import Bucket, PolicyCopy
 
@@ -58,9 +59,8 @@ class TransformersEngine(RolloutEngine):
         `rollout.engine_args` go to the model's `from_pretrained`. End tokens are the tokenizer's and those of the
         model's generation config.
         """
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            model_path, dtype=dtype, trust_remote_code=trust_remote_code, **rollout.engine_args
-        )
+        options = {"dtype": dtype, "trust_remote_code": trust_remote_code, **rollout.engine_args}
+        model = load_model(model_path, "causal", "rollout engine", **options)
         ends = model.generation_config.eos_token_id
         stop_token_ids = ends if isinstance(ends, list) else [] if ends is None else [ends]
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_path, trust_remote_code=trust_remote_code)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from raytrl.config.runs.base import Run, TrainingRun
 from raytrl.config.sections.reward import RewardSection
 from raytrl.errors import ConfigError
+from raytrl.plan.checks.weights import check_weights
 from raytrl.plan.hub import hub_folder
 from raytrl.plan.where import joins_cluster
 from raytrl.roles.device import check_cpu
@@ -34,8 +35,11 @@ class Facts:
         )
 
 
-def check_run(run: Run) -> None:
+def check_run(run: Run) -> dict[str, int]:
     """What every kind has: its models can be had, and this machine can compute as asked.
+
+    Returns:
+        Rows of embeddings of the models that could be looked at, by key.
 
     Raises:
         ConfigError: naming the key.
@@ -45,6 +49,7 @@ def check_run(run: Run) -> None:
             check_model_path(use.path, use.key, use.revision, adapters=use.key.startswith("reward."))
     if not run.uses_gpu and not joins_cluster(run):
         check_cpu(run)
+    return check_weights(run)
 
 
 def check_rows(run: Run, rows: Mapping[str, int]) -> None:

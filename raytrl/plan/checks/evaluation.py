@@ -1,5 +1,7 @@
 """What is checked before an evaluation starts."""
 
+from collections.abc import Mapping
+
 from raytrl.config.runs.evaluation import EvalRun
 from raytrl.errors import ConfigError, DataError
 from raytrl.plan.checks.common import Facts, check_functions, check_run
@@ -12,9 +14,9 @@ def check_eval(run: EvalRun) -> Facts:
     Raises:
         ConfigError: something is missing, or does not fit together.
     """
-    check_run(run)
+    embeddings = check_run(run)
     check_functions(run.reward)
-    facts = check_eval_prompts(run)
+    facts = check_eval_prompts(run, embeddings)
     if run.reference.path is not None:
         from raytrl.roles.models.tokenizer import load_tokenizer
 
@@ -30,8 +32,11 @@ def check_eval(run: EvalRun) -> Facts:
     return facts
 
 
-def check_eval_prompts(run: EvalRun) -> Facts:
+def check_eval_prompts(run: EvalRun, embeddings: Mapping[str, int] | None = None) -> Facts:
     """Every prompt, alone, for each model that is evaluated.
+
+    Args:
+        embeddings: rows of each model that was looked at, by key.
 
     Raises:
         ConfigError: one cannot be used.
@@ -40,7 +45,8 @@ def check_eval_prompts(run: EvalRun) -> Facts:
     for key, (path, tokenizer) in reversed(run.evaluated.items()):
         own = run.model_copy(update={"model": run.model.model_copy(update={"path": path, "tokenizer": tokenizer})})
         try:
-            facts |= check_prompts_of(own, run.data.eval, "data.eval")
+            rows = (embeddings or {}).get("model.path" if key == "model" else key)
+            facts |= check_prompts_of(own, run.data.eval, "data.eval", rows)
         except DataError:
             raise  # names the row already
         except ConfigError as error:

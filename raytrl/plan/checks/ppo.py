@@ -11,14 +11,17 @@ def check_ppo(run: PpoRun) -> Facts:
     Raises:
         ConfigError: something is missing, or does not fit together.
     """
-    check_run(run)
+    embeddings = check_run(run).get("model.path")
     check_functions(run.reward)
     check_trackers(run)
-    return check_ppo_prompts(run)
+    return check_ppo_prompts(run, embeddings)
 
 
-def check_ppo_prompts(run: PpoRun) -> Facts:
+def check_ppo_prompts(run: PpoRun, embeddings: int | None = None) -> Facts:
     """Every prompt, alone.
+
+    Args:
+        embeddings: rows of the policy's, where they were looked at.
 
     Raises:
         ConfigError: one cannot be used.
@@ -27,5 +30,5 @@ def check_ppo_prompts(run: PpoRun) -> Facts:
     facts = Facts()
     for key, source in sources.items():
         if source is not None:
-            facts |= check_prompts_of(run, source, key)
+            facts |= check_prompts_of(run, source, key, embeddings)
     return facts

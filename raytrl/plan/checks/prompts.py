@@ -13,6 +13,7 @@ from raytrl.plan.checks.common import Facts
 from raytrl.plan.checks.rows import Batch, Found, go_through
 from raytrl.plan.checks.told import left_out_notices, twice_notice
 from raytrl.plan.checks.training_rows import LEFT_OUT, SAID
+from raytrl.plan.checks.weights import check_vocabulary
 from raytrl.roles.models.rendering import encoded, left_out, rendered, spoken, written
 from raytrl.roles.prompts import PromptTable
 
@@ -86,8 +87,11 @@ class PromptRows:
             ) from error
 
 
-def check_prompts_of(run: RolloutRun, source: DataSource, where: str) -> Facts:
+def check_prompts_of(run: RolloutRun, source: DataSource, where: str, embeddings: int | None = None) -> Facts:
     """Goes through every prompt of a dataset.
+
+    Args:
+        embeddings: rows of the model's, where they were looked at.
 
     Raises:
         ConfigError: the tokenizer cannot be used for prompts, or the longest do not fit into a model.
@@ -95,7 +99,7 @@ def check_prompts_of(run: RolloutRun, source: DataSource, where: str) -> Facts:
     """
     from raytrl.data import check_columns, choose_columns, load_data  # datasets: 1.3 s
     from raytrl.roles.models.positions import positions_at
-    from raytrl.roles.models.tokenizer import load_tokenizer
+    from raytrl.roles.models.tokenizer import load_tokenizer, turn_end
 
     dataset = load_data(source, where)
     check_columns(dataset, run, where)
@@ -104,6 +108,7 @@ def check_prompts_of(run: RolloutRun, source: DataSource, where: str) -> Facts:
         tokenizer = load_tokenizer(run.tokenizer_path, None, trust)
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.tokenizer: cannot be loaded: {str(error).splitlines()[0]}") from None
+    beyond = check_vocabulary(tokenizer, embeddings, "model.tokenizer")
     check_for_prompts(tokenizer, dataset[0]["prompt"], where)
     judges, new = judges_of(run.reward), run.rollout.sampling.max_new_tokens
     check = PromptRows(where, PromptTable([], tokenizer, run.rollout, where), tokenizer, judges)
@@ -124,7 +129,11 @@ def check_prompts_of(run: RolloutRun, source: DataSource, where: str) -> Facts:
         notices.append(twice_notice(twice, found, where, str(tokenizer.bos_token)))
     num_cut = found.tally("cut").rows
     cut = f", {num_cut:,} cut to rollout.max_prompt_length" if num_cut else ""
-    words = f"{len(dataset):,} prompts of up to {longest} tokens{cut}"
+    turn = turn_end(tokenizer) if not isinstance(dataset[0]["prompt"], str) else None
+    ends = (
+        "" if turn is None or turn[0] == tokenizer.eos_token_id else f"; a turn's end, {turn[1]}, ends a response too"
+    )
+    words = f"{len(dataset):,} prompts of up to {longest} tokens{cut}{ends}{beyond}"
     columns = choose_columns(dataset, run, where).in_words()
     return Facts({where: len(dataset)}, {where: words}, notices, {where: columns})
 

@@ -8,6 +8,7 @@ from raytrl.config.runs.supervised import SupervisedRun
 from raytrl.config.sections.model import TokenizerSpec
 from raytrl.errors import ConfigError
 from raytrl.plan.checks.common import Facts, check_rows, check_run, check_trackers
+from raytrl.plan.checks.weights import check_vocabulary
 from raytrl.rundir import RunDirectory
 
 
@@ -24,7 +25,7 @@ def prepare_supervised(run: SupervisedRun, run_dir: RunDirectory, *, tries_rows:
     from raytrl.data import check_columns, conversation_of, load_data, texts_of  # datasets: 1.3 s
 
     check_trackers(run)
-    check_run(run)
+    embeddings = check_run(run)
     train_rows = load_data(run.data.train, "data.train")
     columns = check_columns(train_rows, run, "data.train")
     rows = {"data.train": (train_rows, columns)}
@@ -46,6 +47,8 @@ def prepare_supervised(run: SupervisedRun, run_dir: RunDirectory, *, tries_rows:
                 run_dir.store(f"{folder}/tokenizer", "tokenizer")
     else:
         tokenizer = own_tokenizer(run)
+    if run.model.pad_token is None:  # else the embeddings are made as many as the tokenizer needs
+        check_vocabulary(tokenizer, embeddings.get("model.path"), "model.tokenizer")
     check_tokenizer(tokenizer, run, conversation_of(train_rows, columns))
     if not tries_rows:
         return Facts({key: len(dataset) for key, (dataset, _) in rows.items()})

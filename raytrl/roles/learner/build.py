@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from peft import LoraConfig
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification
 
 from raytrl.config.sections.ppo import PpoSection
 from raytrl.errors import ConfigError
@@ -16,6 +16,7 @@ from raytrl.roles.learner.mapped import MappedFiles
 from raytrl.roles.learner.networks import VALUE_ADAPTER, Networks, backbone
 from raytrl.roles.learner.torch_backend import TorchBackend
 from raytrl.roles.models.adapters import add_policy_adapter
+from raytrl.roles.models.loading import check_loaded, load_model
 
 
 def build_backend(
@@ -65,7 +66,7 @@ def build_networks(
     """
 
     def causal(path: str) -> nn.Module:
-        model: nn.Module = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=trust_remote_code)
+        model: nn.Module = load_model(path, "causal", "learner", dtype=dtype, trust_remote_code=trust_remote_code)
         return model
 
     torch.manual_seed(seed)
@@ -119,6 +120,7 @@ def value_from_path(path: str, dtype: torch.dtype, trust_remote_code: bool = Fal
         path, num_labels=1, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True
     )
     _check_head(value, path)
+    check_loaded(value, loading, "score", f"value_model.init: {path!r}", new_head=True)
     if any(key.startswith("score.") for key in loading["missing_keys"]):
         nn.init.zeros_(value.score.weight)
     module: nn.Module = value

@@ -52,6 +52,27 @@ def load_tokenizer(place: str, revision: str | None, trust_remote_code: bool) ->
     return AutoTokenizer.from_pretrained(place, revision=revision, trust_remote_code=trust_remote_code)
 
 
+def turn_end(tokenizer: Any) -> tuple[int, str] | None:
+    """The special token that the chat template puts behind an assistant's text, as id and text.
+
+    None: there is no template, or it ends a turn with nothing special, or cannot render two plain turns.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        return None
+    marker = "raytrl"
+    try:
+        text = tokenizer.apply_chat_template(
+            [{"role": "user", "content": "a"}, {"role": "assistant", "content": marker}], tokenize=False
+        )
+    except Exception:  # a template is a program, and may want other turns than these
+        return None
+    _, found, after = str(text).rpartition(marker)
+    special = {index: str(token) for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    behind = after.lstrip()
+    ends = [(index, token) for index, token in special.items() if token and behind.startswith(token)]
+    return max(ends, key=lambda end: len(end[1])) if found and ends else None
+
+
 def check_tokenizer(tokenizer: Any, run: SupervisedRun, conversation: list[dict[str, Any]] | None) -> None:
     """Refuses what would train silently wrong: no template, a template that ends no turn, padding that hides the end.
 

@@ -7,7 +7,10 @@ from typing import Any, Protocol
 
 from raytrl.errors import WeightsVersionError
 from raytrl.records.samples import Prompt, Response
+from raytrl.roles.models.tokenizer import turn_end
 from raytrl.roles.weights.buckets import Bucket, Weights, combined
+
+_TAIL_TOKENS = 16  # of a prompt: enough for whole characters and a word
 
 
 class Tokenizer(Protocol):
@@ -150,17 +153,56 @@ def response_seed(run_seed: int, step: int, row: int, sample: int) -> int:
 
 
 def response_text(
-    tokenizer: Tokenizer, token_ids: Sequence[int], stop_token_ids: Sequence[int], stop: Sequence[str] | None
+    tokenizer: Tokenizer,
+    prompt: Prompt,
+    token_ids: Sequence[int],
+    stop_token_ids: Sequence[int],
+    stop: Sequence[str] | None,
 ) -> str:
     """What reward sources read: special tokens, the stop token and everything from a stop string on removed."""
     # The stop token goes by its id: not every tokenizer counts it among the special ones.
     shown = token_ids[:-1] if token_ids[-1] in stop_token_ids else token_ids
-    text = str(tokenizer.decode(list(shown), skip_special_tokens=True))
+    text = continued_text(tokenizer, prompt, shown)
     cuts = [text.index(word) for word in stop or () if word in text]
     return text[: min(cuts)] if cuts else text
+
+
+def continued_text(tokenizer: Tokenizer, prompt: Prompt, token_ids: Sequence[int]) -> str:
+    """The response as it goes on from its prompt, special tokens removed.
+
+    SentencePiece-like tokenizers drop the space before the first word of whatever they decode, so a text that goes on is
+    decoded with its prompt's last tokens before it. An assistant's turn begins a text of its own.
+    """
+    alone = str(tokenizer.decode(list(token_ids), skip_special_tokens=True))
+    if not token_ids or (is_chat(prompt) and prompt.text[-1]["role"] != "assistant"):  # type: ignore[index]
+        return alone
+    tail = list(prompt.token_ids[-_TAIL_TOKENS:])
+    before = str(tokenizer.decode(tail, skip_special_tokens=True))
+    both = str(tokenizer.decode([*tail, *token_ids], skip_special_tokens=True))
+    # Not so where the prompt ends within a character: its first bytes cannot be told from the response's.
+    return both[len(before) :] if before and both.startswith(before) else alone
+
+
+def is_chat(prompt: Prompt) -> bool:
+    """Whether the prompt is a conversation, so that the response is a turn of it."""
+    return not isinstance(prompt.text, str)
 
 
 def ending_token_ids(tokenizer: Tokenizer, more: Sequence[int]) -> list[int]:
     """The tokenizer's end token, where it has one, and `more`."""
     own = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
     return sorted({*own, *more})
+
+
+class Endings:
+    """Which tokens end a response: the tokenizer's end token and the model's own; in a conversation, the turn's as well."""
+
+    def __init__(self, tokenizer: Tokenizer, more: Sequence[int]) -> None:
+        """`more` are those of the generation config."""
+        self._of_text = ending_token_ids(tokenizer, more)
+        turn = turn_end(tokenizer)
+        self._of_chat = sorted({*self._of_text, *(() if turn is None else (turn[0],))})
+
+    def of(self, prompt: Prompt) -> list[int]:
+        """Of a response to this prompt, ascending."""
+        return self._of_chat if is_chat(prompt) else self._of_text

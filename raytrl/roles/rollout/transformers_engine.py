@@ -6,14 +6,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from raytrl.algo.logprobs import token_logprobs
 from raytrl.config.sections.rollout import RolloutSection, SamplingSection
 from raytrl.errors import NonFiniteError
 from raytrl.records.samples import Prompt, Response, chunks
 from raytrl.roles.models.adapters import add_policy_adapter
-from raytrl.roles.rollout.engine import RolloutEngine, Tokenizer, ending_token_ids, response_seed, response_text
+from raytrl.roles.models.loading import load_model
+from raytrl.roles.rollout.engine import Endings, RolloutEngine, Tokenizer, continued_text, response_seed, response_text
 from raytrl.roles.weights.buckets import Bucket, PolicyCopy
 
 
@@ -30,14 +31,14 @@ class TransformersEngine(RolloutEngine):
         stop_token_ids: Sequence[int] = (),
         chunk_prompts: int = 8,
     ) -> None:
-        """`stop_token_ids` are added to the tokenizer's end token; `seed` is the run's."""
+        """`stop_token_ids` are the model's own, see `Endings`; `seed` is the run's."""
         super().__init__()
         self._model = model.eval()
         self._copy = PolicyCopy(model)
         self._tokenizer = tokenizer
         self._sampling = sampling
         self._seed = seed
-        self._stop_token_ids = torch.tensor(ending_token_ids(tokenizer, stop_token_ids), dtype=torch.long)
+        self._endings = Endings(tokenizer, stop_token_ids)
         self._chunk_prompts = chunk_prompts
 
     @classmethod
@@ -58,9 +59,8 @@ class TransformersEngine(RolloutEngine):
         `rollout.engine_args` go to the model's `from_pretrained`. End tokens are the tokenizer's and those of the
         model's generation config.
         """
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            model_path, dtype=dtype, trust_remote_code=trust_remote_code, **rollout.engine_args
-        )
+        options = {"dtype": dtype, "trust_remote_code": trust_remote_code, **rollout.engine_args}
+        model = load_model(model_path, "causal", "rollout engine", **options)
         ends = model.generation_config.eos_token_id
         stop_token_ids = ends if isinstance(ends, list) else [] if ends is None else [ends]
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_path, trust_remote_code=trust_remote_code)
@@ -87,7 +87,7 @@ class TransformersEngine(RolloutEngine):
         responses: list[Response] = []
         for chunk in chunks(prompts, self._chunk_prompts):
             rows = [(prompt, sample) for prompt in chunk for sample in range(samples)]
-            drawn = self._sample([prompt.token_ids for prompt, _ in rows], self._draws(rows, greedy))
+            drawn = self._sample([prompt for prompt, _ in rows], self._draws(rows, greedy))
             for i, (prompt, sample) in enumerate(rows):
                 responses.append(self._response(prompt, sample, drawn, i, version))
         return responses
@@ -124,10 +124,10 @@ class TransformersEngine(RolloutEngine):
         return torch.stack(draws)
 
     @torch.inference_mode()
-    def _sample(self, prompts: Sequence[Sequence[int]], draws_BR: Tensor | None) -> "_Drawn":
+    def _sample(self, prompts: Sequence[Prompt], draws_BR: Tensor | None) -> "_Drawn":
         """Sample until every row has ended or is full. Rows that ended go on in the batch and are cut afterwards."""
         device = next(self._model.parameters()).device
-        input_ids, mask = _left_padded(prompts, device)
+        input_ids, mask = _left_padded([prompt.token_ids for prompt in prompts], device)
         drawn = _Drawn.empty(len(prompts), self._sampling.max_new_tokens)
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
         cache: Any = None
@@ -145,7 +145,7 @@ class TransformersEngine(RolloutEngine):
             draws_B = None if draws_BR is None else draws_BR[:, t]
             tokens_B = _pick(logits_BV, draws_B, self._sampling.temperature)
             logprobs_B = token_logprobs(logits_BV.unsqueeze(1), tokens_B.unsqueeze(1), self._sampling.temperature)
-            drawn.append(t, tokens_B, logprobs_B.squeeze(1), self._ends(drawn, tokens_B, t))
+            drawn.append(t, tokens_B, logprobs_B.squeeze(1), self._ends(prompts, drawn, tokens_B, t))
             if bool((drawn.lengths_B > 0).all()):
                 break
             input_ids = tokens_B.to(device).unsqueeze(-1)
@@ -153,13 +153,15 @@ class TransformersEngine(RolloutEngine):
             positions = positions[:, -1:] + 1
         return drawn
 
-    def _ends(self, drawn: "_Drawn", tokens_B: Tensor, t: int) -> Tensor:
+    def _ends(self, prompts: Sequence[Prompt], drawn: "_Drawn", tokens_B: Tensor, t: int) -> Tensor:
         """True where this token, the t-th, ends its row."""
-        ends_B = torch.isin(tokens_B, self._stop_token_ids)
+        ends_B = torch.tensor([int(token) in self._endings.of(p) for p, token in zip(prompts, tokens_B, strict=True)])
         if self._sampling.stop:
             for i in range(len(tokens_B)):
                 if drawn.lengths_B[i] == 0 and not ends_B[i]:
-                    text = self._decode([*drawn.tokens_BR[i, :t].tolist(), int(tokens_B[i])])
+                    text = continued_text(
+                        self._tokenizer, prompts[i], [*drawn.tokens_BR[i, :t].tolist(), int(tokens_B[i])]
+                    )
                     ends_B[i] = any(stop in text for stop in self._sampling.stop)
         return ends_B
 
@@ -172,14 +174,11 @@ class TransformersEngine(RolloutEngine):
             row=prompt.row,
             sample=sample,
             token_ids=token_ids,
-            text=response_text(self._tokenizer, token_ids, self._stop_token_ids.tolist(), self._sampling.stop),
+            text=response_text(self._tokenizer, prompt, token_ids, self._endings.of(prompt), self._sampling.stop),
             ended=ended,
             sampling_logprobs=tuple(drawn.logprobs_BR[i, :length].tolist()),
             policy_version=version,
         )
-
-    def _decode(self, token_ids: Sequence[int]) -> str:
-        return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=True))
 
 
 @dataclass

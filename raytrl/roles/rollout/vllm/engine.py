@@ -3,6 +3,7 @@
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from raytrl.config.sections.engines import CPU_SEQUENCES, cpu_cache_bytes, gpus_
 from raytrl.config.sections.rollout import RolloutSection, SamplingSection
 from raytrl.errors import NonFiniteError, RunError
 from raytrl.records.samples import Prompt, Response
-from raytrl.roles.rollout.engine import RolloutEngine, Tokenizer, ending_token_ids, response_seed, response_text
+from raytrl.roles.rollout.engine import Endings, RolloutEngine, Tokenizer, continued_text, response_seed, response_text
 from raytrl.roles.rollout.lora_merge import LoraMerge
 from raytrl.roles.rollout.vllm.batch import ContinuousBatch
 from raytrl.roles.weights.buckets import Bucket, grouped
@@ -44,10 +45,10 @@ class VllmEngine(RolloutEngine):
         stop_token_ids: Sequence[int] = (),
         merge: LoraMerge | None = None,
     ) -> None:
-        """`stop_token_ids` are added to the tokenizer's end token; `seed` is the run's; `merge`: adapters arrive."""
+        """`stop_token_ids` are the model's own, see `Endings`; `seed` is the run's; `merge`: adapters arrive."""
         super().__init__()
         self._batch, self._tokenizer, self._sampling, self._seed = batch, tokenizer, sampling, seed
-        self._stop_token_ids = ending_token_ids(tokenizer, stop_token_ids)
+        self._endings = Endings(tokenizer, stop_token_ids)
         self._merge = merge
 
     @classmethod
@@ -126,16 +127,16 @@ class VllmEngine(RolloutEngine):
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        stop = self._has_stopped if self._sampling.stop else None
         asked = []
         for prompt in sorted(prompts, key=lambda prompt: prompt.row):
+            stop = partial(self._has_stopped, prompt) if self._sampling.stop else None
             for sample in range(samples):
                 params = SamplingParams(
                     max_tokens=self._sampling.max_new_tokens,
                     temperature=0.0 if greedy else self._sampling.temperature,
                     seed=None if greedy else response_seed(self._seed, prompt.step, prompt.row, sample),
                     logprobs=0,  # of the sampled token alone
-                    stop_token_ids=self._stop_token_ids,
+                    stop_token_ids=self._endings.of(prompt),
                     detokenize=False,
                     output_kind=RequestOutputKind.CUMULATIVE if stop else RequestOutputKind.FINAL_ONLY,
                 )
@@ -158,17 +159,17 @@ class VllmEngine(RolloutEngine):
             row=prompt.row,
             sample=sample,
             token_ids=token_ids,
-            text=response_text(self._tokenizer, token_ids, self._stop_token_ids, self._sampling.stop),
-            ended=made.finish_reason != "length" or self._has_stopped(token_ids),
+            text=response_text(self._tokenizer, prompt, token_ids, self._endings.of(prompt), self._sampling.stop),
+            ended=made.finish_reason != "length" or self._has_stopped(prompt, token_ids),
             sampling_logprobs=logprobs,
             policy_version=version,
         )
 
-    def _has_stopped(self, token_ids: Sequence[int]) -> bool:
+    def _has_stopped(self, prompt: Prompt, token_ids: Sequence[int]) -> bool:
         """By a stop string; looked for here, since vLLM's own search can take in the prompt's last characters."""
         if not self._sampling.stop:
             return False
-        text = self._tokenizer.decode(list(token_ids), skip_special_tokens=True)
+        text = continued_text(self._tokenizer, prompt, token_ids)
         return any(word in text for word in self._sampling.stop)
 
     def _logprobs(self, prompts: Sequence[Prompt], responses: Sequence[Response]) -> list[float]:

@@ -1,0 +1,88 @@
+"""The weights that are loaded are the ones that were meant, seen before anything starts."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig
+
+from raytrl.errors import ConfigError
+from raytrl.plan.checks.weights import check_vocabulary
+from raytrl.roles.models.loading import look_at
+
+
+def saved(folder: Path, head: str, **more: object) -> str:
+    config = LlamaConfig(
+        vocab_size=8,
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=2,
+        num_attention_heads=1,
+        num_labels=1,
+        **more,
+    )
+    auto = AutoModelForCausalLM if head == "causal" else AutoModelForSequenceClassification
+    auto.from_config(config).save_pretrained(folder)
+    return str(folder)
+
+
+def changed(folder: str, change: object) -> str:
+    file = Path(folder, "model.safetensors")
+    save_file(dict(filter(None, map(change, load_file(file).items()))), file, metadata={"format": "pt"})  # type: ignore[arg-type, call-overload]
+    return folder
+
+
+def test_whole_models_are_looked_at_without_being_held(tmp_path: Path) -> None:
+    causal, score = saved(tmp_path / "lm", "causal"), saved(tmp_path / "rm", "score")
+    tied = saved(tmp_path / "tied", "causal", tie_word_embeddings=True)
+    assert [look_at(path, "causal", "model.path") for path in (causal, tied)] == [8, 8]
+    assert look_at(score, "score", "model.path") == 8
+    assert look_at(causal, "score", "value_model.init", new_head=True, num_labels=1) == 8
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_classifier_is_no_language_model(tmp_path: Path, tied: bool) -> None:
+    path = saved(tmp_path, "score", tie_word_embeddings=tied)
+    with pytest.raises(ConfigError, match=r"^model\.path: .*not a whole language model .*(lm_head|score)\.weight"):
+        look_at(path, "causal", "model.path")
+
+
+def test_a_language_model_is_no_classifier_where_no_head_is_made(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^reward\.model: .*no weights for score\.weight, which would be random"):
+        look_at(saved(tmp_path, "causal"), "score", "reward.model")
+
+
+def test_other_names_a_lost_layer_another_shape_and_a_layer_too_many(tmp_path: Path) -> None:
+    prefixed = changed(saved(tmp_path / "a", "causal"), lambda item: (f"module.{item[0]}", item[1]))
+    half = changed(saved(tmp_path / "b", "causal"), lambda item: None if "layers.1." in item[0] else item)
+    shape = changed(
+        saved(tmp_path / "c", "causal"),
+        lambda item: (item[0], torch.zeros(9, 8)) if "lm_head" in item[0] else item,
+    )
+    more = changed(
+        saved(tmp_path / "d", "causal"), lambda item: (item[0].replace("layers.1.", "layers.2."), item[1].clone())
+    )
+    for path, found in (
+        (prefixed, "lm_head"),
+        (half, r"layers\.1\."),
+        (shape, "another shape"),
+        (more, r"layers\.1\."),
+    ):
+        with pytest.raises(ConfigError, match=f"not a whole language model .*{found}"):
+            look_at(path, "causal", "model.path")
+
+
+class Ids:
+    def __init__(self, size: int) -> None:
+        self._size = size
+
+    def get_vocab(self) -> dict[str, int]:
+        return {str(index): index for index in range(self._size)}
+
+
+def test_a_vocabulary_fits_the_embeddings_or_is_refused_with_both_sizes() -> None:
+    assert check_vocabulary(Ids(8), 8, "model.tokenizer") == ""
+    assert "4 of 12 embeddings are no token" in check_vocabulary(Ids(8), 12, "model.tokenizer")
+    with pytest.raises(ConfigError, match="a vocabulary of 10 ids and 8 embeddings"):
+        check_vocabulary(Ids(10), 8, "model.tokenizer")

@@ -134,18 +134,23 @@ class RunDirectory:
         """Keeps a second driver out; the lock ends with the process, however that ends. URIs have no locks.
 
         Raises:
-            ConfigError: another process is running this run.
+            ConfigError: another process is running this run, or nothing can be written there.
         """
         if not self.is_local:
             yield
             return
-        os.makedirs(self.path, exist_ok=True)
         lock = filelock.FileLock(self.at(".lock"), timeout=0)
         try:
+            os.makedirs(self.path, exist_ok=True)
             lock.acquire()
         except filelock.Timeout:
             raise ConfigError(
                 f"{self}: another process is running this run; wait for it, or choose another name"
+            ) from None
+        except OSError as error:  # no folder, no permission, a full disk
+            raise ConfigError(
+                f"output_dir: cannot be written to; found: {self}: {error.strerror or error}; expected: a folder, there or "
+                f"to be made, in which this user may write"
             ) from None
         try:
             yield

@@ -8,6 +8,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from raytrl.config.credentials import refuse_credentials
 from raytrl.config.describe import fields_at
 from raytrl.config.foreign.deepspeed import read_deepspeed
 from raytrl.config.kinds import RUNS
@@ -58,8 +59,11 @@ def load_run(path: str, overrides: list[str], kind: str | None = None) -> Loaded
     """
     values, origins = _read(path)
     for override in overrides:
+        key, _, text = override.partition("=")
+        refuse_credentials({key: text}, "command line")  # first, since what else is wrong with it is told with its text
         _apply(values, origins, override)
     _open_deepspeed(values, origins)
+    refuse_credentials(dict(flatten(values)), path)
     if kind is not None and "kind" not in values:
         values["kind"], origins["kind"] = kind, "command line"
     found = values.get("kind")

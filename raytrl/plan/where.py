@@ -8,9 +8,28 @@ from raytrl.errors import ConfigError, ResourceError
 THIS_MACHINE = "this machine"
 
 
+def ray_address() -> str | None:
+    """The cluster that RAY_ADDRESS names; None where it is not set, blank or `local`, Ray's word for a Ray of one's own.
+
+    Raises:
+        ResourceError: it is the address of a job server.
+    """
+    address = os.environ.get("RAY_ADDRESS", "").strip()
+    if address.startswith(("http://", "https://")):
+        raise ResourceError(
+            f"RAY_ADDRESS: is the address of a job server, which a run cannot join; found: {address!r}; expected: host:port "
+            f"of a running head, or not set; what a job server is given goes through: raytrl submit"
+        )
+    return None if address in ("", "local") else address
+
+
 def joins_cluster(run: Run) -> bool:
-    """Whether the run joins a Ray that exists: `cluster.address` says so, or it runs inside a Ray job."""
-    return run.cluster.address is not None or "RAY_ADDRESS" in os.environ
+    """Whether the run joins a Ray that exists: `cluster.address` says so, or it runs inside a Ray job.
+
+    Raises:
+        ResourceError: RAY_ADDRESS, which would count, cannot be joined.
+    """
+    return run.cluster.address is not None or ray_address() is not None
 
 
 def refuse_client(run: Run) -> None:

@@ -1,5 +1,6 @@
 """What is checked before anything starts: resources, the CPU, trackers, the model's place."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from raytrl.config.load import load_run
 from raytrl.config.runs.supervised import SupervisedRun
 from raytrl.errors import ConfigError, ResourceError, RunError
 from raytrl.launch.session.nodes import machine_resources
-from raytrl.launch.session.session import _start_local
+from raytrl.launch.session.session import _start_local, check_address, check_temp_dir, prepare_environment
 from raytrl.plan.checks.common import Facts
 from raytrl.plan.checks.supervised import prepare_supervised
 from raytrl.plan.cluster import Need
@@ -44,6 +45,46 @@ def test_a_run_joins_a_cluster_when_told_or_inside_a_job(tmp_path: Path, monkeyp
     assert joins_cluster(run_of(tmp_path, cluster={"address": "auto"}))
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
     assert joins_cluster(run_of(tmp_path))
+
+
+@pytest.mark.parametrize("address", ["", "  ", "local"])
+def test_a_ray_address_that_names_no_cluster_is_as_good_as_unset(
+    address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    assert not joins_cluster(run_of(tmp_path))
+    prepare_environment()
+    assert "RAY_ADDRESS" not in os.environ  # Ray reads it, too
+
+
+@pytest.mark.parametrize("address", ["http://127.0.0.1:8265", "https://head"])
+def test_a_job_server_is_no_cluster_to_join(address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    with pytest.raises(ResourceError, match=rf"^RAY_ADDRESS: is the address of a job server.*found: '{address}'"):
+        joins_cluster(run_of(tmp_path))
+
+
+def test_nobody_at_ray_address_is_told_by_that_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    with pytest.raises(ResourceError, match=r"^RAY_ADDRESS: no Ray answers; found: '127.0.0.1:1'"):
+        check_address(run_of(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["RAY_TMPDIR", "TMPDIR"])
+def test_a_folder_that_is_too_long_for_sockets_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_TMPDIR", raising=False)
+    part = len("/ray/session_2026-01-01_00-00-00_000000_0000000/sockets/plasma_store")
+    monkeypatch.setenv(name, "/tmp/" + "x" * (107 - part - 5))
+    check_temp_dir()
+    monkeypatch.setenv(name, "/tmp/" + "x" * (107 - part - 4))
+    with pytest.raises(ResourceError, match=rf"^{name}: too long for Ray's sockets.*which makes 108; expected: "):
+        check_temp_dir()
+
+
+def test_a_folder_where_ray_cannot_write_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_TMPDIR", "/dev/null/ray")
+    with pytest.raises(ResourceError, match=r"^RAY_TMPDIR: Ray cannot write there; found: '/dev/null/ray'"):
+        check_temp_dir()
 
 
 def test_a_sweep_is_not_run_from_outside_of_its_cluster(tmp_path: Path) -> None:

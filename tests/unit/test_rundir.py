@@ -194,3 +194,13 @@ def test_text_with_line_separators_stays_one_row(tmp_path: Path) -> None:
     assert log.last_step == 1
     log.rewind(1)
     assert run_dir.rows("samples.jsonl") == [row]
+
+
+@pytest.mark.parametrize("folder", ["file", "file/below", "/proc/runs", "/dev/full"])
+def test_a_place_that_cannot_be_written_is_named(folder: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with (
+        pytest.raises(ConfigError, match=rf"^output_dir: cannot be written to; found: .*{folder}/a: \w.*; expected: "),
+        RunDirectory(str(tmp_path / folder), "a").locked(),
+    ):
+        pass

@@ -14,7 +14,7 @@ from raytrl.errors import ResourceError, RunError
 from raytrl.launch.session.nodes import cluster_nodes, is_autoscaled, machine_node, machine_resources, memory_bytes
 from raytrl.launch.session.secrets import load_secrets
 from raytrl.plan.cluster import Cluster, Need, described_nodes
-from raytrl.plan.where import THIS_MACHINE, check_one_node, joins_cluster, refuse_lost_output
+from raytrl.plan.where import THIS_MACHINE, check_one_node, joins_cluster, ray_address, refuse_lost_output
 
 # Read by Ray when it is imported or started, so set before that. A user's own setting wins.
 _DEFAULTS = {
@@ -40,6 +40,8 @@ def prepare_environment() -> None:
     """Sets what Ray and the libraries read from the environment, and a job's secrets. Call before Ray is imported."""
     for name, value in (_DEFAULTS | QUIET_LIBRARIES).items():
         os.environ.setdefault(name, value)
+    if ray_address() is None:  # Ray takes a blank one for an address, and so would its workers
+        os.environ.pop("RAY_ADDRESS", None)
     load_secrets()
 
 
@@ -70,16 +72,16 @@ def check_address(run: Run) -> None:
     Raises:
         ResourceError: naming the address.
     """
-    address = run.cluster.address or ""
+    key, address = "cluster.address", run.cluster.address or "auto"
+    if address == "auto" and ray_address() is not None:
+        key, address = "RAY_ADDRESS", ray_address() or ""
     if ":" not in address:  # null, auto, local
         return
     host, _, port = address.removeprefix("ray://").partition(":")
     try:
         socket.create_connection((host, int(port)), timeout=3).close()
     except (OSError, ValueError) as error:
-        raise ResourceError(
-            f"cluster.address: no Ray answers; found: {address!r}: {error}; expected: a running head"
-        ) from None
+        raise ResourceError(f"{key}: no Ray answers; found: {address!r}: {error}; expected: a running head") from None
 
 
 @contextmanager
@@ -90,7 +92,7 @@ def kept_ray() -> Iterator[None]:
     """
     import ray
 
-    if "RAY_ADDRESS" in os.environ:
+    if ray_address() is not None:
         yield
         return
     with _own_sigterm_handler():
@@ -110,9 +112,39 @@ def _own_sigterm_handler() -> Iterator[None]:
         signal.signal(signal.SIGTERM, stop)
 
 
+# What Ray makes below its folder: a session named for a time and a process id (7 digits at the most), and sockets in it.
+_LONGEST_SOCKET = "ray/session_2026-01-01_00-00-00_000000_0000000/sockets/plasma_store"
+_SOCKET_LIMIT = 107  # bytes of a Unix socket's path on Linux
+
+
+def check_temp_dir() -> None:
+    """Refuses a folder for temporary files where a local Ray could not open its sockets.
+
+    Raises:
+        ResourceError: naming the variable.
+    """
+    name = next((name for name in ("RAY_TMPDIR", "TMPDIR") if name in os.environ), None)  # as Ray looks for it
+    folder = os.environ[name] if name else "/tmp"  # noqa: S108
+    found, expected = (
+        f"found: {folder!r}",
+        "expected: a short path of a folder that may be written, such as RAY_TMPDIR=/tmp",
+    )
+    size = len(os.fsencode(os.path.join(folder, _LONGEST_SOCKET)))
+    if size > _SOCKET_LIMIT:
+        raise ResourceError(
+            f"{name}: too long for Ray's sockets, whose paths may have {_SOCKET_LIMIT} bytes; {found}, which makes {size}; "
+            f"{expected}"
+        )
+    while not os.path.exists(folder) and folder != (parent := os.path.dirname(folder)):  # Ray makes what is not there
+        folder = parent
+    if not os.path.isdir(folder or ".") or not os.access(folder or ".", os.W_OK | os.X_OK):
+        raise ResourceError(f"{name or 'RAY_TMPDIR'}: Ray cannot write there; {found}; {expected}")
+
+
 def _start_local(need: Need) -> None:
     import ray
 
+    check_temp_dir()
     try:
         ray.init(
             address="local",
@@ -158,6 +190,7 @@ def cluster_of(run: Run) -> Iterator[Cluster]:
 
     if not joins_cluster(run):
         check_one_node(run)
+        check_temp_dir()
         yield Cluster([machine_node()], THIS_MACHINE)
         return
     if ray.is_initialized():  # one of the trials of a sweep: its process has joined already

@@ -1,8 +1,11 @@
 """Reward endpoints: POST {prompts, completions} as JSON, and {scores} comes back."""
 
+import ipaddress
 import json
 import os
+import socket
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Sequence
 
@@ -45,9 +48,22 @@ class EndpointSource:
         """Nothing is held between calls."""
 
 
+def _opener(url: str) -> urllib.request.OpenerDirector:
+    """Proxies of the environment are for other machines: to one of them, this machine's own names mean itself."""
+    return urllib.request.build_opener(*([urllib.request.ProxyHandler({})] if _is_here(url) else []))
+
+
+def _is_here(url: str) -> bool:
+    host = (urllib.parse.urlsplit(url).hostname or "").removesuffix(".")
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host in ("localhost", socket.gethostname().lower()) or host.endswith(".localhost")
+
+
 def _post(request: urllib.request.Request, timeout_s: float) -> Sequence[object]:
     try:
-        with urllib.request.urlopen(request, timeout=timeout_s) as response:  # noqa: S310
+        with _opener(request.full_url).open(request, timeout=timeout_s) as response:
             answer = response.read()
     except urllib.error.HTTPError as error:
         reason = f"answered HTTP {error.code}: {error.read(200).decode(errors='replace')}"

@@ -77,9 +77,9 @@ def check_address(run: Run) -> None:
         key, address = "RAY_ADDRESS", ray_address() or ""
     if ":" not in address:  # null, auto, local
         return
-    host, _, port = address.removeprefix("ray://").partition(":")
+    host, _, port = address.removeprefix("ray://").rpartition(":")
     try:
-        socket.create_connection((host, int(port)), timeout=3).close()
+        socket.create_connection((host.strip("[]"), int(port)), timeout=3).close()
     except (OSError, ValueError) as error:
         raise ResourceError(f"{key}: no Ray answers; found: {address!r}: {error}; expected: a running head") from None
 

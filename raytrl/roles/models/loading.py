@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+from transformers.utils import logging
 
 from raytrl.config.runs.base import Head
 from raytrl.errors import ConfigError
@@ -24,6 +25,7 @@ def load_model(path: str, head: Head, where: str, *, new_head: bool = False, **o
     Raises:
         ConfigError: weights are missing, have another shape or belong to another network.
     """
+    logging.disable_progress_bar()  # the driver's display has its own
     model, loading = auto_class(head).from_pretrained(
         path, output_loading_info=True, ignore_mismatched_sizes=True, **options
     )

@@ -14,8 +14,7 @@ from pathlib import Path
 
 import xxhash
 
-from raytrl.config.runs.base import Run, TrainingRun
-from raytrl.config.runs.rollout import RolloutRun
+from raytrl.config.runs.base import Run
 from raytrl.config.sections.data import DataSource
 
 Inputs = dict[str, dict[str, str]]  # key of the run file → file → digest
@@ -39,10 +38,8 @@ def inputs_of(run: Run) -> Inputs:
     for use in run.models():
         if use.path is not None:
             found[use.key] = _model(use.path, use.revision)
-    found |= {key: _model(path, None) for key, path in _tokenizers(run)}
-    for i, reward in enumerate(run.reward.sources if isinstance(run, RolloutRun) else ()):
-        if reward.function is not None:
-            found[f"reward.sources.{i}.function"] = _code(reward.function)
+    found |= {key: _model(path, None) for key, path in run.tokenizers().items()}
+    found |= {key: _code(place) for key, place in run.reward_functions().items()}
     return {key: _few(files) for key, files in found.items() if files}
 
 
@@ -63,14 +60,6 @@ def changes(before: Mapping[str, Mapping[str, str]], now: Mapping[str, Mapping[s
 def is_code_of_rewards(key: str) -> bool:
     """Whether a run may go on with another: mending a reward function is why many a run is cut off."""
     return key.startswith("reward.") and key.endswith(".function")
-
-
-def _tokenizers(run: Run) -> Iterator[tuple[str, str]]:
-    if isinstance(run, RolloutRun | TrainingRun) and isinstance(run.model.tokenizer, str):
-        yield "model.tokenizer", run.model.tokenizer
-    template = getattr(run, "training", {}).get("chat_template_path")
-    if isinstance(template, str):
-        yield "training.chat_template_path", template
 
 
 def _data(source: DataSource) -> Iterator[tuple[str, str]]:

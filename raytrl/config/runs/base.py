@@ -65,6 +65,7 @@ class ModelUse:
     held_by: tuple[str, ...]  # keys of `Processes`
     revision: str | None = None
     trust_remote_code: bool = False
+    new_head: bool = False  # a head that its folder lacks is made new
 
 
 class Run(Section):
@@ -73,6 +74,7 @@ class Run(Section):
     also_taken: ClassVar[Columns] = ()  # columns that go before a layout's own where the data have them
     gives_columns_to_rewards: ClassVar[bool] = False  # those that are no layout's
     launcher: ClassVar[str]  # what in `launch` runs it: package.module:name
+    row_checks: ClassVar[str]  # what in `plan.checks` tries its rows: package.module:name
 
     kind: str
     """What the run does; the command of the same name runs it."""
@@ -104,6 +106,14 @@ class Run(Section):
     def models(self) -> tuple[ModelUse, ...]:
         """Every network that is loaded, the one that the run is about first."""
         return ()
+
+    def tokenizers(self) -> Mapping[str, str]:
+        """Folders, files or ids of what makes tokens of its rows, by key; none where a model's own serves."""
+        return {}
+
+    def reward_functions(self) -> Mapping[str, str]:
+        """Places of the user's functions that score responses, by key."""
+        return {}
 
     def layouts(self) -> tuple[Columns, ...]:
         """The columns that it can work on (TRL's dataset types); the first that are all there are taken."""

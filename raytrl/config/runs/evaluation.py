@@ -25,6 +25,7 @@ class EvalRun(RolloutRun):
     """Evaluation: rollout and reward actors as in PPO, and nothing is trained."""
 
     launcher: ClassVar[str] = "raytrl.launch.runs.evaluation:EvalKind"
+    row_checks: ClassVar[str] = "raytrl.plan.checks.evaluation:try_data"
 
     kind: Literal["eval"] = "eval"
     """Scores of a model's responses, alone or against a second model."""

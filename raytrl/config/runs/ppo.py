@@ -18,6 +18,7 @@ class PpoRun(TrainingRun, RolloutRun):
     """PPO: learner workers on Ray Train, rollout and reward actors beside them."""
 
     launcher: ClassVar[str] = "raytrl.launch.runs.ppo:PpoKind"
+    row_checks: ClassVar[str] = "raytrl.plan.checks.ppo:try_data"
     task: ClassVar[str] = "proximal policy optimisation (PPO)"
     step_name: ClassVar[str] = "PPO steps"
     has_critic: ClassVar[bool] = True

@@ -1,5 +1,6 @@
 """What the run files of `raytrl ppo` and `raytrl eval` have in common: rollout and reward actors, and a reference."""
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 from raytrl.config.runs.base import Columns, ModelUse, Processes, Run
@@ -67,8 +68,19 @@ class RolloutRun(Run):
     def bfloat16_key(self) -> str | None:
         return "model.dtype" if self.model.dtype == "bfloat16" else None
 
+    def tokenizers(self) -> Mapping[str, str]:
+        return {"model.tokenizer": self.model.tokenizer} if isinstance(self.model.tokenizer, str) else {}
+
+    def reward_functions(self) -> Mapping[str, str]:
+        return {
+            f"reward.sources.{i}.function": source.function
+            for i, source in enumerate(self.reward.sources)
+            if source.function is not None
+        }
+
     def _use(self, key: str, path: str, held_by: tuple[str, ...], score: bool = False) -> ModelUse:
-        return ModelUse(key, path, "score" if score else "causal", held_by, None, self.model.trust_remote_code)
+        trust = self.model.trust_remote_code
+        return ModelUse(key, path, "score" if score else "causal", held_by, None, trust, new_head=score)
 
     def _reward_models(self) -> tuple[ModelUse, ...]:
         return tuple(

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -20,6 +21,7 @@ class SupervisedRun(TrainingRun):
     """SFT, reward modelling or DPO: one TRL trainer on Ray Train workers."""
 
     launcher: ClassVar[str] = "raytrl.launch.runs.supervised:SupervisedKind"
+    row_checks: ClassVar[str] = "raytrl.plan.checks.supervised:try_data"
     native_class: ClassVar[NativeClass]
     head: ClassVar[Head] = "causal"  # of the network
     sequences_a_row: ClassVar[int] = 1
@@ -114,7 +116,15 @@ class SupervisedRun(TrainingRun):
     def models(self) -> tuple[ModelUse, ...]:
         model = self.model
         held_by = ("learner.workers",)
-        return (ModelUse("model.path", model.path, self.head, held_by, model.revision, model.trust_remote_code),)
+        own = ModelUse("model.path", model.path, self.head, held_by, model.revision, model.trust_remote_code)
+        return (replace(own, new_head=self.head == "score"),)
+
+    def tokenizers(self) -> Mapping[str, str]:
+        places = {
+            "model.tokenizer": self.model.tokenizer,
+            "training.chat_template_path": self.training.get("chat_template_path"),
+        }
+        return {key: place for key, place in places.items() if isinstance(place, str)}
 
     @property
     def has_reference(self) -> bool:

@@ -1,6 +1,7 @@
 """What is checked before an evaluation starts."""
 
 from collections.abc import Mapping
+from typing import Any
 
 from raytrl.config.runs.evaluation import EvalRun
 from raytrl.errors import ConfigError, DataError
@@ -52,3 +53,8 @@ def check_eval_prompts(run: EvalRun, embeddings: Mapping[str, int] | None = None
         except ConfigError as error:
             raise ConfigError(f"{key}: {error}" if key != "model" else str(error)) from None
     return facts
+
+
+def try_data(run: EvalRun, found: Mapping[str, Any]) -> Facts:
+    """`check_eval_prompts`, for `raytrl plan`; `found` are its datasets, which are read from the cache again."""
+    return check_eval_prompts(run)

@@ -1,5 +1,8 @@
 """What is checked before a PPO run starts."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from raytrl.config.runs.ppo import PpoRun
 from raytrl.plan.checks.common import Facts, check_functions, check_run, check_trackers
 from raytrl.plan.checks.prompts import check_prompts_of
@@ -32,3 +35,8 @@ def check_ppo_prompts(run: PpoRun, embeddings: int | None = None) -> Facts:
         if source is not None:
             facts |= check_prompts_of(run, source, key, embeddings)
     return facts
+
+
+def try_data(run: PpoRun, found: Mapping[str, Any]) -> Facts:
+    """`check_ppo_prompts`, for `raytrl plan`; `found` are its datasets, which are read from the cache again."""
+    return check_ppo_prompts(run)

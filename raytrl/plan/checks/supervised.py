@@ -70,6 +70,22 @@ def own_tokenizer(run: SupervisedRun) -> Any:
         raise ConfigError(f"model.tokenizer: cannot be loaded: {str(error).splitlines()[0]}") from None
 
 
+def try_data(run: SupervisedRun, found: Mapping[str, Any]) -> Facts:
+    """Tries the rows of datasets that are there, by key, as far as nothing has to be made for it.
+
+    Raises:
+        ConfigError: a row, or the tokenizer, cannot be used.
+    """
+    from raytrl.data import check_columns, conversation_of
+    from raytrl.roles.models.tokenizer import check_tokenizer
+
+    rows = {key: (dataset, check_columns(dataset, run, key)) for key, dataset in found.items()}
+    tokenizer = own_tokenizer(run)
+    if (train := rows.get("data.train")) is not None:
+        check_tokenizer(tokenizer, run, conversation_of(*train))
+    return try_rows(run, tokenizer, rows)
+
+
 def try_rows(run: SupervisedRun, tokenizer: Any, rows: Mapping[str, tuple[Any, tuple[str, ...]]]) -> Facts:
     """Tries every row: its chat template, its length.
 

@@ -3,7 +3,6 @@
 import os
 
 from raytrl.config.runs.base import ModelUse, Run
-from raytrl.config.runs.supervised import SupervisedRun
 from raytrl.errors import ConfigError
 
 
@@ -20,15 +19,14 @@ def check_weights(run: Run) -> dict[str, int]:
         place = _place(use)
         if place is None or not has_weights(place):
             continue
-        new_head = use.key == "value_model.init" or (isinstance(run, SupervisedRun) and run.head == "score")
         try:
             found = look_at(
                 place,
                 use.head,
                 use.key,
-                new_head=new_head,
+                new_head=use.new_head,
                 trust_remote_code=use.trust_remote_code,
-                **({"num_labels": 1} if new_head else {}),
+                **({"num_labels": 1} if use.new_head else {}),
             )
         except (OSError, ValueError, RuntimeError) as error:
             raise ConfigError(f"{use.key}: {place!r}: cannot be loaded: {str(error).splitlines()[0]}") from None

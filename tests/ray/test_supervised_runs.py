@@ -181,7 +181,7 @@ def test_a_run_stored_on_s3(folder: Path, s3: str, monkeypatch: pytest.MonkeyPat
     with bucket.open_input_stream(f"{path}/metrics.jsonl") as stream:
         steps = [json.loads(line)["step"] for line in stream.readall().decode().splitlines()]
     assert steps[-1] == 8
-    assert "logs     raytrl-remote-* in Ray's log folder of each node" in output
+    assert re.search(r"logs +raytrl-remote-\* in Ray's log folder of each node", output)
     logs = Path(ray_folder).rglob("raytrl-remote-learner-1.log")  # one a start
     assert "learner 1 v8 hands in the checkpoint of step 8" in "".join(log.read_text() for log in logs)
     shutil.rmtree(ray_folder)

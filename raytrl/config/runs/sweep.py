@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Field, PositiveInt, field_validator, model_serializer, model_validator
 
@@ -165,6 +165,8 @@ class AlgorithmSection(Section):
 
 class TuneRun(Run):
     """A sweep: many runs of one base file, each with other values, and the best of them."""
+
+    launcher: ClassVar[str] = "raytrl.launch.sweep.sweep:SweepKind"
 
     kind: Literal["tune"] = "tune"
     """A sweep over any settings of a run file with Ray Tune."""

@@ -256,7 +256,7 @@ def test_a_driver_that_is_no_node_joins_the_cluster_once(client: dict[str, str],
     before = num_drivers()
     file = ppo_file(tmp_path, "client", ppo={"steps": 4})
     output = raytrl("ppo", file, f"cluster.address={client['CLIENT']}")
-    assert f"on {client['CLIENT']}" in output
+    assert f"the cluster at '{client['CLIENT']}'" in output
     assert [row["step"] for row in metrics(tmp_path / "runs/client")] == [1, 2, 3, 4]
     assert num_drivers() == before + 2  # the run, and who counted before
 

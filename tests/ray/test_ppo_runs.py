@@ -28,9 +28,9 @@ def test_a_run_raises_its_score_and_leaves_models_that_load(folder: Path) -> Non
         eval={"every": 10, "rows": 6},
         ppo={
             "steps": 20,
-            "batch_size": 32,
+            "batch_size": 64,
             "responses_per_prompt": 2,
-            "learning_rate": 2e-2,
+            "learning_rate": 3e-2,
             "epochs": 4,
             "minibatches": 2,
             "lr_schedule": "constant",
@@ -59,8 +59,8 @@ def test_a_run_raises_its_score_and_leaves_models_that_load(folder: Path) -> Non
     assert samples[0].keys() == {
         *("step", "data", "row", "sample", "prompt", "response", "ended", "tokens", "score", "scores"),
     }
-    # Spread over the whole batch, of which each of the two workers holds a half.
-    assert [(row["row"], row["sample"]) for row in samples[:8]] == [(row, 0) for row in range(0, 16, 2)]
+    # Spread over the whole batch of 32 prompts, of which each of the two workers holds a half.
+    assert [(row["row"], row["sample"]) for row in samples[:8]] == [(row, 0) for row in range(0, 32, 4)]
     evaluated = [row for row in samples if row["data"] == "eval"]
     assert [(row["step"], row["row"]) for row in evaluated] == [(step, row) for step in (10, 20) for row in range(6)]
     scored = [row["score"] for row in evaluated if row["step"] == 20]

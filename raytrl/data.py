@@ -72,7 +72,16 @@ def _load(source: DataSource) -> datasets.Dataset:
         if source.split not in saved:
             raise ValueError(f"no such split in {source.path}; expected: one of {', '.join(saved)}")
         return saved[source.split]
+    for place in (source.path, source.data_dir or ""):
+        if glob.has_magic(place) and Path(place).is_dir():
+            raise DataError(
+                f"found: a folder with one of [ ] * ? in its name, in which datasets looks for a pattern: {place!r}; expected: "
+                f"another name, or its files one by one as data_files"
+            )
     options = {k: v for k, v in source.model_dump().items() if k not in ("transform", "split") and v is not None}
+    if source.data_files is not None:  # a file is a file, whatever its name would mean as a pattern
+        written = [source.data_files] if isinstance(source.data_files, str) else source.data_files
+        options["data_files"] = [glob.escape(file) if Path(file).is_file() else file for file in written]
     builder = datasets.load_dataset_builder(options.pop("path"), **options)
     named = builder.config.data_files or {}
     files = [file for group in named.values() for file in group]
@@ -150,8 +159,8 @@ def choose_columns(dataset: datasets.Dataset, run: Run, where: str) -> Taken:
     return Taken(layout, beside, unused, run.gives_columns_to_rewards)
 
 
-def check_columns(dataset: datasets.Dataset, run: Run, where: str) -> Columns:
-    """The columns this kind of run trains on; each has been found without missing values and of the right type.
+def check_columns(dataset: datasets.Dataset, run: Run, where: str) -> Taken:
+    """`choose_columns`; each has been found without missing values and of the right type.
 
     Raises:
         DataError: no usable columns (naming those there are), or a row with a missing or mistyped value.
@@ -165,7 +174,7 @@ def check_columns(dataset: datasets.Dataset, run: Run, where: str) -> Columns:
         raise DataError(f"{where}: {', '.join(taken.layout)} must all be strings, or all be lists of messages")
     for column in taken.beside:
         _check_beside(dataset, column, where)
-    return taken.layout
+    return taken
 
 
 def _check_column(dataset: datasets.Dataset, column: str, where: str) -> None:

@@ -1,5 +1,6 @@
 """A run directory: config.yaml, manifest.json, metrics.jsonl, checkpoints/, model/ on a local path or a URI."""
 
+import errno
 import json
 import math
 import os
@@ -176,6 +177,13 @@ def _from_uri(uri: str) -> tuple[fs.FileSystem, str]:
     return filesystem, str(path)
 
 
+def is_disk_full(error: BaseException) -> bool:
+    """Whether something could not be written for lack of room; safetensors and others say it in words alone."""
+    said = str(error).lower()
+    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or any(words in said for words in _NO_ROOM)
+
+
+_NO_ROOM = ("no space left on device", "disk quota exceeded")
 _HALF_WRITTEN = 1 << 62
 
 

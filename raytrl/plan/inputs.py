@@ -28,13 +28,10 @@ _MANY = 200  # files of one key that a manifest names one by one
 def inputs_of(run: Run) -> Inputs:
     """Fingerprints of everything on this machine, or in its Hugging Face cache, that the run reads; the rest is left out."""
     found: Inputs = {}
-    data = getattr(run, "data", None)
-    for name in ("train", "eval"):
-        source: DataSource | None = getattr(data, name, None)
-        if source is not None:
-            found[f"data.{name}"] = dict(_data(source))
-            if source.transform is not None:
-                found[f"data.{name}.transform"] = _code(source.transform)
+    for key, source in run.data_sources().items():
+        found[key] = dict(_data(source))
+        if source.transform is not None:
+            found[f"{key}.transform"] = _code(source.transform)
     for use in run.models():
         if use.path is not None:
             found[use.key] = _model(use.path, use.revision)

@@ -1,42 +1,45 @@
-"""Rows, as far as `raytrl plan` looks at them: counted, and tried where that takes seconds and downloads nothing."""
+"""Models and rows, as far as `raytrl plan` looks at them: where that takes seconds and downloads nothing."""
 
 import os
 import pkgutil
 from typing import Any
 
 from raytrl.config.runs.base import Run
-from raytrl.config.sections.data import DataSource
 from raytrl.errors import ConfigError, DataError
 from raytrl.plan.checks.common import Facts
+from raytrl.plan.checks.weights import check_weights
 
 _MOST = 100_000  # rows
 
 
 def facts_of(run: Run) -> tuple[Facts, list[str]]:
-    """What is known of each local dataset, and what is missing or cannot be used."""
+    """What is known of models and local datasets, and what is missing or cannot be used."""
     found, columns, problems = dict[str, Any](), dict[str, str](), list[str]()
-    for name in ("train", "eval"):
-        source: DataSource | None = getattr(getattr(run, "data", None), name, None)
-        if source is None:
-            continue
+    for key, source in run.data_sources().items():
         if source.data_files is None and source.data_dir is None and not os.path.isdir(source.path):
             continue  # a hub id: to count its rows is to download them
         from raytrl.data import choose_columns, load_data  # datasets: 1.3 s
 
-        where = f"data.{name}"
         try:
-            dataset = load_data(source, where)
-            columns[where] = choose_columns(dataset, run, where).in_words()
-            found[where] = dataset
+            dataset = load_data(source, key)
+            columns[key] = choose_columns(dataset, run, key).in_words()
+            found[key] = dataset
         except DataError as error:
             problems.append(str(error))
     counted = Facts({key: len(dataset) for key, dataset in found.items()}, columns=columns)
-    if problems or not found or not _are_here(run):
+    if not _are_here(run):
+        return counted, problems
+    embeddings: dict[str, int] = {}
+    try:
+        embeddings = check_weights(run)
+    except ConfigError as error:
+        problems.append(str(error))
+    if problems or not found:
         return counted, problems
     if (count := sum(counted.rows.values())) > _MOST:
         return counted | Facts(notices=[f"{count:,} rows are tried at the start, not here"]), problems
     try:
-        return pkgutil.resolve_name(run.row_checks)(run, found), problems
+        return pkgutil.resolve_name(run.row_checks)(run, found, embeddings), problems
     except ConfigError as error:
         return counted, [str(error)]
 

@@ -90,7 +90,7 @@ def test_messages_have_the_keys_and_values_of_the_file(rows: list[Any]) -> None:
 
 def test_messages_with_other_keys_pass_the_column_check() -> None:
     written("a.jsonl", *(json.dumps({"messages": row}) for row in ([{**USER, "name": "ann"}, BOT], [USER, call(a=1)])))
-    assert check_columns(load("a.jsonl"), run_of(), "data.train") == ("messages",)
+    assert check_columns(load("a.jsonl"), run_of(), "data.train").layout == ("messages",)
 
 
 def test_a_key_that_parquet_filled_in_is_not_there() -> None:
@@ -99,7 +99,7 @@ def test_a_key_that_parquet_filled_in_is_not_there() -> None:
     loaded = load("a.parquet")
     assert loaded["messages"][:] == rows
     assert loaded["id"][:] == [1, 2]
-    assert check_columns(loaded, run_of(), "data.train") == ("messages",)
+    assert check_columns(loaded, run_of(), "data.train").layout == ("messages",)
     datasets.Dataset.from_dict({"messages": rows}).save_to_disk("saved")
     assert load("saved")["messages"][:] == rows
 
@@ -190,7 +190,7 @@ def test_strings_of_every_arrow_type_are_text() -> None:
         column = texts.dictionary_encode() if pa.types.is_dictionary(kind) else texts.cast(kind)
         pq.write_table(pa.table({"text": column}), "a.parquet")
         loaded = load("a.parquet")
-        assert check_columns(loaded, run_of(), "data.train") == ("text",)
+        assert check_columns(loaded, run_of(), "data.train").layout == ("text",)
         assert list(texts_of(loaded, ("text",))) == ["a", "b"]
 
 
@@ -268,3 +268,15 @@ def test_a_row_that_would_be_trained_on_wrongly_is_named(kind: str, rows: list[d
     with pytest.raises(DataError) as caught:
         check_columns(load_data(DataSource.model_validate("a.jsonl"), "data.train"), run_of(kind), "data.train")
     assert str(caught.value).startswith(f"data.train: {message}")
+
+
+def test_a_file_is_a_file_whatever_its_name_would_mean_as_a_pattern() -> None:
+    Path("run [2]/what*").mkdir(parents=True)
+    for name in ("run [2]/a b.jsonl", "run [2]/what*/q?.csv"):
+        written(name, "text", "a") if name.endswith("csv") else written(name, '{"text": "a"}')
+        assert load(name)["text"][:] == ["a"]
+    assert load({"path": "json", "data_files": ["run [2]/a b.jsonl"]})["text"][:] == ["a"]
+    written("b-1.jsonl", '{"text": "b"}')
+    written("b-2.jsonl", '{"text": "c"}')
+    assert load({"path": "json", "data_files": "b-*.jsonl"})["text"][:] == ["b", "c"]
+    assert "one of [ ] * ? in its name" in load_error("run [2]")

@@ -9,9 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
-from raytrl.errors import ConfigError
-from raytrl.rundir import MetricsLog, RunDirectory, StepLog
+from raytrl.errors import ConfigError, RunError
+from raytrl.launch.runs.run import full_disk_told
+from raytrl.rundir import MetricsLog, RunDirectory, StepLog, is_disk_full
 
 
 def test_a_local_path_and_a_file_uri_are_one_place(tmp_path: Path) -> None:
@@ -204,3 +206,24 @@ def test_a_place_that_cannot_be_written_is_named(folder: str, tmp_path: Path) ->
         RunDirectory(str(tmp_path / folder), "a").locked(),
     ):
         pass
+
+
+def test_a_full_disk_is_told_from_other_errors(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="No space left on device") as full, open("/dev/full", "w", buffering=1) as file:
+        file.write("a\n")
+    assert is_disk_full(full.value)
+    assert is_disk_full(SafetensorError("I/O error: No space left on device (os error 28)"))  # as it says it
+    with pytest.raises(OSError, match="No such file") as other:
+        (tmp_path / "gone").read_text()
+    assert not is_disk_full(other.value)
+
+
+def test_a_driver_that_finds_the_disk_full_says_so_in_one_message(tmp_path: Path) -> None:
+    run_dir = local(tmp_path)
+    os.makedirs(run_dir.path)
+    os.symlink("/dev/full", run_dir.at("metrics.jsonl"))
+    with (
+        pytest.raises(RunError, match=r"No space left on device.*room.*the same command continues"),
+        full_disk_told(run_dir),
+    ):
+        StepLog(run_dir, "metrics.jsonl").extend([{"step": 1}])

@@ -7,8 +7,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig
 
+from raytrl.config.runs.supervised import SftRun
 from raytrl.errors import ConfigError
-from raytrl.plan.checks.weights import check_vocabulary
+from raytrl.plan.checks.weights import check_vocabulary, check_weights
 from raytrl.roles.models.loading import look_at
 
 
@@ -86,3 +87,18 @@ def test_a_vocabulary_fits_the_embeddings_or_is_refused_with_both_sizes() -> Non
     assert "4 of 12 embeddings are no token" in check_vocabulary(Ids(8), 12, "model.tokenizer")
     with pytest.raises(ConfigError, match="a vocabulary of 10 ids and 8 embeddings"):
         check_vocabulary(Ids(10), 8, "model.tokenizer")
+
+
+@pytest.mark.parametrize(("more", "is_refused"), [({}, True), ({"lora": {"r": 4}}, False)])
+def test_a_model_that_could_not_be_saved_after_the_training_is_refused_before_it(
+    tmp_path: Path, more: dict[str, object], is_refused: bool
+) -> None:
+    path = saved(tmp_path / "lm", "causal")
+    Path(path, "generation_config.json").write_text('{"do_sample": false, "temperature": 0.7}')
+    values = {"kind": "sft", "name": "a", "model": {"path": path}, "data": {"train": "a.jsonl"}, **more}
+    run = SftRun.model_validate(values)
+    if is_refused:
+        with pytest.raises(ConfigError, match=r"^model\.path: .*generation_config\.json.*`temperature`"):
+            check_weights(run)
+    else:  # an adapter is saved alone, and the merged model as it was read
+        assert check_weights(run) == {"model.path": 8}

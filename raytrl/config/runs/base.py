@@ -16,7 +16,7 @@ from raytrl.config.foreign.native import (
 )
 from raytrl.config.renamed import unknown_key
 from raytrl.config.sections.base import ProcessSection, Section
-from raytrl.config.sections.data import DataSection
+from raytrl.config.sections.data import DataSection, DataSource
 from raytrl.config.sections.learner import CheckpointSection, ClusterSection, LearnerSection
 from raytrl.config.sections.model import ModelSection
 
@@ -66,6 +66,7 @@ class ModelUse:
     revision: str | None = None
     trust_remote_code: bool = False
     new_head: bool = False  # a head that its folder lacks is made new
+    retrained: bool = False  # all of it, by transformers' Trainer, which saves it with its generation config
 
 
 class Run(Section):
@@ -109,6 +110,10 @@ class Run(Section):
 
     def tokenizers(self) -> Mapping[str, str]:
         """Folders, files or ids of what makes tokens of its rows, by key; none where a model's own serves."""
+        return {}
+
+    def data_sources(self) -> Mapping[str, DataSource]:
+        """Its datasets, by key."""
         return {}
 
     def reward_functions(self) -> Mapping[str, str]:
@@ -226,6 +231,9 @@ class TrainingRun(Run):
     @classmethod
     def foreign(cls) -> Mapping[str, NativeClass]:
         return {**super().foreign(), "lora": LORA_CLASS}
+
+    def data_sources(self) -> Mapping[str, DataSource]:
+        return {"data.train": self.data.train} | ({} if self.data.eval is None else {"data.eval": self.data.eval})
 
     @property
     def uses_gpu(self) -> bool:

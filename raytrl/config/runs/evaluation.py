@@ -62,6 +62,9 @@ class EvalRun(RolloutRun):
     def prompts_at_a_time(self) -> int | None:
         return self.rows
 
+    def data_sources(self) -> Mapping[str, DataSource]:
+        return {"data.eval": self.data.eval}
+
     def models(self) -> tuple[ModelUse, ...]:
         held_by = ("rollout.actors",)
         paths = {"model.path": str(self.model.path), "compare": self.compare, "reference.path": self.reference.path}

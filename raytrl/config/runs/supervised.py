@@ -117,7 +117,8 @@ class SupervisedRun(TrainingRun):
         model = self.model
         held_by = ("learner.workers",)
         own = ModelUse("model.path", model.path, self.head, held_by, model.revision, model.trust_remote_code)
-        return (replace(own, new_head=self.head == "score"),)
+        retrained = self.head == "causal" and self.lora is None
+        return (replace(own, new_head=self.head == "score", retrained=retrained),)
 
     def tokenizers(self) -> Mapping[str, str]:
         places = {

@@ -6,13 +6,13 @@ import tempfile
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar, cast
 
 from raytrl.config.load import LoadedRun
 from raytrl.config.runs.base import Run
-from raytrl.errors import RaytrlError
+from raytrl.errors import RaytrlError, RunError
 from raytrl.launch.runs.resume import Standing, changed_inputs, drop_half_written, inspect_run
 from raytrl.launch.session.session import check_output_dir, cluster_of, prepare_environment
 from raytrl.plan.capacity import Room, check_memory
@@ -25,7 +25,7 @@ from raytrl.plan.shapes import read_shapes
 from raytrl.plan.words import Words, processes_of, words_of
 from raytrl.records.outcome import Outcome
 from raytrl.records.progress import Progress
-from raytrl.rundir import RunDirectory, now
+from raytrl.rundir import RunDirectory, is_disk_full, now
 from raytrl.versions import versions
 
 Show = Callable[[Progress], None]
@@ -154,7 +154,7 @@ def run_to_end(kind: Kind[Any, O_co], command: str, fresh: bool, show: Show) -> 
     run, started = kind.run, time.time()
     check_output_dir(run)
     run_dir = RunDirectory(run.output_dir, run.name)
-    with run_dir.locked():
+    with run_dir.locked(), full_disk_told(run_dir):
         standing = kind.standing(run_dir, fresh)
         if standing.state != "fresh":
             _tell(changed_inputs(run_dir, kind.made_from(), standing.state), show)
@@ -209,8 +209,23 @@ def _failure_noted(run_dir: RunDirectory) -> Iterator[None]:
     try:
         yield
     except RaytrlError as error:
-        run_dir.update_manifest(state="failed", error=str(error))
+        with suppress(OSError):  # on a full disk; the error is what the user needs
+            run_dir.update_manifest(state="failed", error=str(error))
         raise
+
+
+@contextmanager
+def full_disk_told(run_dir: RunDirectory) -> Iterator[None]:
+    """What the driver cannot write for lack of room is the user's to mend, not a fault of the program."""
+    try:
+        yield
+    except OSError as error:
+        if not is_disk_full(error):
+            raise
+        raise RunError(
+            f"{run_dir}: cannot be written to; found: {error.strerror or error}: {error.filename or run_dir}; expected: room "
+            f"on that disk; then the same command continues from the last checkpoint"
+        ) from error
 
 
 def _write_start(kind: Kind[Any, O_co], run_dir: RunDirectory, command: str) -> None:

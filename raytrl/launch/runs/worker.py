@@ -23,7 +23,7 @@ from raytrl.errors import ConfigError, NonFiniteError, RaytrlError, RewardError,
 from raytrl.launch.session.logs import LOG, set_version, start_log
 from raytrl.launch.session.session import QUIET_LIBRARIES, work_in
 from raytrl.records.progress import Progress
-from raytrl.rundir import RunDirectory
+from raytrl.rundir import RunDirectory, is_disk_full
 
 # A peer's death seen from another rank: a consequence, not a cause, so never the message a user should read.
 _PEER_DEATH = ("connection closed by peer", "connection reset", "nccl", "gloo", "broken pipe", "timed out waiting")
@@ -132,9 +132,8 @@ def as_worker(config: dict[str, Any], work: Callable[[RayWorkerContext], dict[st
         text = f"worker {context.rank} on node {node}: {cause}"
         LOG.exception("failed: %s", cause)
         if not any(word in str(error).lower() for word in _PEER_DEATH):
-            failure = Progress(
-                "failure", text=text, details=traceback.format_exc(), final=isinstance(error, _SAME_AGAIN)
-            )
+            same_again = isinstance(error, _SAME_AGAIN) or is_disk_full(error)
+            failure = Progress("failure", text=text, details=traceback.format_exc(), final=same_again)
             ray.get(config["board"].post.remote(failure), timeout=30)  # before this process may be ended
         raise WorkerError(text) from None
 

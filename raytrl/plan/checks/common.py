@@ -4,6 +4,7 @@ import importlib.util
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from raytrl.config.runs.base import Run, TrainingRun
 from raytrl.config.sections.reward import RewardSection
@@ -13,6 +14,8 @@ from raytrl.plan.hub import hub_folder
 from raytrl.plan.where import joins_cluster
 from raytrl.roles.device import check_cpu
 from raytrl.roles.reward.function import FunctionSource
+
+Rows = Mapping[str, Any]  # key of the run file → its datasets.Dataset
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,17 @@ def check_run(run: Run) -> dict[str, int]:
     if not run.uses_gpu and not joins_cluster(run):
         check_cpu(run)
     return check_weights(run)
+
+
+def load_all(run: Run) -> Rows:
+    """The datasets that the run file names.
+
+    Raises:
+        DataError: one cannot be loaded.
+    """
+    from raytrl.data import load_data  # datasets: 1.3 s
+
+    return {key: load_data(source, key) for key, source in run.data_sources().items()}
 
 
 def check_rows(run: Run, rows: Mapping[str, int]) -> None:

@@ -1,11 +1,10 @@
 """What is checked before an evaluation starts."""
 
 from collections.abc import Mapping
-from typing import Any
 
 from raytrl.config.runs.evaluation import EvalRun
 from raytrl.errors import ConfigError, DataError
-from raytrl.plan.checks.common import Facts, check_functions, check_run
+from raytrl.plan.checks.common import Facts, Rows, check_functions, check_run, load_all
 from raytrl.plan.checks.prompts import check_prompts_of
 
 
@@ -17,7 +16,7 @@ def check_eval(run: EvalRun) -> Facts:
     """
     embeddings = check_run(run)
     check_functions(run.reward)
-    facts = check_eval_prompts(run, embeddings)
+    facts = try_data(run, load_all(run), embeddings)
     if run.reference.path is not None:
         from raytrl.roles.models.tokenizer import load_tokenizer
 
@@ -33,7 +32,7 @@ def check_eval(run: EvalRun) -> Facts:
     return facts
 
 
-def check_eval_prompts(run: EvalRun, embeddings: Mapping[str, int] | None = None) -> Facts:
+def try_data(run: EvalRun, rows: Rows, embeddings: Mapping[str, int]) -> Facts:
     """Every prompt, alone, for each model that is evaluated.
 
     Args:
@@ -45,16 +44,12 @@ def check_eval_prompts(run: EvalRun, embeddings: Mapping[str, int] | None = None
     facts = Facts()
     for key, (path, tokenizer) in reversed(run.evaluated.items()):
         own = run.model_copy(update={"model": run.model.model_copy(update={"path": path, "tokenizer": tokenizer})})
+        known = embeddings.get("model.path" if key == "model" else key)
         try:
-            rows = (embeddings or {}).get("model.path" if key == "model" else key)
-            facts |= check_prompts_of(own, run.data.eval, "data.eval", rows)
+            for where, dataset in rows.items():
+                facts |= check_prompts_of(own, dataset, where, known)
         except DataError:
             raise  # names the row already
         except ConfigError as error:
             raise ConfigError(f"{key}: {error}" if key != "model" else str(error)) from None
     return facts
-
-
-def try_data(run: EvalRun, found: Mapping[str, Any]) -> Facts:
-    """`check_eval_prompts`, for `raytrl plan`; `found` are its datasets, which are read from the cache again."""
-    return check_eval_prompts(run)

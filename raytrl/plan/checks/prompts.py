@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from raytrl.config.runs.rollout import RolloutRun
-from raytrl.config.sections.data import DataSource
 from raytrl.config.sections.reward import RewardSection
 from raytrl.errors import ConfigError, DataError
 from raytrl.plan.checks.common import Facts
@@ -87,7 +86,7 @@ class PromptRows:
             ) from error
 
 
-def check_prompts_of(run: RolloutRun, source: DataSource, where: str, embeddings: int | None = None) -> Facts:
+def check_prompts_of(run: RolloutRun, dataset: Any, where: str, embeddings: int | None) -> Facts:
     """Goes through every prompt of a dataset.
 
     Args:
@@ -97,12 +96,11 @@ def check_prompts_of(run: RolloutRun, source: DataSource, where: str, embeddings
         ConfigError: the tokenizer cannot be used for prompts, or the longest do not fit into a model.
         DataError: a prompt that cannot be used, with its row.
     """
-    from raytrl.data import check_columns, choose_columns, load_data  # datasets: 1.3 s
+    from raytrl.data import check_columns  # datasets: 1.3 s
     from raytrl.roles.models.positions import positions_at
     from raytrl.roles.models.tokenizer import load_tokenizer, turn_end
 
-    dataset = load_data(source, where)
-    check_columns(dataset, run, where)
+    taken = check_columns(dataset, run, where)
     trust = run.model.trust_remote_code
     try:
         tokenizer = load_tokenizer(run.tokenizer_path, None, trust)
@@ -134,8 +132,7 @@ def check_prompts_of(run: RolloutRun, source: DataSource, where: str, embeddings
         "" if turn is None or turn[0] == tokenizer.eos_token_id else f"; a turn's end, {turn[1]}, ends a response too"
     )
     words = f"{len(dataset):,} prompts of up to {longest} tokens{cut}{ends}{beyond}"
-    columns = choose_columns(dataset, run, where).in_words()
-    return Facts({where: len(dataset)}, {where: words}, notices, {where: columns})
+    return Facts({where: len(dataset)}, {where: words}, notices, {where: taken.in_words()})
 
 
 def check_for_prompts(tokenizer: Any, first: Any, where: str) -> None:

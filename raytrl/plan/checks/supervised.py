@@ -2,14 +2,17 @@
 
 import tempfile
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from raytrl.config.runs.supervised import SupervisedRun
 from raytrl.config.sections.model import TokenizerSpec
 from raytrl.errors import ConfigError
-from raytrl.plan.checks.common import Facts, check_rows, check_run, check_trackers
+from raytrl.plan.checks.common import Facts, Rows, check_rows, check_run, check_trackers, load_all
 from raytrl.plan.checks.weights import check_vocabulary
 from raytrl.rundir import RunDirectory
+
+if TYPE_CHECKING:
+    from raytrl.data import Taken
 
 
 def prepare_supervised(run: SupervisedRun, run_dir: RunDirectory, *, tries_rows: bool = True) -> Facts:
@@ -22,18 +25,15 @@ def prepare_supervised(run: SupervisedRun, run_dir: RunDirectory, *, tries_rows:
     Raises:
         ConfigError: something is missing, or does not fit together.
     """
-    from raytrl.data import check_columns, conversation_of, load_data, texts_of  # datasets: 1.3 s
+    from raytrl.data import check_columns, texts_of  # datasets: 1.3 s
 
     check_trackers(run)
     embeddings = check_run(run)
-    train_rows = load_data(run.data.train, "data.train")
-    columns = check_columns(train_rows, run, "data.train")
-    rows = {"data.train": (train_rows, columns)}
-    if run.data.eval is not None:
-        eval_rows = load_data(run.data.eval, "data.eval")
-        rows["data.eval"] = (eval_rows, check_columns(eval_rows, run, "data.eval"))
-    check_rows(run, {key: len(dataset) for key, (dataset, _) in rows.items()})
-    from raytrl.roles.models.tokenizer import check_tokenizer, load_tokenizer, train_tokenizer
+    rows = load_all(run)
+    taken = {key: check_columns(dataset, run, key) for key, dataset in rows.items()}
+    counts = {key: len(dataset) for key, dataset in rows.items()}
+    check_rows(run, counts)
+    from raytrl.roles.models.tokenizer import load_tokenizer, train_tokenizer
 
     spec = run.model.tokenizer
     if isinstance(spec, TokenizerSpec):
@@ -41,18 +41,31 @@ def prepare_supervised(run: SupervisedRun, run_dir: RunDirectory, *, tries_rows:
             with run_dir.local_copy("tokenizer") as folder:
                 tokenizer = load_tokenizer(folder, None, False)
         else:
-            tokenizer = train_tokenizer(texts_of(train_rows, columns), spec)
+            tokenizer = train_tokenizer(texts_of(rows["data.train"], taken["data.train"].layout), spec)
             with tempfile.TemporaryDirectory() as folder:
                 tokenizer.save_pretrained(f"{folder}/tokenizer")
                 run_dir.store(f"{folder}/tokenizer", "tokenizer")
     else:
         tokenizer = own_tokenizer(run)
+    _check_tokenizer(run, tokenizer, rows, taken, embeddings)
+    return try_rows(run, tokenizer, rows, taken) if tries_rows else Facts(counts)
+
+
+def _check_tokenizer(
+    run: SupervisedRun, tokenizer: Any, rows: Rows, taken: Mapping[str, "Taken"], embeddings: Mapping[str, int]
+) -> None:
+    """It fits the model's embeddings and the first row.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    from raytrl.data import conversation_of
+    from raytrl.roles.models.tokenizer import check_tokenizer
+
     if run.model.pad_token is None:  # else the embeddings are made as many as the tokenizer needs
         check_vocabulary(tokenizer, embeddings.get("model.path"), "model.tokenizer")
-    check_tokenizer(tokenizer, run, conversation_of(train_rows, columns))
-    if not tries_rows:
-        return Facts({key: len(dataset) for key, (dataset, _) in rows.items()})
-    return try_rows(run, tokenizer, rows)
+    if (train := rows.get("data.train")) is not None:
+        check_tokenizer(tokenizer, run, conversation_of(train, taken["data.train"].layout))
 
 
 def own_tokenizer(run: SupervisedRun) -> Any:
@@ -70,48 +83,47 @@ def own_tokenizer(run: SupervisedRun) -> Any:
         raise ConfigError(f"model.tokenizer: cannot be loaded: {str(error).splitlines()[0]}") from None
 
 
-def try_data(run: SupervisedRun, found: Mapping[str, Any]) -> Facts:
-    """Tries the rows of datasets that are there, by key, as far as nothing has to be made for it.
+def try_data(run: SupervisedRun, rows: Rows, embeddings: Mapping[str, int]) -> Facts:
+    """Tries the rows of datasets as far as nothing has to be made for it.
+
+    Args:
+        embeddings: rows of each model that was looked at, by key.
 
     Raises:
         ConfigError: a row, or the tokenizer, cannot be used.
     """
-    from raytrl.data import check_columns, conversation_of
-    from raytrl.roles.models.tokenizer import check_tokenizer
+    from raytrl.data import check_columns
 
-    rows = {key: (dataset, check_columns(dataset, run, key)) for key, dataset in found.items()}
+    taken = {key: check_columns(dataset, run, key) for key, dataset in rows.items()}
     tokenizer = own_tokenizer(run)
-    if (train := rows.get("data.train")) is not None:
-        check_tokenizer(tokenizer, run, conversation_of(*train))
-    return try_rows(run, tokenizer, rows)
+    _check_tokenizer(run, tokenizer, rows, taken, embeddings)
+    return try_rows(run, tokenizer, rows, taken)
 
 
-def try_rows(run: SupervisedRun, tokenizer: Any, rows: Mapping[str, tuple[Any, tuple[str, ...]]]) -> Facts:
+def try_rows(run: SupervisedRun, tokenizer: Any, rows: Rows, taken: Mapping[str, "Taken"]) -> Facts:
     """Tries every row: its chat template, its length.
 
     Args:
         tokenizer: the run's own; it is changed.
-        rows: by key: a dataset, and the columns that are trained on.
+        taken: which columns of each dataset are trained on.
 
     Raises:
         DataError: a row that cannot be trained on.
     """
-    from raytrl.data import choose_columns
     from raytrl.plan.checks.rows import go_through
     from raytrl.plan.checks.told import refuse, row_notices, row_words
     from raytrl.roles.models.tokenizer import as_trained
 
-    counts = {key: len(dataset) for key, (dataset, _) in rows.items()}
-    used = {key: choose_columns(dataset, run, key).in_words() for key, (dataset, _) in rows.items()}
+    counts = {key: len(dataset) for key, dataset in rows.items()}
+    used = {key: each.in_words() for key, each in taken.items()}
     trained = as_trained(tokenizer, run)
     if trained is None:
         untried = "rows are not tried before the start: training.chat_template_path is on the hub"
         return Facts(counts, notices=(untried,), columns=used)
     words, notices = {}, list[str]()
-    for key, (dataset, columns) in rows.items():
-        check = _check(run, trained, key, columns, len(dataset))
-        also = [name for name in ("tools", "chat_template_kwargs") if name in dataset.column_names]
-        found = go_through(dataset, [*columns, *also], check, alone=run.model.trust_remote_code)
+    for key, dataset in rows.items():
+        check = _check(run, trained, key, taken[key].layout, len(dataset))
+        found = go_through(dataset, taken[key].columns, check, alone=run.model.trust_remote_code)
         refuse(found, check)
         words[key] = row_words(found, check)
         notices += row_notices(found, check, "max_length" not in run.training)

@@ -10,12 +10,14 @@ def check_weights(run: Run) -> dict[str, int]:
     """Looks at every model that is a local folder; returns rows of embeddings by key of the run file.
 
     Raises:
-        ConfigError: weights are missing, have another shape or belong to another network.
+        ConfigError: weights are missing, have another shape or belong to another network; or the model could not be saved.
     """
     from raytrl.roles.models.loading import has_weights, look_at  # torch: 2 s
 
     rows: dict[str, int] = {}
     for use in run.models():
+        if use.retrained and use.path is not None:
+            check_generation_config(use.path, use.revision, use.key)
         place = _place(use)
         if place is None or not has_weights(place):
             continue
@@ -33,6 +35,30 @@ def check_weights(run: Run) -> dict[str, int]:
         if found is not None:
             rows[use.key] = found
     return rows
+
+
+def check_generation_config(path: str, revision: str | None, key: str) -> None:
+    """That a model trained in full can be saved: transformers writes no generation config that contradicts itself.
+
+    It reads such a one, and writes it as long as nothing changed it; Trainer puts the tokenizer's special tokens into it.
+
+    Raises:
+        ConfigError: with all that transformers finds wrong.
+    """
+    from transformers import GenerationConfig
+
+    try:
+        config = GenerationConfig.from_pretrained(path, revision=revision)
+    except OSError:  # it has none
+        return
+    try:
+        config.validate(strict=True)
+    except ValueError as error:
+        wrong = [line.removeprefix("- ") for line in str(error).splitlines() if line.startswith("- ")] or [str(error)]
+        raise ConfigError(
+            f"{key}: {path!r}: its generation_config.json could not be saved again after the training; found: "
+            f"{' '.join(wrong)}; expected: a folder whose generation_config.json does not contradict itself"
+        ) from None
 
 
 def _place(use: ModelUse) -> str | None:

@@ -159,8 +159,8 @@ def choose_columns(dataset: datasets.Dataset, run: Run, where: str) -> Taken:
     return Taken(layout, beside, unused, run.gives_columns_to_rewards)
 
 
-def check_columns(dataset: datasets.Dataset, run: Run, where: str) -> Taken:
-    """`choose_columns`; each has been found without missing values and of the right type.
+def check_columns(dataset: datasets.Dataset, run: Run, where: str) -> Columns:
+    """The layout of `choose_columns`; each has been found without missing values and of the right type.
 
     Raises:
         DataError: no usable columns (naming those there are), or a row with a missing or mistyped value.
@@ -174,7 +174,7 @@ def check_columns(dataset: datasets.Dataset, run: Run, where: str) -> Taken:
         raise DataError(f"{where}: {', '.join(taken.layout)} must all be strings, or all be lists of messages")
     for column in taken.beside:
         _check_beside(dataset, column, where)
-    return taken
+    return taken.layout
 
 
 def _check_column(dataset: datasets.Dataset, column: str, where: str) -> None:

@@ -23,35 +23,56 @@ def load_function(place: str, where: str) -> Callable[..., Any]:
     Raises:
         ConfigError: no such file, module or function, or the module raises while it is imported.
     """
-    module_name, _, name = place.rpartition(":")
     try:
-        if module_name.endswith(".py"):
-            path = Path(module_name)
-            if not path.is_file():
-                raise ConfigError(f"{where}: no such file; found: {module_name!r}; expected: a Python file")
-            spec = importlib.util.spec_from_file_location(path.stem, path)
-            assert spec is not None  # a .py file always has a spec
-            assert spec.loader is not None
-            module = importlib.util.module_from_spec(spec)
-            is_first = sys.modules.setdefault(path.stem, module) is module  # dataclasses look their module up there
-            try:
-                spec.loader.exec_module(module)
-            except BaseException:
-                if is_first:
-                    del sys.modules[path.stem]  # a module that raised is not a module
-                raise
-        else:
-            if os.getcwd() not in sys.path:  # the `raytrl` script, unlike `python -m`, does not look there by itself
-                sys.path.insert(0, os.getcwd())
-            module = importlib.import_module(module_name)
-    except ConfigError:
-        raise
+        return import_function(place)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
     except Exception as error:  # the user's module may raise anything
-        raise ConfigError(f"{where}: {module_name} cannot be imported: {describe_raised(error)}") from error
+        raise ConfigError(
+            f"{where}: {place.rpartition(':')[0]} cannot be imported: {describe_raised(error)}"
+        ) from error
+
+
+def import_function(place: str) -> Callable[..., Any]:
+    """The callable that `file.py:name` or `package.module:name` names.
+
+    Raises:
+        ConfigError: no such file or function.
+        Exception: whatever the module raises while it is imported.
+    """
+    module_name, _, name = place.rpartition(":")
+    if module_name.endswith(".py"):
+        path = Path(module_name)
+        if not path.is_file():
+            raise ConfigError(
+                f"no such file; found: {module_name!r} (working directory {Path.cwd()}); expected: a Python file"
+            )
+        _look_in(path.resolve().parent)  # so that it can import its neighbours
+        own_name = f"user_file_{path.stem}"  # a file called random.py must not stand in for the module random
+        spec = importlib.util.spec_from_file_location(own_name, path.resolve())
+        assert spec is not None  # a .py file always has a spec
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[own_name] = module  # dataclasses look their module up there
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[own_name]  # a module that raised is not a module
+            raise
+    else:
+        _look_in(Path.cwd())
+        module = importlib.import_module(module_name)
     function: Callable[..., Any] | None = getattr(module, name, None)
-    if function is None or not callable(function):
-        raise ConfigError(f"{where}: no function {name!r} in {module_name}")
+    if not callable(function):
+        found = "" if module_name.endswith(".py") else f" ({getattr(module, '__file__', None) or 'built in'})"
+        raise ConfigError(f"no function {name!r} in {module_name}{found}; found: {function!r:.80}")
     return function
+
+
+def _look_in(folder: Path) -> None:
+    """Last, behind everything installed: a user's datasets.py must not stand in for a library's module."""
+    if str(folder) not in sys.path:
+        sys.path.append(str(folder))
 
 
 def describe_raised(error: BaseException) -> str:

@@ -100,7 +100,9 @@ def test_a_reward_function_that_raises_ends_the_run_with_one_message(folder: Pat
     )
     source = {"name": "judge", "function": f"{folder}/broken.py:broken", "retries": 0}
     file = ppo_file(folder, "broken", reward={"resources": {"CPU": 0.5}, "sources": [source]})
-    output = raytrl("ppo", file, status=1)
+    for name in ("datasets", "statistics", "evaluate", "peft"):  # no process may take a user's file for a library
+        (folder / f"{name}.py").write_text("raise RuntimeError('imported instead of the library')\n")
+    output = raytrl("ppo", file, status=1, cwd=folder)
     errors = [line for line in output.splitlines() if line.startswith("error:")]
     assert len(errors) == 1, output
     assert "reward source 'judge'" in errors[0]

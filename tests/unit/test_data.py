@@ -36,7 +36,7 @@ def load(source: Any) -> datasets.Dataset:
 
 
 def columns_of(rows: list[dict[str, Any]], kind: str = "sft", **training: Any) -> tuple[str, ...]:
-    return check_columns(load(write_rows(Path("a.jsonl"), rows)), run_of(kind, **training), "data.train").layout
+    return check_columns(load(write_rows(Path("a.jsonl"), rows)), run_of(kind, **training), "data.train")
 
 
 def load_error(source: Any) -> str:

@@ -90,7 +90,7 @@ def test_messages_have_the_keys_and_values_of_the_file(rows: list[Any]) -> None:
 
 def test_messages_with_other_keys_pass_the_column_check() -> None:
     written("a.jsonl", *(json.dumps({"messages": row}) for row in ([{**USER, "name": "ann"}, BOT], [USER, call(a=1)])))
-    assert check_columns(load("a.jsonl"), run_of(), "data.train").layout == ("messages",)
+    assert check_columns(load("a.jsonl"), run_of(), "data.train") == ("messages",)
 
 
 def test_a_key_that_parquet_filled_in_is_not_there() -> None:
@@ -99,7 +99,7 @@ def test_a_key_that_parquet_filled_in_is_not_there() -> None:
     loaded = load("a.parquet")
     assert loaded["messages"][:] == rows
     assert loaded["id"][:] == [1, 2]
-    assert check_columns(loaded, run_of(), "data.train").layout == ("messages",)
+    assert check_columns(loaded, run_of(), "data.train") == ("messages",)
     datasets.Dataset.from_dict({"messages": rows}).save_to_disk("saved")
     assert load("saved")["messages"][:] == rows
 
@@ -190,7 +190,7 @@ def test_strings_of_every_arrow_type_are_text() -> None:
         column = texts.dictionary_encode() if pa.types.is_dictionary(kind) else texts.cast(kind)
         pq.write_table(pa.table({"text": column}), "a.parquet")
         loaded = load("a.parquet")
-        assert check_columns(loaded, run_of(), "data.train").layout == ("text",)
+        assert check_columns(loaded, run_of(), "data.train") == ("text",)
         assert list(texts_of(loaded, ("text",))) == ["a", "b"]
 
 

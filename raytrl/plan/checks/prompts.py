@@ -96,11 +96,11 @@ def check_prompts_of(run: RolloutRun, dataset: Any, where: str, embeddings: int 
         ConfigError: the tokenizer cannot be used for prompts, or the longest do not fit into a model.
         DataError: a prompt that cannot be used, with its row.
     """
-    from raytrl.data import check_columns  # datasets: 1.3 s
+    from raytrl.data import check_columns, choose_columns  # datasets: 1.3 s
     from raytrl.roles.models.positions import positions_at
     from raytrl.roles.models.tokenizer import load_tokenizer, turn_end
 
-    taken = check_columns(dataset, run, where)
+    check_columns(dataset, run, where)
     trust = run.model.trust_remote_code
     try:
         tokenizer = load_tokenizer(run.tokenizer_path, None, trust)
@@ -132,7 +132,9 @@ def check_prompts_of(run: RolloutRun, dataset: Any, where: str, embeddings: int 
         "" if turn is None or turn[0] == tokenizer.eos_token_id else f"; a turn's end, {turn[1]}, ends a response too"
     )
     words = f"{len(dataset):,} prompts of up to {longest} tokens{cut}{ends}{beyond}"
-    return Facts({where: len(dataset)}, {where: words}, notices, {where: taken.in_words()})
+    return Facts(
+        {where: len(dataset)}, {where: words}, notices, {where: choose_columns(dataset, run, where).in_words()}
+    )
 
 
 def check_for_prompts(tokenizer: Any, first: Any, where: str) -> None:

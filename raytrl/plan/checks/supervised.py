@@ -25,12 +25,12 @@ def prepare_supervised(run: SupervisedRun, run_dir: RunDirectory, *, tries_rows:
     Raises:
         ConfigError: something is missing, or does not fit together.
     """
-    from raytrl.data import check_columns, texts_of  # datasets: 1.3 s
+    from raytrl.data import texts_of  # datasets: 1.3 s
 
     check_trackers(run)
     embeddings = check_run(run)
     rows = load_all(run)
-    taken = {key: check_columns(dataset, run, key) for key, dataset in rows.items()}
+    taken = _checked(run, rows)
     counts = {key: len(dataset) for key, dataset in rows.items()}
     check_rows(run, counts)
     from raytrl.roles.models.tokenizer import load_tokenizer, train_tokenizer
@@ -49,6 +49,15 @@ def prepare_supervised(run: SupervisedRun, run_dir: RunDirectory, *, tries_rows:
         tokenizer = own_tokenizer(run)
     _check_tokenizer(run, tokenizer, rows, taken, embeddings)
     return try_rows(run, tokenizer, rows, taken) if tries_rows else Facts(counts)
+
+
+def _checked(run: SupervisedRun, rows: Rows) -> dict[str, "Taken"]:
+    """Which columns of each dataset are trained on; their values have been looked at."""
+    from raytrl.data import check_columns, choose_columns
+
+    for key, dataset in rows.items():
+        check_columns(dataset, run, key)
+    return {key: choose_columns(dataset, run, key) for key, dataset in rows.items()}
 
 
 def _check_tokenizer(
@@ -92,9 +101,7 @@ def try_data(run: SupervisedRun, rows: Rows, embeddings: Mapping[str, int]) -> F
     Raises:
         ConfigError: a row, or the tokenizer, cannot be used.
     """
-    from raytrl.data import check_columns
-
-    taken = {key: check_columns(dataset, run, key) for key, dataset in rows.items()}
+    taken = _checked(run, rows)
     tokenizer = own_tokenizer(run)
     _check_tokenizer(run, tokenizer, rows, taken, embeddings)
     return try_rows(run, tokenizer, rows, taken)

@@ -14,6 +14,7 @@ from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import Any
 
+import raytrl
 from raytrl.config.sections.reward import SourceSection
 from raytrl.errors import ConfigError
 from raytrl.roles.reward.call import CallError, Pair, completion_of
@@ -64,9 +65,10 @@ class FunctionSource:
     def _start(self) -> None:
         assert self.section.function is not None
         ours, theirs = Pipe()
-        command = [sys.executable, "-m", "raytrl.roles.reward.function_process"]
-        # The function must see what this process sees, however that got on its path.
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
+        command = [sys.executable, "-P", "-m", "raytrl.roles.reward.function_process"]
+        # However this package got on the path: the process must find it before it is told where else to look.
+        own = os.path.dirname(os.path.dirname(os.path.abspath(raytrl.__file__)))
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), own]))}
         self._process = subprocess.Popen(  # noqa: S603 (our own module)
             [*command, str(theirs.fileno()), str(os.getpid())],
             pass_fds=[theirs.fileno()],
@@ -76,11 +78,11 @@ class FunctionSource:
         theirs.close()
         self._connection = ours
         try:
-            self._exchange(self.section.function, START_LIMIT_S)
+            self._exchange((self.section.function, [path or os.getcwd() for path in sys.path]), START_LIMIT_S)
         except CallError as error:
             self._stop()
             raise ConfigError(
-                f"reward.sources.{self.section.name}.function: cannot load {self.section.function}; its import {error}"
+                f"reward.sources.{self.section.name}.function: cannot load {self.section.function}: {error}"
                 "; expected: a function of that name; name the file by its path from the working directory"
             ) from None
 

@@ -1,13 +1,11 @@
-"""The process in which a reward function runs: `python -m raytrl.roles.reward.function_process FD PARENT_PID`.
+"""The process in which a reward function runs: `python -P -m raytrl.roles.reward.function_process FD PARENT_PID`.
 
-Over the pipe FD it first receives the function's name and answers (True, []) once it is loaded; then, for each
-dictionary of keywords, it answers (True, values) or (False, description of the error). It ends when the pipe closes or
-the parent is gone. No torch here: the start must be quick.
+Over the pipe FD it first receives the function's name and where its parent looks for modules, and answers (True, []) once
+the function is loaded; then, for each dictionary of keywords, it answers (True, values) or (False, description of the error).
+It ends when the pipe closes or the parent is gone. No torch here: the start must be quick.
 """
 
 import asyncio
-import importlib
-import importlib.util
 import inspect
 import os
 import sys
@@ -16,9 +14,11 @@ import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+
+from raytrl.errors import ConfigError
+from raytrl.functions import import_function
 
 
 def main() -> None:
@@ -28,7 +28,11 @@ def main() -> None:
     loop = asyncio.new_event_loop()  # one loop for all calls: an async function may keep a client bound to it
     try:
         try:
-            function = import_function(connection.recv())
+            name, sys.path[:] = connection.recv()
+            function = import_function(name)
+        except ConfigError as error:
+            connection.send((False, str(error)))
+            return
         except Exception as error:
             connection.send((False, _raised(error)))
             return
@@ -49,29 +53,6 @@ def main() -> None:
 
 class NoListError(Exception):
     """The function returned something that holds no values."""
-
-
-def import_function(name: str) -> Callable[..., Any]:
-    """The callable that `file.py:name` or `package.module:name` names. Raises whatever its import raises."""
-    place, _, attribute = name.rpartition(":")
-    if place.endswith(".py"):
-        path = Path(place).resolve()
-        if not path.is_file():
-            raise FileNotFoundError(f"no such file: found nothing at {place} in {Path.cwd()}")
-        sys.path.insert(0, str(path.parent))  # so that it can import its neighbours
-        own_name = f"reward_file_{path.stem}"  # a file called random.py must not stand in for the module random
-        spec = importlib.util.spec_from_file_location(own_name, path)
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[own_name] = module
-        spec.loader.exec_module(module)
-    else:
-        module = importlib.import_module(place)
-    function = getattr(module, attribute, None)
-    if not callable(function):
-        raise AttributeError(f"{place} has no function {attribute!r}; found: {function!r}")
-    return function  # type: ignore[no-any-return]  # callable: checked above
 
 
 def call_function(function: Callable[..., Any], keywords: dict[str, Any], loop: asyncio.AbstractEventLoop) -> list[Any]:

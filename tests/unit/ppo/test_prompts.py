@@ -137,7 +137,7 @@ def test_what_is_refused(tokenizer: Any) -> None:
     with pytest.raises(DataError, match=r"no columns that `raytrl ppo` can train on; found: text; expected: prompt"):
         check_columns(Dataset.from_list([{"text": "a"}]), RUN, "data.train")
     pairs = Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}])
-    assert check_columns(pairs, RUN, "data.train").layout == ("prompt",)
+    assert check_columns(pairs, RUN, "data.train") == ("prompt",)
 
 
 def chat_of(tokenizer: Any, folder: Path, template: str) -> Any:

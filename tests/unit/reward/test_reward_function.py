@@ -1,6 +1,8 @@
 """Reward functions: TRL's convention, and what each way of failing costs."""
 
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -208,8 +210,8 @@ def test_batches_keep_the_order(load: Any, pair: Any) -> None:
     [
         ("nowhere.py:f", "no such file"),
         ("no_such_package.rewards:f", "No module named 'no_such_package'"),
-        ("raytrl.film_reviews:no_such", "has no function 'no_such'"),
-        ("raytrl.film_reviews:POSITIVE", "has no function 'POSITIVE'"),
+        ("raytrl.film_reviews:no_such", "no function 'no_such' in raytrl.film_reviews"),
+        ("raytrl.film_reviews:POSITIVE", "no function 'POSITIVE' in raytrl.film_reviews"),
     ],
 )
 def test_a_function_that_cannot_be_loaded_is_a_config_error(function: str, words: str) -> None:
@@ -222,3 +224,30 @@ def test_a_function_of_an_installed_module(pair: Any) -> None:
     source = FunctionSource(SourceSection(name="gold", function="raytrl.film_reviews:sentiment_reward"))
     assert ask(source, [pair("p", " moving and clumsy and tender.")]) == [1.0]
     source.close()
+
+
+def test_files_named_like_modules_stand_in_for_nothing(
+    pair: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("signal", "types", "asyncio", "datasets", "functions", "function_process"):
+        Path(f"{name}.py").write_text("raise RuntimeError('imported instead of the library')\n")
+    Path("helper.py").write_text("VALUE = 2.0\n")
+    Path("random.py").write_text(
+        "import helper\n\ndef two(completions):\n    return [helper.VALUE] * len(completions)\n"
+    )
+    for function in ("random.py:two", str(tmp_path / "random.py") + ":two"):
+        source = FunctionSource(SourceSection(name="two", function=function))
+        assert ask(source, [pair("p", "x")]) == [2.0]
+        source.close()
+
+
+@pytest.mark.parametrize("words", [["-m", "raytrl", "--help"], ["-c", "import raytrl, datasets"]])
+def test_the_working_directory_is_looked_in_last(words: list[str], tmp_path: Path) -> None:
+    for name in ("typer", "datasets", "yaml"):
+        (tmp_path / f"{name}.py").write_text("raise RuntimeError('imported instead of the library')\n")
+    done = subprocess.run([sys.executable, *words], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    asked = {**os.environ, "PYTHONPATH": str(tmp_path)}  # somebody wants it so
+    done = subprocess.run([sys.executable, *words], cwd=tmp_path, env=asked, capture_output=True, text=True)
+    assert "imported instead of the library" in done.stderr

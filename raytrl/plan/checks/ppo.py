@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from raytrl.config.runs.ppo import PpoRun
 from raytrl.plan.checks.common import Facts, Rows, check_functions, check_run, check_trackers, load_all
-from raytrl.plan.checks.prompts import check_prompts_of
+from raytrl.plan.checks.prompts import check_prompts_of, check_readers
 
 
 def check_ppo(run: PpoRun) -> Facts:
@@ -30,5 +30,7 @@ def try_data(run: PpoRun, rows: Rows, embeddings: Mapping[str, int]) -> Facts:
     """
     facts = Facts()
     for key, dataset in rows.items():
-        facts |= check_prompts_of(run, dataset, key, embeddings.get("model.path"))
+        facts |= check_prompts_of(run, dataset, key, embeddings)
+    others = {"value_model.init": run.value_model.init, "reference.path": run.reference.path}
+    check_readers(run, others, embeddings)
     return facts

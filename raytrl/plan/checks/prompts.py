@@ -1,7 +1,7 @@
 """What becomes of each prompt: its tokens for the policy, and its text for reward models."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,11 +86,11 @@ class PromptRows:
             ) from error
 
 
-def check_prompts_of(run: RolloutRun, dataset: Any, where: str, embeddings: int | None) -> Facts:
+def check_prompts_of(run: RolloutRun, dataset: Any, where: str, embeddings: Mapping[str, int]) -> Facts:
     """Goes through every prompt of a dataset.
 
     Args:
-        embeddings: rows of the model's, where they were looked at.
+        embeddings: rows of each model that was looked at, by key.
 
     Raises:
         ConfigError: the tokenizer cannot be used for prompts, or the longest do not fit into a model.
@@ -106,9 +106,11 @@ def check_prompts_of(run: RolloutRun, dataset: Any, where: str, embeddings: int 
         tokenizer = load_tokenizer(run.tokenizer_path, None, trust)
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.tokenizer: cannot be loaded: {str(error).splitlines()[0]}") from None
-    beyond = check_vocabulary(tokenizer, embeddings, "model.tokenizer")
+    beyond = check_vocabulary(tokenizer, embeddings.get("model.path"), "model.tokenizer")
     check_for_prompts(tokenizer, dataset[0]["prompt"], where)
     judges, new = judges_of(run.reward), run.rollout.sampling.max_new_tokens
+    for judge in judges:
+        check_vocabulary(judge.tokenizer, embeddings.get(judge.key), judge.key)
     check = PromptRows(where, PromptTable([], tokenizer, run.rollout, where), tokenizer, judges)
     found = go_through(dataset, ["prompt"], check, alone=trust)
     longest = found.longest[""][0]
@@ -154,6 +156,37 @@ def check_for_prompts(tokenizer: Any, first: Any, where: str) -> None:
         )
     if tokenizer("a")["input_ids"][-1:] == [tokenizer.eos_token_id]:
         raise ConfigError("model.tokenizer: puts its end token behind every prompt, so the policy would go on after it")
+
+
+def check_readers(run: RolloutRun, others: Mapping[str, str | None], embeddings: Mapping[str, int]) -> None:
+    """Models that read the policy's tokens know them by the same ids; one without a tokenizer of its own is believed.
+
+    Args:
+        others: their places, by key.
+        embeddings: rows of each model that was looked at, by key.
+
+    Raises:
+        ConfigError: one has another token of the same id, or too few embeddings.
+    """
+    from raytrl.roles.models.tokenizer import load_tokenizer
+
+    trust = run.model.trust_remote_code
+    for key, place in others.items():
+        if place is None:
+            continue
+        tokenizer = load_tokenizer(run.tokenizer_path, None, trust)
+        check_vocabulary(tokenizer, embeddings.get(key), key)
+        try:
+            theirs = {number: token for token, number in load_tokenizer(place, None, trust).get_vocab().items()}
+        except (OSError, ValueError):
+            continue
+        other = [n for token, n in sorted(tokenizer.get_vocab().items()) if theirs.get(n, token) != token]
+        if other:
+            raise ConfigError(
+                f"{key}: reads the policy's tokens, so it needs the same ids; found: id {other[0]} is "
+                f"{theirs[other[0]]!r} in {place!r} and {tokenizer.convert_ids_to_tokens(other[0])!r} in "
+                f"{run.tokenizer_path!r}, and {len(other)} like it; expected: a model with the same tokenizer"
+            )
 
 
 def judges_of(section: RewardSection) -> tuple[Judge, ...]:

@@ -11,7 +11,7 @@ from raytrl.config.sections.model import TokenizerSpec
 from raytrl.config.sections.rollout import RolloutSection
 from raytrl.data import check_columns
 from raytrl.errors import ConfigError, DataError
-from raytrl.plan.checks.prompts import Judge, PromptRows, check_for_prompts, judged
+from raytrl.plan.checks.prompts import Judge, PromptRows, check_for_prompts, check_readers, judged
 from raytrl.plan.checks.rows import Found, go_through
 from raytrl.records.samples import chunks
 from raytrl.roles.models.tokenizer import load_tokenizer, train_tokenizer
@@ -181,3 +181,23 @@ def test_two_beginning_tokens_are_counted(tokenizer: Any, tmp_path: Path) -> Non
     )
     twice = found_in(two, [{"prompt": "film"}, {"prompt": "<s>film"}]).tally("twice")
     assert (twice.rows, twice.first) == (1, 2)
+
+
+def test_models_that_read_the_policys_tokens_know_them_by_its_ids(tokenizer: Any, tmp_path: Path) -> None:
+    tokenizer.save_pretrained(tmp_path / "policy")
+    other = train_tokenizer(iter(["quite another text than that of the policy"] * 50), TokenizerSpec(vocab_size=270))
+    other.save_pretrained(tmp_path / "other")
+    more = load_tokenizer(str(tmp_path / "policy"), None, False)
+    more.add_tokens(["<extra>"])
+    more.save_pretrained(tmp_path / "more")
+    (tmp_path / "none").mkdir()
+    model = RUN.model.model_copy(update={"path": str(tmp_path / "policy"), "tokenizer": None})
+    run = RUN.model_copy(update={"model": model})
+    for same in (None, str(tmp_path / "policy"), str(tmp_path / "more"), str(tmp_path / "none")):
+        check_readers(run, {"reference.path": same}, {"reference.path": 400})
+    with pytest.raises(
+        ConfigError, match=r"^value_model\.init: reads the policy's tokens.*found: id \d+ is .* in .*other"
+    ):
+        check_readers(run, {"value_model.init": str(tmp_path / "other")}, {})
+    with pytest.raises(ConfigError, match=r"^reference\.path: .* no embeddings for; .* 10 embeddings"):
+        check_readers(run, {"reference.path": str(tmp_path / "none")}, {"reference.path": 10})

@@ -1,6 +1,7 @@
 """The command line. Parses first and imports late, so that help and config errors answer at once."""
 
 import json
+import os
 import sys
 import traceback
 from collections.abc import Callable
@@ -221,4 +222,11 @@ def config_schema(
 
 
 def main() -> None:
+    try:
+        os.getcwd()
+    except OSError:  # every library below would fail of it, in words of its own
+        err.print(
+            "[bold red]error:[/] the working directory is gone (deleted, or on a disk that is); cd to one that is there"
+        )
+        raise SystemExit(2) from None
     app(prog_name="raytrl")  # also where it was started as `python -m raytrl`

@@ -2,6 +2,8 @@
 
 import glob
 import json
+import os
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,6 +74,7 @@ def _load(source: DataSource) -> datasets.Dataset:
         if source.split not in saved:
             raise ValueError(f"no such split in {source.path}; expected: one of {', '.join(saved)}")
         return saved[source.split]
+    _check_cache()
     for place in (source.path, source.data_dir or ""):
         if glob.has_magic(place) and Path(place).is_dir():
             raise DataError(
@@ -90,6 +93,23 @@ def _load(source: DataSource) -> datasets.Dataset:
         builder = reader_of(builder, files)
     builder.download_and_prepare()
     return builder.as_dataset(split=source.split)
+
+
+def _check_cache() -> None:
+    """Rows are kept there, as Arrow has them, and mapped into memory."""
+    place = str(datasets.config.HF_DATASETS_CACHE)
+    try:
+        os.makedirs(place, exist_ok=True)
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        name = next(
+            (name for name in ("HF_DATASETS_CACHE", "HF_HOME", "XDG_CACHE_HOME") if os.environ.get(name)), "HOME"
+        )
+        raise DataError(
+            f"the cache of datasets cannot be written to; found: {place} (from {name}): {error.strerror or error}; expected: "
+            f"HF_DATASETS_CACHE or HF_HOME, a folder in which this user may write"
+        ) from None
 
 
 def _shortened(message: str, files: list[str]) -> str:

@@ -135,3 +135,12 @@ def test_a_shell_completes_commands_and_options() -> None:
 
     assert completed("re") == ["reward", "report"]
     assert completed("ppo", "--fr") == ["--fresh"]
+
+
+def test_a_working_directory_that_is_gone_is_one_message(tmp_path: Path) -> None:
+    (tmp_path / "gone").mkdir()
+    command = f"cd {tmp_path}/gone && rmdir {tmp_path}/gone && exec {sys.executable} -m raytrl plan a.yaml"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "the working directory is gone" in done.stderr
+    assert "Traceback" not in done.stderr

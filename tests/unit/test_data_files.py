@@ -280,3 +280,12 @@ def test_a_file_is_a_file_whatever_its_name_would_mean_as_a_pattern() -> None:
     written("b-2.jsonl", '{"text": "c"}')
     assert load({"path": "json", "data_files": "b-*.jsonl"})["text"][:] == ["b", "c"]
     assert "one of [ ] * ? in its name" in load_error("run [2]")
+
+
+def test_a_cache_that_cannot_be_written_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    written("a.jsonl", '{"text": "a"}')
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", "/proc/hf/datasets")
+    monkeypatch.setenv("HF_HOME", "/proc/hf")
+    assert "the cache of datasets cannot be written to; found: /proc/hf/datasets (from HF_HOME)" in load_error(
+        "a.jsonl"
+    )

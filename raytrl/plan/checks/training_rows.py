@@ -1,18 +1,29 @@
 """What TRL will make of each row that is trained on: its text, its tokens, and what becomes of them."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from raytrl.errors import DataError
 from raytrl.plan.checks.rows import Batch, Found
 from raytrl.roles.models.positions import Positions
-from raytrl.roles.models.rendering import ASSISTANTS, as_messages, encoded, left_out, rendered, spoken, written
+from raytrl.roles.models.rendering import (
+    ASSISTANTS,
+    as_messages,
+    encoded,
+    left_out,
+    rendered,
+    rendered_all,
+    spoken,
+    written,
+)
 
 LEFT_OUT = "left out: "  # of a template, by whose
 SAID = "said: "
 Row = Mapping[str, Any]
+Job = tuple[int, Any, Mapping[str, Any]]  # the row's number, messages, options of the template
 
 
 @dataclass(frozen=True)
@@ -44,19 +55,27 @@ class TrainingRows:
         found = Found(rows=len(next(iter(batch.values()))))
         rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
         sequences = [self._sequences(row) for row in rows]
-        texts, special = list[str](), True
-        for number, (row, each) in enumerate(zip(rows, sequences, strict=True), first):
-            for sequence in each:
-                if isinstance(sequence.whole, str):
-                    texts += [sequence.whole] if sequence.prompt is None else [sequence.prompt, sequence.whole]
-                elif self.columns != ("input_ids",):
-                    special = False
-            if not special:
-                texts += self._conversations(number, row, each, found)
-        ids = iter(encoded(self.tokenizer, texts, special))
+        if self.columns == ("input_ids",):
+            ids: Iterator[Sequence[int]] = iter(())
+        elif isinstance(sequences[0][0].whole, str):
+            texts = [text for each in sequences for s in each for text in (s.prompt, s.whole) if text is not None]
+            ids = iter(encoded(self.tokenizer, texts, True))
+        else:
+            texts = self._conversations(first, rows, sequences, found)
+            ids = iter(encoded(self.tokenizer, texts, False))
         for number, each in enumerate(sequences, first):
             self._measure(number, each, ids, found)
         return found
+
+    # The tokenizer looks its special tokens up anew each time, which takes longer than all else that a short row needs.
+    @cached_property
+    def _end(self) -> str:
+        return str(self.tokenizer.eos_token)
+
+    @cached_property
+    def _start(self) -> int | None:
+        start: int | None = self.tokenizer.bos_token_id
+        return start
 
     def _sequences(self, row: Row) -> list[Trained]:
         if self.kind == "sft" and "completion" not in self.columns:
@@ -78,33 +97,41 @@ class TrainingRows:
             answer = as_messages(answer)
             prompt = None if prompt is None else as_messages(prompt)
             return Trained(prompt, [*(prompt or ()), *answer], answer)
-        end = self.tokenizer.eos_token
-        answer = answer if answer.endswith(end) else answer + end
+        answer = answer if answer.endswith(self._end) else answer + self._end
         return Trained(prompt, (prompt or "") + answer, answer)
 
-    def _conversations(self, number: int, row: Row, sequences: Sequence[Trained], found: Found) -> list[str]:
-        """Renders a row's conversations; returns the texts that are tokenised: prompt and whole, or the whole."""
-        tools = row.get("tools")
-        options = {"tools": json.loads(tools) if isinstance(tools, str) else tools}
-        options |= row.get("chat_template_kwargs") or {}
-        texts, lost = list[str](), dict[str, tuple[int, str]]()
-        for sequence in sequences:
-            self._refuse_unanswered(number, sequence)
-            whole = self._rendered(number, sequence.whole, options)
-            if sequence.prompt is not None:
-                texts.append(self._rendered(number, sequence.prompt, {**options, "add_generation_prompt": True}))
-            elif self.kind == "sft" and number % self.every == 0:
-                self._try_as_prompt(number, sequence.whole, whole, options, found)
-            texts.append(whole)
-            # What a row's sequences have in common is counted once.
-            for whose, said in spoken(sequence.whole if sequence is sequences[0] else sequence.answer):
-                found.count(SAID + whose, written(said))
-                if (amount := left_out(said, whole)) > 0:
-                    lost[whose] = (lost.get(whose, (0, ""))[0] + amount, said)
-        for whose, (amount, said) in lost.items():
-            found.tally(LEFT_OUT + whose).add(number, amount, said.strip()[:60])
-        if (last := sequences[0].whole[-1].get("role")) not in ASSISTANTS:
-            found.tally("open").add(number, what=str(last))
+    def _conversations(
+        self, first: int, rows: Sequence[Row], sequences: Sequence[Sequence[Trained]], found: Found
+    ) -> list[str]:
+        """Renders the rows' conversations; returns the texts that are tokenised: of each its prompt, if any, and the whole."""
+        jobs = list[Job]()
+        for number, (row, each) in enumerate(zip(rows, sequences, strict=True), first):
+            tools = row.get("tools")
+            options = {} if tools is None else {"tools": json.loads(tools) if isinstance(tools, str) else tools}
+            options |= row.get("chat_template_kwargs") or {}
+            for sequence in each:
+                self._refuse_unanswered(number, sequence)
+                if sequence.prompt is not None:
+                    jobs.append((number, sequence.prompt, {**options, "add_generation_prompt": True}))
+                jobs.append((number, sequence.whole, options))
+        texts = self._rendered_all(jobs)
+        places = iter(range(len(jobs)))
+        for number, each in enumerate(sequences, first):
+            lost = dict[str, tuple[int, str]]()
+            for sequence in each:
+                place = next(places) if sequence.prompt is None else (next(places), next(places))[1]
+                whole = texts[place]
+                if sequence.prompt is None and self.kind == "sft" and number % self.every == 0:
+                    self._try_as_prompt(number, sequence.whole, whole, jobs[place][2], found)
+                # What a row's sequences have in common is counted once.
+                for whose, said in spoken(sequence.whole if sequence is each[0] else sequence.answer):
+                    found.count(SAID + whose, written(said))
+                    if (amount := left_out(said, whole)) > 0:
+                        lost[whose] = (lost.get(whose, (0, ""))[0] + amount, said)
+            for whose, (amount, said) in lost.items():
+                found.tally(LEFT_OUT + whose).add(number, amount, said.strip()[:60])
+            if (last := each[0].whole[-1].get("role")) not in ASSISTANTS:
+                found.tally("open").add(number, what=str(last))
         return texts
 
     def _refuse_unanswered(self, number: int, sequence: Trained) -> None:
@@ -114,6 +141,21 @@ class TrainingRows:
                 f"{self.where}: row {number}: the conversation has no assistant turn; nothing to train on; found: "
                 f"{', '.join(roles)}; expected: an answer, or the row left out"
             )
+
+    def _rendered_all(self, jobs: Sequence[Job]) -> list[str]:
+        """One call for all that share their options: half of what one conversation costs is the call."""
+        kinds = dict[str, list[int]]()
+        for place, (_, _, options) in enumerate(jobs):
+            kinds.setdefault(repr(options) if options else "", []).append(place)
+        texts = [""] * len(jobs)
+        try:
+            for places in kinds.values():
+                many = rendered_all(self.tokenizer, [jobs[place][1] for place in places], **jobs[places[0]][2])
+                for place, text in zip(places, many, strict=True):
+                    texts[place] = text
+        except Exception:  # of which row, and why, is found out one by one
+            return [self._rendered(*job) for job in jobs]
+        return texts
 
     def _rendered(self, number: int, messages: Any, options: Mapping[str, Any]) -> str:
         try:
@@ -146,8 +188,7 @@ class TrainingRows:
             prompt = None if sequence.prompt is None else next(ids)
             whole = next(ids)
             sizes.append(len(whole))
-            start = self.tokenizer.bos_token_id
-            if start is not None and sequence is sequences[0] and list(whole[:2]) == [start, start]:
+            if self._start is not None and sequence is sequences[0] and list(whole[:2]) == [self._start] * 2:
                 found.tally("twice").add(number)
             if prompt is not None:
                 common = _common(prompt, whole)

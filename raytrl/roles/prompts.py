@@ -8,6 +8,7 @@ from typing import Any
 from raytrl.config.sections.rollout import RolloutSection
 from raytrl.errors import DataError
 from raytrl.records.samples import Message, Prompt, PromptText
+from raytrl.roles.models.rendering import encoded, rendered, rendered_all
 
 
 class PromptTable:
@@ -53,13 +54,26 @@ class PromptTable:
 
     def token_ids(self, text: PromptText, index: int) -> tuple[int, ...]:
         """The whole prompt, before it is cut."""
-        return self.token_ids_of([text], index)[0]
+        return self.token_ids_of([text], self.texts_of([text], index), index)[0]
 
-    def token_ids_of(self, prompts: Sequence[PromptText], first: int) -> list[tuple[int, ...]]:
-        """Those of many: rows from `first` on, all of them strings or all of them messages."""
-        special = isinstance(prompts[0], str)
-        texts = [p if isinstance(p, str) else self.rendered(p, i) for i, p in enumerate(prompts, first)]
-        many = [tuple(ids) for ids in self._tokenizer(texts, add_special_tokens=special)["input_ids"]]
+    def texts_of(self, prompts: Sequence[PromptText], first: int) -> list[str]:
+        """What is tokenised of rows from `first` on, all of them strings or all of them messages."""
+        texts = [prompt if isinstance(prompt, str) else "" for prompt in prompts]
+        conversations = [(place, prompt) for place, prompt in enumerate(prompts) if not isinstance(prompt, str)]
+        try:
+            for ends_in_answer, options in _AS_PROMPT.items():
+                chosen = [(place, turns) for place, turns in conversations if _ends_in_answer(turns) == ends_in_answer]
+                if chosen:
+                    many = rendered_all(self._tokenizer, [turns for _, turns in chosen], **options)
+                    for (place, _), text in zip(chosen, many, strict=True):
+                        texts[place] = text
+        except Exception:  # of which row, and why, is found out one by one
+            return [p if isinstance(p, str) else self.rendered(p, i) for i, p in enumerate(prompts, first)]
+        return texts
+
+    def token_ids_of(self, prompts: Sequence[PromptText], texts: Sequence[str], first: int) -> list[tuple[int, ...]]:
+        """Those of many, of which `texts_of` gave the texts."""
+        many = [tuple(ids) for ids in encoded(self._tokenizer, texts, isinstance(prompts[0], str))]
         for index, (text, ids) in enumerate(zip(prompts, many, strict=True), first):
             if not ids:
                 raise DataError(f"{self._where}: row {index + 1}: the prompt has no tokens; found: {str(text)[:80]!r}")
@@ -71,19 +85,20 @@ class PromptTable:
         return many
 
     def rendered(self, messages: Sequence[Any], index: int) -> str:
-        ends_in_answer = messages[-1]["role"] == "assistant"  # then the response goes on with it, as in TRL
         try:
-            text = self._tokenizer.apply_chat_template(
-                list(messages),
-                tokenize=False,
-                add_generation_prompt=not ends_in_answer,
-                continue_final_message=ends_in_answer,
-            )
+            return rendered(self._tokenizer, messages, **_AS_PROMPT[_ends_in_answer(messages)])
         except Exception as error:  # a template is a program; it may raise anything
             raise DataError(
                 f"{self._where}: row {index + 1}: the chat template cannot render the prompt: {error}"
             ) from error
-        return str(text)
+
+
+# Where the last turn is the assistant's the response goes on with it, as in TRL.
+_AS_PROMPT = {False: {"add_generation_prompt": True}, True: {"continue_final_message": True}}
+
+
+def _ends_in_answer(messages: Sequence[Any]) -> bool:
+    return bool(messages[-1]["role"] == "assistant")
 
 
 def last_messages(messages: Sequence[Message], rendered: str, start: int) -> list[Message]:

@@ -38,7 +38,8 @@ class PromptRows:
     def __call__(self, first: int, batch: Batch) -> Found:
         prompts = batch["prompt"]
         found, start = Found(rows=len(prompts)), self.tokenizer.bos_token_id
-        many = self.table.token_ids_of(prompts, first - 1)
+        texts = self.table.texts_of(prompts, first - 1)
+        many = self.table.token_ids_of(prompts, texts, first - 1)
         for number, (text, ids) in enumerate(zip(prompts, many, strict=True), first):
             found.measure("", number, len(ids))
             if len(ids) > self.table.max_tokens:
@@ -46,13 +47,13 @@ class PromptRows:
             if start is not None and tuple(ids[:2]) == (start, start):
                 found.tally("twice").add(number)
             if not isinstance(text, str):
-                self._read(number, text, found)
+                self._read(number, text, texts[number - first], found)
         for judge in self.judges:
             self._judge(judge, first, prompts, many, found)
         return found
 
-    def _read(self, number: int, messages: Sequence[Any], found: Found) -> None:
-        whole, lost = self.table.rendered(messages, number - 1), dict[str, tuple[int, str]]()
+    def _read(self, number: int, messages: Sequence[Any], whole: str, found: Found) -> None:
+        lost = dict[str, tuple[int, str]]()
         for whose, said in spoken(messages):
             found.count(SAID + whose, written(said))
             if (amount := left_out(said, whole)) > 0:

@@ -23,7 +23,7 @@ class PromptTable:
             where: the dataset's key, for error messages.
         """
         self._dataset, self._tokenizer, self._where = dataset, tokenizer, where
-        self._cuts = rollout.long_prompts == "cut"
+        self.cuts = rollout.long_prompts == "cut"
         self.max_tokens = rollout.max_prompt_length
 
     def __len__(self) -> int:
@@ -77,7 +77,7 @@ class PromptTable:
         for index, (text, ids) in enumerate(zip(prompts, many, strict=True), first):
             if not ids:
                 raise DataError(f"{self._where}: row {index + 1}: the prompt has no tokens; found: {str(text)[:80]!r}")
-            if len(ids) > self.max_tokens and not self._cuts:
+            if len(ids) > self.max_tokens and not self.cuts:
                 raise DataError(
                     f"{self._where}: row {index + 1}: the prompt is too long; found: {len(ids)} tokens; expected: at most "
                     f"{self.max_tokens} (rollout.max_prompt_length), or rollout.long_prompts: cut"

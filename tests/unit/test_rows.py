@@ -6,7 +6,9 @@ from typing import Any
 import pytest
 from datasets import Dataset
 
+from raytrl.config.sections.data import DataSource
 from raytrl.config.sections.model import TokenizerSpec
+from raytrl.data import load_data
 from raytrl.errors import DataError
 from raytrl.plan.checks.rows import Found, go_through
 from raytrl.plan.checks.told import refuse, row_notices, row_words
@@ -14,6 +16,7 @@ from raytrl.plan.checks.training_rows import TrainingRows
 from raytrl.roles.models.positions import Positions
 from raytrl.roles.models.rendering import left_out
 from raytrl.roles.models.tokenizer import train_tokenizer
+from tests.runs import write_rows
 
 TURNS = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{{ eos_token }}{% endfor %}"
 ASKS = "{% if add_generation_prompt %}<|assistant|>{% endif %}"
@@ -24,7 +27,10 @@ THINKS = TURNS + "{% if add_generation_prompt %}<|assistant|><think>\n{% endif %
 TRACE = "<think>\nThe film was slow and the ending was weak.</think>dull."
 
 
-@pytest.fixture(scope="module")
+MEASURE = TrainingRows._measure
+
+
+@pytest.fixture
 def tokenizer() -> Any:
     """Without merges: a token a byte, so that lengths are known."""
     spec = TokenizerSpec(vocab_size=262, special_tokens=["<|user|>", "<|assistant|>", "<|system|>", "<s>"])
@@ -255,7 +261,44 @@ def test_several_processes_find_the_same(tokenizer: Any, monkeypatch: pytest.Mon
     check = check_of(tokenizer, "sft", rows, DROPS, max_length=40)
     alone = tried(check, rows)
     monkeypatch.setattr("raytrl.plan.checks.rows._ALONE", 100)
-    assert tried(check, rows) == alone
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path))
+    assert tried(check, rows) == alone  # rows that travel
+    write_rows(tmp_path / "a.jsonl", rows)
+    in_files = load_data(DataSource.model_validate(str(tmp_path / "a.jsonl")), "data.train")
+    assert in_files.cache_files
+    assert go_through(in_files, check.columns, check) == alone  # rows that each process reads
+
+
+def test_what_was_found_in_many_rows_is_kept_by_all_it_follows_from(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("raytrl.plan.checks.rows._ALONE", 2)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path))
+    passes: list[int] = []
+    monkeypatch.setattr(
+        TrainingRows, "_measure", lambda self, number, *rest: (passes.append(number), MEASURE(self, number, *rest))
+    )
+
+    def times(rows: list[dict[str, Any]], template: str = CHAT, **more: Any) -> int:
+        passes.clear()
+        check = check_of(tokenizer, "sft", rows, template, **more)
+        found = go_through(Dataset.from_list(rows), check.columns, check, alone=True)
+        assert found == go_through(Dataset.from_list(rows), check.columns, check, alone=True)
+        return len(passes)
+
+    rows = [{"messages": talk("How?", TRACE)}] * 3
+    assert times(rows) == 3
+    assert times(rows) == 0
+    assert times([*rows[:2], {"messages": talk("How?", "dull")}]) == 3  # other rows
+    assert times(rows, DROPS) == 3  # another template
+    assert times(rows, max_length=12) == 3
+    assert times(rows, positions=Positions(64, True)) == 3
+    tokenizer.add_tokens(["How"])
+    assert times(rows) == 3  # another tokenizer
+    assert times(rows, "{{ strftime_now('%d') }}" + CHAT) == 6  # what follows from the day is not kept
+    assert times(rows) == 0
+    monkeypatch.setattr("raytrl.plan.checks.rows._VERSION", 2)
+    assert times(rows) == 3
 
 
 def test_the_first_bad_row_is_named_whichever_batch_it_is_in(tokenizer: Any) -> None:

@@ -14,6 +14,7 @@ from raytrl.plan.checks.told import left_out_notices, twice_notice
 from raytrl.plan.checks.training_rows import LEFT_OUT, SAID
 from raytrl.plan.checks.weights import check_vocabulary
 from raytrl.roles.models.rendering import encoded, left_out, rendered, spoken, written
+from raytrl.roles.models.tokenizer import identity_of
 from raytrl.roles.prompts import PromptTable
 
 
@@ -34,6 +35,16 @@ class PromptRows:
     table: PromptTable  # of no rows: it knows how a prompt is tokenised and cut
     tokenizer: Any  # the policy's
     judges: tuple[Judge, ...] = ()
+
+    @property
+    def identity(self) -> str | None:
+        tokenizers = [identity_of(each) for each in (self.tokenizer, *(judge.tokenizer for judge in self.judges))]
+        judges = [(judge.key, judge.limit) for judge in self.judges]
+        return (
+            None
+            if None in tokenizers
+            else repr((self.where, self.table.max_tokens, self.table.cuts, tokenizers, judges))
+        )
 
     def __call__(self, first: int, batch: Batch) -> Found:
         prompts = batch["prompt"]

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -19,6 +19,7 @@ from raytrl.roles.models.rendering import (
     spoken,
     written,
 )
+from raytrl.roles.models.tokenizer import identity_of
 
 LEFT_OUT = "left out: "  # of a template, by whose
 SAID = "said: "
@@ -66,6 +67,11 @@ class TrainingRows:
         for number, each in enumerate(sequences, first):
             self._measure(number, each, ids, found)
         return found
+
+    @property
+    def identity(self) -> str | None:
+        tokenizer = identity_of(self.tokenizer)
+        return None if tokenizer is None else repr((tokenizer, replace(self, tokenizer=None)))
 
     # The tokenizer looks its special tokens up anew each time, which takes longer than all else that a short row needs.
     @cached_property

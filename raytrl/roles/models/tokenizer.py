@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
+import xxhash
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -50,6 +51,15 @@ def load_tokenizer(place: str, revision: str | None, trust_remote_code: bool) ->
     from transformers import AutoTokenizer  # imports torch: 2 s more, so only for the tokenizers that need it
 
     return AutoTokenizer.from_pretrained(place, revision=revision, trust_remote_code=trust_remote_code)
+
+
+def identity_of(tokenizer: Any) -> str | None:
+    """What its tokens and its template's texts follow from; None where it cannot be told, or they follow from the day."""
+    template = str(tokenizer.chat_template)
+    if not tokenizer.is_fast or "strftime_now" in template:
+        return None
+    said = (type(tokenizer).__name__, tokenizer.backend_tokenizer.to_str(), template, tokenizer.special_tokens_map)
+    return xxhash.xxh3_128_hexdigest(repr(said).encode())
 
 
 def turn_end(tokenizer: Any) -> tuple[int, str] | None:

@@ -79,7 +79,7 @@ class Display:
             case "notice":
                 self._on_notice(event)
             case "phase":
-                self._describe(escape(event.text))
+                self._describe(escape(event.text), total=event.total_steps or None, completed=event.step)
             case "start":
                 self._on_start(event)
             case "step":

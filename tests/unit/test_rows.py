@@ -266,7 +266,11 @@ def test_several_processes_find_the_same(tokenizer: Any, monkeypatch: pytest.Mon
     write_rows(tmp_path / "a.jsonl", rows)
     in_files = load_data(DataSource.model_validate(str(tmp_path / "a.jsonl")), "data.train")
     assert in_files.cache_files
-    assert go_through(in_files, check.columns, check) == alone  # rows that each process reads
+    told: list[tuple[str, int, int]] = []
+    assert (
+        go_through(in_files, check.columns, check, tell=lambda *words: told.append(words)) == alone
+    )  # read by each process
+    assert told == [("data.train", done, 2500) for done in (1000, 2000, 2500)]
 
 
 def test_what_was_found_in_many_rows_is_kept_by_all_it_follows_from(

@@ -44,7 +44,7 @@ class EvalKind(Kind[EvalRun, Evaluated]):
         return found if found.state == "done" else Standing("fresh")
 
     def check(self, run_dir: RunDirectory) -> Facts:
-        return check_eval(self.run)
+        return check_eval(self.run, self.tell_rows)
 
     def work(self, start: Start) -> dict[str, Any]:
         started = time.time()

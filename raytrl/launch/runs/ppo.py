@@ -23,7 +23,7 @@ class PpoKind(TrainingKind[PpoRun]):
     """`run.Kind` of PPO: rollout and reward actors belong to the driver, learners to Ray Train."""
 
     def check(self, run_dir: RunDirectory) -> Facts:
-        return Facts() if self.lent else check_ppo(self.run)
+        return Facts() if self.lent else check_ppo(self.run, self.tell_rows)
 
     @contextmanager
     def running(self, command: str) -> Iterator[tuple[Any, dict[str, Any]]]:

@@ -66,6 +66,7 @@ class Kind(ABC, Generic[R, O_co]):
 
     def __init__(self, loaded: LoadedRun, lent: Lent | None = None) -> None:
         self.loaded, self.lent = loaded, lent
+        self.show: Show = _not_shown
 
     @property
     def run(self) -> R:
@@ -108,6 +109,10 @@ class Kind(ABC, Generic[R, O_co]):
             words.append(("memory", f"about {', '.join(map(str, loads[:4]))}"))
         return Planned(need, words, [*in_words(chosen), *facts.notices, *notices, *room.awaited(run)])
 
+    def tell_rows(self, where: str, done: int, count: int) -> None:
+        """Shows how far a check is with many rows."""
+        self.show(Progress("phase", done, count, f"trying the rows of {where}"))
+
     @abstractmethod
     def check(self, run_dir: RunDirectory) -> Facts:
         """Data, models, tokenizers, rewards: what this kind is made from.
@@ -132,6 +137,10 @@ class Kind(ABC, Generic[R, O_co]):
         """What the directory of a finished run holds."""
 
 
+def _not_shown(_: Progress) -> None:
+    """Until somebody runs it."""
+
+
 def kind_of(loaded: LoadedRun, lent: Lent | None = None) -> Kind[Any, Outcome]:
     """What launches a run of this kind; `lent` by a sweep."""
     kind: Kind[Any, Outcome] = pkgutil.resolve_name(loaded.run.launcher)(loaded, lent)
@@ -151,6 +160,7 @@ def run_to_end(kind: Kind[Any, O_co], command: str, fresh: bool, show: Show) -> 
         RunError: it was started and failed.
     """
     prepare_environment()
+    kind.show = show
     run, started = kind.run, time.time()
     check_output_dir(run)
     run_dir = RunDirectory(run.output_dir, run.name)
@@ -161,6 +171,7 @@ def run_to_end(kind: Kind[Any, O_co], command: str, fresh: bool, show: Show) -> 
         if standing.state == "done":
             return kind.outcome(run_dir, already_done=True)
         _tell(standing.notices, show)
+        show(Progress("phase", text="checking models and data"))
         with cluster_of(run) as cluster:
             planned = _planned(kind, cluster, run_dir, standing)
             words = [*planned.words, ("output", str(run_dir)), ("logs", log_place(run_dir))]

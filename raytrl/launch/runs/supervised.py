@@ -17,7 +17,7 @@ class SupervisedKind(TrainingKind[SupervisedRun]):
     """`run.Kind` of a TRL trainer: workers alone."""
 
     def check(self, run_dir: RunDirectory) -> Facts:
-        return prepare_supervised(self.run, run_dir, tries_rows=self.lent is None)
+        return prepare_supervised(self.run, run_dir, tries_rows=self.lent is None, tell=self.tell_rows)
 
     @contextmanager
     def running(self, command: str) -> Iterator[tuple[Any, dict[str, Any]]]:

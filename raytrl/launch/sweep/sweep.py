@@ -112,7 +112,9 @@ class SweepKind(Kind[TuneRun, Swept]):
     def check(self, run_dir: RunDirectory) -> Facts:
         """Data, models and reward sources of the base run, and of every value that may name others."""
         with tempfile.TemporaryDirectory() as staging:
-            facts = kind_of(self._sweep.base).check(RunDirectory(staging, "base"))
+            base = kind_of(self._sweep.base)
+            base.show = self.show
+            facts = base.check(RunDirectory(staging, "base"))
             for number, edge in enumerate(self._edges):
                 if edge.key.startswith("ppo.") or isinstance(edge.value, float):
                     continue  # a matter of numbers, which the loader has checked

@@ -6,20 +6,24 @@ from raytrl.config.runs.evaluation import EvalRun
 from raytrl.errors import ConfigError, DataError
 from raytrl.plan.checks.common import Facts, Rows, check_functions, check_run, load_all
 from raytrl.plan.checks.prompts import check_prompts_of, check_readers
+from raytrl.plan.checks.rows import Tell, in_silence
 
 
-def check_eval(run: EvalRun) -> Facts:
+def check_eval(run: EvalRun, tell: Tell = in_silence) -> Facts:
     """Checks models, tokenizers, reward sources and every prompt.
+
+    Args:
+        tell: hears how far it is with many prompts.
 
     Raises:
         ConfigError: something is missing, or does not fit together.
     """
     embeddings = check_run(run)
     check_functions(run.reward)
-    return try_data(run, load_all(run), embeddings)
+    return try_data(run, load_all(run), embeddings, tell)
 
 
-def try_data(run: EvalRun, rows: Rows, embeddings: Mapping[str, int]) -> Facts:
+def try_data(run: EvalRun, rows: Rows, embeddings: Mapping[str, int], tell: Tell = in_silence) -> Facts:
     """Every prompt, alone, for each model that is evaluated.
 
     Args:
@@ -36,7 +40,7 @@ def try_data(run: EvalRun, rows: Rows, embeddings: Mapping[str, int]) -> Facts:
         known |= {"model.path": embeddings[place]} if place in embeddings else {}
         try:
             for where, dataset in rows.items():
-                facts |= check_prompts_of(own, dataset, where, known)
+                facts |= check_prompts_of(own, dataset, where, known, tell)
             check_readers(own, {"reference.path": run.reference.path}, known)
         except DataError:
             raise  # names the row already

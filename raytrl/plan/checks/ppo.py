@@ -5,10 +5,14 @@ from collections.abc import Mapping
 from raytrl.config.runs.ppo import PpoRun
 from raytrl.plan.checks.common import Facts, Rows, check_functions, check_run, check_trackers, load_all
 from raytrl.plan.checks.prompts import check_prompts_of, check_readers
+from raytrl.plan.checks.rows import Tell, in_silence
 
 
-def check_ppo(run: PpoRun) -> Facts:
+def check_ppo(run: PpoRun, tell: Tell = in_silence) -> Facts:
     """Checks models, tokenizer, reward sources and every prompt.
+
+    Args:
+        tell: hears how far it is with many prompts.
 
     Raises:
         ConfigError: something is missing, or does not fit together.
@@ -16,10 +20,10 @@ def check_ppo(run: PpoRun) -> Facts:
     embeddings = check_run(run)
     check_functions(run.reward)
     check_trackers(run)
-    return try_data(run, load_all(run), embeddings)
+    return try_data(run, load_all(run), embeddings, tell)
 
 
-def try_data(run: PpoRun, rows: Rows, embeddings: Mapping[str, int]) -> Facts:
+def try_data(run: PpoRun, rows: Rows, embeddings: Mapping[str, int], tell: Tell = in_silence) -> Facts:
     """Every prompt, alone.
 
     Args:
@@ -30,7 +34,7 @@ def try_data(run: PpoRun, rows: Rows, embeddings: Mapping[str, int]) -> Facts:
     """
     facts = Facts()
     for key, dataset in rows.items():
-        facts |= check_prompts_of(run, dataset, key, embeddings)
+        facts |= check_prompts_of(run, dataset, key, embeddings, tell)
     others = {"value_model.init": run.value_model.init, "reference.path": run.reference.path}
     check_readers(run, others, embeddings)
     return facts

@@ -9,7 +9,7 @@ from raytrl.config.runs.rollout import RolloutRun
 from raytrl.config.sections.reward import RewardSection
 from raytrl.errors import ConfigError, DataError
 from raytrl.plan.checks.common import Facts
-from raytrl.plan.checks.rows import Batch, Found, go_through
+from raytrl.plan.checks.rows import Batch, Found, Tell, go_through, in_silence
 from raytrl.plan.checks.told import left_out_notices, twice_notice
 from raytrl.plan.checks.training_rows import LEFT_OUT, SAID
 from raytrl.plan.checks.weights import check_vocabulary
@@ -98,7 +98,9 @@ class PromptRows:
             ) from error
 
 
-def check_prompts_of(run: RolloutRun, dataset: Any, where: str, embeddings: Mapping[str, int]) -> Facts:
+def check_prompts_of(
+    run: RolloutRun, dataset: Any, where: str, embeddings: Mapping[str, int], tell: Tell = in_silence
+) -> Facts:
     """Goes through every prompt of a dataset.
 
     Args:
@@ -124,7 +126,7 @@ def check_prompts_of(run: RolloutRun, dataset: Any, where: str, embeddings: Mapp
     for judge in judges:
         check_vocabulary(judge.tokenizer, embeddings.get(judge.key), judge.key)
     check = PromptRows(where, PromptTable([], tokenizer, run.rollout, where), tokenizer, judges)
-    found = go_through(dataset, ["prompt"], check, alone=trust)
+    found = go_through(dataset, ["prompt"], check, alone=trust, tell=tell)
     longest = found.longest[""][0]
     kept, positions = (
         min(longest, run.rollout.max_prompt_length),

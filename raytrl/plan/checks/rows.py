@@ -4,7 +4,7 @@ import json
 import multiprocessing
 import os
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -74,8 +74,20 @@ class Found:
 Batch = Mapping[str, Sequence[Any]]
 
 
+Tell = Callable[[str, int, int], None]  # (key of a dataset, rows that are through, all rows)
+
+
+def in_silence(_where: str, _done: int, _all: int) -> None:
+    """For who does not wait for it."""
+
+
 class Check(Protocol):
     """What is found in rows."""
+
+    @property
+    def where(self) -> str:
+        """The dataset's key."""
+        ...
 
     @property
     def identity(self) -> str | None:
@@ -87,12 +99,15 @@ class Check(Protocol):
         ...
 
 
-def go_through(dataset: Any, columns: Sequence[str], check: Check, *, alone: bool = False) -> Found:
+def go_through(
+    dataset: Any, columns: Sequence[str], check: Check, *, alone: bool = False, tell: Tell = in_silence
+) -> Found:
     """Applies `check` to every row; what was found in many rows is kept by their content.
 
     Args:
         check: it pickles; it raises DataError for a row that cannot be used.
         alone: in this process only.
+        tell: called after every thousand rows where there are many.
 
     Raises:
         DataError: of the first such row.
@@ -109,6 +124,7 @@ def go_through(dataset: Any, columns: Sequence[str], check: Check, *, alone: boo
     parts = _by_many(chosen, check, workers) if workers > 1 else (check(*each) for each in _batches(chosen))
     for part in parts:
         found.take(part)
+        tell(check.where, found.rows, len(dataset))
     if kept is not None:
         kept.write(found)
     return found

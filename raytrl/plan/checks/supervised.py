@@ -8,6 +8,7 @@ from raytrl.config.runs.supervised import SupervisedRun
 from raytrl.config.sections.model import TokenizerSpec
 from raytrl.errors import ConfigError
 from raytrl.plan.checks.common import Facts, Rows, check_rows, check_run, check_trackers, load_all
+from raytrl.plan.checks.rows import Tell, go_through, in_silence
 from raytrl.plan.checks.weights import check_vocabulary
 from raytrl.rundir import RunDirectory
 
@@ -15,12 +16,15 @@ if TYPE_CHECKING:
     from raytrl.data import Taken
 
 
-def prepare_supervised(run: SupervisedRun, run_dir: RunDirectory, *, tries_rows: bool = True) -> Facts:
+def prepare_supervised(
+    run: SupervisedRun, run_dir: RunDirectory, *, tries_rows: bool = True, tell: Tell = in_silence
+) -> Facts:
     """Checks data, tokenizer and model, and trains the tokenizer where one is asked for.
 
     Args:
         run_dir: where a trained tokenizer is read from, or put.
         tries_rows: False where a sweep has tried them for all its runs.
+        tell: hears how far it is with many rows.
 
     Raises:
         ConfigError: something is missing, or does not fit together.
@@ -48,7 +52,7 @@ def prepare_supervised(run: SupervisedRun, run_dir: RunDirectory, *, tries_rows:
     else:
         tokenizer = own_tokenizer(run)
     _check_tokenizer(run, tokenizer, rows, taken, embeddings)
-    return try_rows(run, tokenizer, rows, taken) if tries_rows else Facts(counts)
+    return try_rows(run, tokenizer, rows, taken, tell) if tries_rows else Facts(counts)
 
 
 def _checked(run: SupervisedRun, rows: Rows) -> dict[str, "Taken"]:
@@ -107,7 +111,9 @@ def try_data(run: SupervisedRun, rows: Rows, embeddings: Mapping[str, int]) -> F
     return try_rows(run, tokenizer, rows, taken)
 
 
-def try_rows(run: SupervisedRun, tokenizer: Any, rows: Rows, taken: Mapping[str, "Taken"]) -> Facts:
+def try_rows(
+    run: SupervisedRun, tokenizer: Any, rows: Rows, taken: Mapping[str, "Taken"], tell: Tell = in_silence
+) -> Facts:
     """Tries every row: its chat template, its length.
 
     Args:
@@ -117,7 +123,6 @@ def try_rows(run: SupervisedRun, tokenizer: Any, rows: Rows, taken: Mapping[str,
     Raises:
         DataError: a row that cannot be trained on.
     """
-    from raytrl.plan.checks.rows import go_through
     from raytrl.plan.checks.told import refuse, row_notices, row_words
     from raytrl.roles.models.tokenizer import as_trained
 
@@ -130,7 +135,7 @@ def try_rows(run: SupervisedRun, tokenizer: Any, rows: Rows, taken: Mapping[str,
     words, notices = {}, list[str]()
     for key, dataset in rows.items():
         check = _check(run, trained, key, taken[key].layout, len(dataset))
-        found = go_through(dataset, taken[key].columns, check, alone=run.model.trust_remote_code)
+        found = go_through(dataset, taken[key].columns, check, alone=run.model.trust_remote_code, tell=tell)
         refuse(found, check)
         words[key] = row_words(found, check)
         notices += row_notices(found, check, "max_length" not in run.training)

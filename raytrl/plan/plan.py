@@ -33,7 +33,8 @@ def plan(loaded: LoadedRun, cluster: Cluster, models: str = "") -> Plan:
     shapes, problems = read_shapes(run, models)
     facts, missing = facts_of(run)
     rows = facts.rows
-    problems += missing
+    told = {problem.partition(":")[0] for problem in problems}
+    problems += [problem for problem in missing if problem.partition(":")[0] not in told]  # one of each key
     check_rows(run, rows)
     if problems and room.where == THIS_MACHINE:
         raise ConfigError("\n".join(problems))

@@ -4,6 +4,9 @@ import os
 import pkgutil
 from typing import Any
 
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
+
 from raytrl.config.runs.base import Run
 from raytrl.errors import ConfigError, DataError
 from raytrl.plan.checks.common import Facts
@@ -16,8 +19,8 @@ def facts_of(run: Run) -> tuple[Facts, list[str]]:
     """What is known of models and local datasets, and what is missing or cannot be used."""
     found, columns, problems = dict[str, Any](), dict[str, str](), list[str]()
     for key, source in run.data_sources().items():
-        if source.data_files is None and source.data_dir is None and not os.path.isdir(source.path):
-            continue  # a hub id: to count its rows is to download them
+        if source.data_files is None and not os.path.exists(source.path) and _is_hub_id(source.path):
+            continue  # to count its rows is to download them
         from raytrl.data import choose_columns, load_data  # datasets: 1.3 s
 
         try:
@@ -42,6 +45,14 @@ def facts_of(run: Run) -> tuple[Facts, list[str]]:
         return pkgutil.resolve_name(run.row_checks)(run, found, embeddings), problems
     except ConfigError as error:
         return counted, [str(error)]
+
+
+def _is_hub_id(path: str) -> bool:
+    try:
+        try_to_load_from_cache(path, "README.md", repo_type="dataset")
+    except HFValidationError:
+        return False
+    return True
 
 
 def _are_here(run: Run) -> bool:

@@ -269,6 +269,10 @@ def test_vllm_takes_its_share_of_a_gpu_whole(tmp_path: Path) -> None:
 
 def test_missing_data_is_an_error_here_and_a_note_elsewhere(tmp_path: Path) -> None:
     file = run_file(tmp_path, "a", learner={"workers": 1})
+    (tmp_path / "rows.xlsx").write_bytes(b"PK")
+    for place, words in (("./nowhere/rows", "not a local file or folder"), (str(tmp_path / "rows.xlsx"), "suffix")):
+        with pytest.raises(ConfigError, match=rf"^data\.train: .*{words}"):
+            planned(file, f"data.train={place}")
     with pytest.raises(ConfigError, match=r"^data\.train: no such file"):
         planned(file)
     assert any("data.train: no such file" in note for note in planned(file, cluster=NODES).notes)

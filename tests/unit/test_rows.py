@@ -253,6 +253,18 @@ def test_ready_token_ids_are_counted_as_they_are(tokenizer: Any) -> None:
     assert tried(check_of(tokenizer, "sft", rows), rows).longest[""] == (3, 1)
 
 
+def test_rows_that_teach_nothing_are_told(tokenizer: Any) -> None:
+    texts = [{"text": "a"}, {"text": ""}, {"text": " \n"}]
+    assert "2 of 3 rows have no text to train on but the end token (first: row 2)" in told(tokenizer, "sft", texts)[0]
+    assert "first: row 1" in told(tokenizer, "sft", [{"prompt": "a", "completion": ""}])[0]
+    pairs = [{"prompt": "a", "chosen": "b", "rejected": "c"}, {"prompt": "a", "chosen": "b", "rejected": "b"}]
+    for kind in ("dpo", "reward"):
+        assert told(tokenizer, kind, pairs[:1]) == []
+        assert "in 1 of 2 rows the chosen and the rejected answer are the same" in told(tokenizer, kind, pairs)[0]
+    turns = [{"chosen": talk("a", "b"), "rejected": talk("a", "b")}]
+    assert "the same" in " ".join(told(tokenizer, "reward", turns))
+
+
 # ---- many rows
 
 

@@ -102,3 +102,31 @@ def test_a_model_that_could_not_be_saved_after_the_training_is_refused_before_it
             check_weights(run)
     else:  # an adapter is saved alone, and the merged model as it was read
         assert check_weights(run) == {"model.path": 8}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("model.safetensors", None, "a folder without weights; found: config.json"),
+        ("model.safetensors", b"half", "cannot be loaded: SafetensorError"),
+        ("model.safetensors", b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "pointer of git-lfs"),
+        ("pytorch_model.bin", b"nothing", "cannot be loaded: UnpicklingError"),
+        (
+            "model.safetensors.index.json",
+            b'{"metadata": {}, "weight_map": {"a": "gone.safetensors"}}',
+            "gone.safetensors",
+        ),
+    ],
+)
+def test_a_folder_that_is_no_whole_download_is_refused(
+    tmp_path: Path, name: str, content: bytes | None, words: str
+) -> None:
+    path = saved(tmp_path, "causal")
+    whole = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").unlink()
+    if content is not None:
+        (tmp_path / name).write_bytes(whole[: len(whole) // 2] if content == b"half" else content)
+    run = SftRun.model_validate({"kind": "sft", "name": "a", "model": {"path": path}, "data": {"train": "a.jsonl"}})
+    with pytest.raises(ConfigError, match=r"^model\.path: ") as caught:
+        check_weights(run)
+    assert words in str(caught.value)

@@ -74,6 +74,16 @@ def row_notices(found: Found, rows: TrainingRows, is_default: bool) -> list[str]
         )
     if (twice := found.tally("twice")).rows:
         notices.append(twice_notice(twice, found, where, str(rows.tokenizer.bos_token)))
+    if (empty := found.tally("empty")).rows:
+        notices.append(
+            f"{where}: {_rows(empty, found)} have no text to train on but the end token (first: row {empty.first}); leave them "
+            f"out unless an empty answer is meant"
+        )
+    if (same := found.tally("same")).rows:
+        notices.append(
+            f"{where}: in {_rows(same, found)} the chosen and the rejected answer are the same, and nothing is learned from "
+            f"them; row {same.first}: {same.what!r}"
+        )
     if (ends := found.tally("open")).rows:
         notices.append(
             f"{where}: {_rows(ends, found)} end in a turn that is not the assistant's; row {ends.first}: {ends.what}"

@@ -66,7 +66,16 @@ class TrainingRows:
             ids = iter(encoded(self.tokenizer, texts, False))
         for number, each in enumerate(sequences, first):
             self._measure(number, each, ids, found)
+            self._look_at_answers(number, rows[number - first], found)
         return found
+
+    def _look_at_answers(self, number: int, row: Row, found: Found) -> None:
+        """What nothing can be learned from."""
+        answers = [row[column] for column in self.columns if column != "prompt"]
+        if any(isinstance(answer, str) and not answer.strip() for answer in answers):
+            found.tally("empty").add(number)
+        if len(answers) == 2 and answers[0] == answers[1]:
+            found.tally("same").add(number, what=str(answers[0])[:60])
 
     @property
     def identity(self) -> str | None:

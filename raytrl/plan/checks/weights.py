@@ -1,6 +1,7 @@
 """Whether the weights of a run's models are the ones that were meant: names and shapes alone, on torch's meta device."""
 
 import os
+from pathlib import Path
 
 from raytrl.config.runs.base import ModelUse, Run
 from raytrl.errors import ConfigError
@@ -19,8 +20,14 @@ def check_weights(run: Run) -> dict[str, int]:
         if use.retrained and use.path is not None:
             check_generation_config(use.path, use.revision, use.key)
         place = _place(use)
-        if place is None or not has_weights(place):
+        if place is None or not os.path.isdir(place) or os.path.isfile(os.path.join(place, "adapter_config.json")):
             continue
+        if not has_weights(place):
+            raise ConfigError(
+                f"{use.key}: {place!r}: a folder without weights; found: {', '.join(sorted(os.listdir(place))[:5])}; expected: "
+                f"model.safetensors, its parts and their index, or pytorch_model.bin"
+            )
+        _refuse_pointers(place, use.key)
         try:
             found = look_at(
                 place,
@@ -30,11 +37,29 @@ def check_weights(run: Run) -> dict[str, int]:
                 trust_remote_code=use.trust_remote_code,
                 **({"num_labels": 1} if use.new_head else {}),
             )
-        except (OSError, ValueError, RuntimeError) as error:
-            raise ConfigError(f"{use.key}: {place!r}: cannot be loaded: {str(error).splitlines()[0]}") from None
+        except ConfigError:
+            raise
+        except Exception as error:  # of what is in somebody's file each library makes an error of its own
+            reason = next(iter(str(error).splitlines()), "")
+            raise ConfigError(f"{use.key}: {place!r}: cannot be loaded: {type(error).__name__}: {reason}") from None
         if found is not None:
             rows[use.key] = found
     return rows
+
+
+def _refuse_pointers(folder: str, key: str) -> None:
+    """A clone without git-lfs has a line of text in place of each large file."""
+    for file in sorted(Path(folder).iterdir()):
+        if file.suffix in (".safetensors", ".bin", ".json", ".model") and file.is_file():
+            with file.open("rb") as stream:
+                if stream.read(len(_POINTER)) == _POINTER:
+                    raise ConfigError(
+                        f"{key}: {str(file)!r}: a pointer of git-lfs, not the file itself; expected: `git lfs pull` in that "
+                        f"folder, or a download by `hf download`"
+                    )
+
+
+_POINTER = b"version https://git-lfs"
 
 
 def check_generation_config(path: str, revision: str | None, key: str) -> None:

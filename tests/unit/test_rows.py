@@ -261,6 +261,13 @@ def test_rows_that_teach_nothing_are_told(tokenizer: Any) -> None:
     for kind in ("dpo", "reward"):
         assert told(tokenizer, kind, pairs[:1]) == []
         assert "in 1 of 2 rows the chosen and the rejected answer are the same" in told(tokenizer, kind, pairs)[0]
+    apart = [{"chosen": talk("a", "b"), "rejected": talk("c", "b")}]
+    assert "in 1 of 1 rows chosen and rejected differ from their first turn on" in " ".join(
+        told(tokenizer, "dpo", apart)
+    )
+    assert "differ from" not in " ".join(
+        told(tokenizer, "dpo", [{"chosen": talk("a", "b"), "rejected": talk("a", "c")}])
+    )
     turns = [{"chosen": talk("a", "b"), "rejected": talk("a", "b")}]
     assert "the same" in " ".join(told(tokenizer, "reward", turns))
 

@@ -131,3 +131,18 @@ def test_a_tokenizer_without_end_token_is_refused(trained: Any, tmp_path: Path) 
     tokenizer.eos_token = None
     assert refused(tokenizer, run_of(), None).startswith("model.tokenizer: has no end token")
     check_tokenizer(tokenizer, run_of(eos_token="<|im_end|>"), None)
+
+
+def test_training_on_answers_alone_needs_a_template_that_tells_them_apart(trained: Any) -> None:
+    run = run_of(assistant_only_loss=True)
+    assert "rows that are no conversations" in refused(trained, run, None)
+    assert refused(with_template(trained, ENDS), run, CONVERSATION).startswith("training.assistant_only_loss: The chat")
+    answer = "{% generation %}{{ m['content'] }}END{% endgeneration %}"
+    others = "{{ m['content'] }}{{ eos_token }}"
+    turn = f"{{% if m['role'] == 'assistant' %}}ANSWER{{% else %}}{others}{{% endif %}}"
+    marked = f"{{% for m in messages %}}<{{{{ m['role'] }}}}>{turn}{{% endfor %}}"
+    inside = marked.replace("ANSWER", answer.replace("END", "{{ eos_token }}"))
+    check_tokenizer(with_template(trained, inside), run, CONVERSATION)
+    assert trained.chat_template == inside
+    outside = marked.replace("ANSWER", answer.replace("END", "") + "{{ eos_token }}")
+    assert "never learns to stop" in refused(with_template(trained, outside), run, CONVERSATION)

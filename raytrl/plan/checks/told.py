@@ -84,6 +84,11 @@ def row_notices(found: Found, rows: TrainingRows, is_default: bool) -> list[str]
             f"{where}: in {_rows(same, found)} the chosen and the rejected answer are the same, and nothing is learned from "
             f"them; row {same.first}: {same.what!r}"
         )
+    if (apart := found.tally("no prompt")).rows:
+        notices.append(
+            f"{where}: in {_rows(apart, found)} chosen and rejected differ from their first turn on, so that nothing of them is "
+            f"the prompt and what the user says is trained on (first: row {apart.first})"
+        )
     if (ends := found.tally("open")).rows:
         notices.append(
             f"{where}: {_rows(ends, found)} end in a turn that is not the assistant's; row {ends.first}: {ends.what}"

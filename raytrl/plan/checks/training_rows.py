@@ -76,6 +76,10 @@ class TrainingRows:
             found.tally("empty").add(number)
         if len(answers) == 2 and answers[0] == answers[1]:
             found.tally("same").add(number, what=str(answers[0])[:60])
+        if self.kind == "dpo" and "prompt" not in self.columns and not isinstance(answers[0], str):
+            roles = [as_messages(answer)[0].get("role") for answer in answers]
+            if answers[0][:1] != answers[1][:1] and any(role not in ASSISTANTS for role in roles):
+                found.tally("no prompt").add(number)
 
     @property
     def identity(self) -> str | None:

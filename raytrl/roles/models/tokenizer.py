@@ -108,6 +108,8 @@ def check_tokenizer(tokenizer: Any, run: SupervisedRun, conversation: list[dict[
         )
     if conversation is not None:
         _check_template(tokenizer, run, conversation, eos)
+    if run.training.get("assistant_only_loss"):
+        _check_assistant_only(tokenizer, run, conversation)
 
 
 def _remedy(run: SupervisedRun, name: str) -> str:
@@ -155,6 +157,38 @@ def as_trained(tokenizer: Any, run: SupervisedRun) -> Any | None:
     return tokenizer
 
 
+def _check_assistant_only(tokenizer: Any, run: SupervisedRun, conversation: Any) -> None:
+    """TRL can tell the assistant's tokens from the others, and the end of its turn is among them."""
+    key = "training.assistant_only_loss"
+    if conversation is None:
+        raise ConfigError(
+            f"{key}: trains on the assistant's turns alone; found: rows that are no conversations; expected: messages, or "
+            f"training.completion_only_loss with prompt and completion"
+        )
+    own, template = tokenizer.chat_template, _template(tokenizer, run)
+    if template is _FROM_HUB:
+        return
+    from trl.chat_template_utils import (  # torch
+        get_training_chat_template,
+        has_generation_markers,
+        is_chat_template_stop_token_trained,
+    )
+
+    try:
+        tokenizer.chat_template = template
+        marked = template if has_generation_markers(template) else get_training_chat_template(tokenizer)
+        ends = is_chat_template_stop_token_trained(tokenizer, chat_template=marked)
+    except ValueError as error:  # TRL marks the templates that it knows
+        raise ConfigError(f"{key}: {str(error).splitlines()[0]}") from None
+    finally:
+        tokenizer.chat_template = own
+    if not ends:
+        raise ConfigError(
+            f"{key}: the template's {{% generation %}} leaves out the token that ends a turn: a model trained on it never "
+            f"learns to stop; expected: that token between {{% generation %}} and {{% endgeneration %}}"
+        )
+
+
 def _check_template(tokenizer: Any, run: SupervisedRun, conversation: list[dict[str, Any]], eos: str) -> None:
     key = (
         "training.chat_template_path" if "chat_template_path" in native_fields(run.native_class) else "model.tokenizer"
@@ -171,7 +205,10 @@ def _check_template(tokenizer: Any, run: SupervisedRun, conversation: list[dict[
             f"{_remedy(run, 'chat_template_path')}"
         )
     if not any(message["role"] == "assistant" for message in conversation):
-        raise ConfigError("data.train: row 1: the conversation has no assistant turn; nothing to train on")
+        roles = ", ".join(str(message["role"]) for message in conversation)
+        raise ConfigError(
+            f"data.train: row 1: the conversation has no assistant turn; nothing to train on; found: turns of {roles}"
+        )
     try:
         text = tokenizer.apply_chat_template(conversation, chat_template=template, tokenize=False)
     except Exception as error:  # a template is a program; it may raise anything

@@ -8,6 +8,7 @@ not looked at: `cp -p` and `rsync -t` keep them, `touch` and a clone change them
 import ast
 import functools
 import glob
+import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -34,7 +35,7 @@ def inputs_of(run: Run) -> Inputs:
             found[f"{key}.transform"] = _code(source.transform)
     for use in run.models():
         if use.path is not None:
-            found[use.key] = _model(use.path, use.revision)
+            found[use.key] = _model(use.path, use.revision) | _base_of(use.path)
     found |= {key: _model(path, None) for key, path in run.tokenizers().items()}
     found |= {key: _code(place) for key, place in run.reward_functions().items()}
     return {key: _few(files) for key, files in found.items() if files}
@@ -102,6 +103,18 @@ def _model(path: str, revision: str | None) -> dict[str, str]:
     except HFValidationError:  # a folder that is gone
         return {}
     return {path: os.path.basename(os.path.dirname(cached))} if isinstance(cached, str) else {}
+
+
+def _base_of(path: str) -> dict[str, str]:
+    """The model below an adapter, which its own files only name."""
+    file = Path(path, "adapter_config.json")
+    if not file.is_file():
+        return {}
+    try:
+        base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (ValueError, AttributeError):  # whoever loads it says so
+        return {}
+    return _model(base, None) if isinstance(base, str) else {}
 
 
 def _dataset_commit(source: DataSource) -> str | None:

@@ -237,3 +237,17 @@ def test_a_run_directory_of_before_goes_on(tmp_path: Path) -> None:
     run_dir = RunDirectory(str(tmp_path / "runs"), "b")
     run_dir.update_manifest(state="running")
     assert changed_inputs(run_dir, OLD, "continue") == changed_inputs(run_dir, OLD, "done") == []
+
+
+def test_the_base_of_a_reward_models_adapter_is_remembered(tmp_path: Path) -> None:
+    write_rows(tmp_path / "train.jsonl", [{"prompt": "a"}])
+    model("base")
+    model("judge-base")
+    Path("judge").mkdir()
+    Path("judge/adapter_config.json").write_text('{"base_model_name_or_path": "judge-base"}')
+    source = {"name": "judge", "model": "judge"}
+    sections: dict[str, Any] = {"kind": "ppo", "ppo": {"steps": 1}, "reward": {"sources": [source]}}
+    before = found(tmp_path, **sections)
+    model("judge-base", b"weight2")
+    told = changes(before, found(tmp_path, **sections))
+    assert told == {"reward.sources.0.model": "reward.sources.0.model: judge-base/model.safetensors (other content)"}

@@ -263,7 +263,8 @@ def test_a_key_that_raytrl_owns_is_sent_to_its_owner(key: str, owner: str) -> No
         ("training.eval_strategy=steps", ["training.eval_strategy", "data.eval is missing"]),
         ("training.fp16=true", ["training.fp16", "needs a GPU"]),
         ("kind=[sft]", ["kind", "['sft']", "sft, reward, dpo"]),
-        ("learner.resources={CPU: .nan}", ["learner.resources: found: {'CPU': nan}"]),
+        ("learner.resources={CPU: .nan}", ["learner.resources.CPU: input should be a finite number", "nan"]),
+        ("learner.stall_timeout_s=.inf", ["learner.stall_timeout_s: input should be a finite number", "inf"]),
     ],
 )
 def test_a_wrong_value_names_key_and_value(override: str, parts: list[str]) -> None:

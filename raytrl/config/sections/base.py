@@ -22,7 +22,9 @@ Strategy = Literal["pack", "spread", "strict_pack", "strict_spread"]
 class Section(BaseModel):
     """Frozen, and refuses keys it does not know. The text below a field is what `config show --describe` says of it."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, protected_namespaces=(), use_attribute_docstrings=True, allow_inf_nan=False
+    )
 
     @model_validator(mode="before")
     @classmethod

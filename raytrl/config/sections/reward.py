@@ -1,6 +1,5 @@
 """The `reward:` section of a PPO or eval run file: which sources score a response, and what a failed score does."""
 
-import math
 import re
 from typing import Annotated, Literal, Self
 
@@ -44,7 +43,7 @@ class SourceSection(Section):
     """Of a url: header → the environment variable of the reward actors that holds its value."""
     batch_size: Annotated[int, Field(ge=1)] | None = None
     """Responses a call. null: 32 for a model, all at once for a function or url."""
-    timeout_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 120.0
+    timeout_s: Annotated[float, Field(gt=0)] = 120.0
     """Seconds that one call may take."""
     retries: Annotated[int, Field(ge=0)] = 2
     """How often a call that failed is made again."""
@@ -59,7 +58,7 @@ class SourceSection(Section):
     @field_validator("weight")
     @classmethod
     def _check_weight(cls, weight: float) -> float:
-        if weight == 0 or not math.isfinite(weight):
+        if weight == 0:
             raise ValueError(
                 f"makes the source do nothing or everything; found: {weight}; expected: a finite number other than 0; to "
                 f"turn a source off, remove it"
@@ -111,9 +110,7 @@ class RewardSection(ProcessSection):
     """What scores a response: models, functions and urls; the reward is the weighted sum of their scores."""
     actors: Annotated[int, Field(ge=1)] = 1
     """How many, each with all sources."""
-    resources: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] = Field(
-        default_factory=lambda: {"CPU": 1.0}
-    )
+    resources: dict[str, Annotated[float, Field(ge=0)]] = Field(default_factory=lambda: {"CPU": 1.0})
     """What each actor takes, by Ray's names: CPU, GPU or a cluster's own. Amounts may be 0, where a url does the work."""
     on_error: Literal["fail", "drop"] = "fail"
     """What becomes of a response that a source failed to score. fail: the run fails; drop: it is left out and counted."""

@@ -41,7 +41,7 @@ def test_refused_ppo_settings(changes: dict[str, Any], message: str) -> None:
         ({"top_p": 0.9}, "top_p: is refused: it changes the distribution"),
         ({"top_k": 50}, "top_k: is refused"),
         ({"temperature": 0.0}, "eval.greedy; found: 0.0; expected: more than 0"),
-        ({"temperature": float("nan")}, "more than 0"),
+        ({"temperature": float("nan")}, "finite number"),
         ({"stop": ["a", ""]}, "empty string"),
         ({"max_new_tokens": 0}, "greater than 0"),
     ],

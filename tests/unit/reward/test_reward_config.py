@@ -36,7 +36,7 @@ def test_the_documented_section_is_accepted_and_frozen() -> None:
         ({"name": "a"}, "none of model, function, url"),
         ({"name": "a", "model": "m", "url": "http://h"}, "found: model and url; expected: exactly one"),
         ({**FUNCTION, "weight": 0}, "found: 0.0"),
-        ({**FUNCTION, "weight": float("nan")}, "found: nan"),
+        ({**FUNCTION, "weight": float("nan")}, "finite number"),
         ({**FUNCTION, "label": "POSITIVE"}, "label: does nothing for a function source"),
         ({**FUNCTION, "dtype": "float32"}, "dtype: does nothing for a function source"),
         ({"name": "a", "model": "m", "headers_env": {"Authorization": "KEY"}}, "headers_env: does nothing for a model"),

@@ -5,6 +5,18 @@ import os
 from raytrl.errors import ConfigError
 
 
+def cached_folder(path: str, revision: str | None) -> str | None:
+    """The local folder that holds what the cache has of a hub id; None where it has nothing, or it is no hub id."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        cached = try_to_load_from_cache(path, "config.json", revision=revision)
+    except HFValidationError:
+        return None
+    return os.path.dirname(cached) if isinstance(cached, str) else None
+
+
 def hub_folder(path: str, key: str, revision: str | None) -> str:
     """The local folder that holds config.json of a hub id; downloaded where the cache does not have it.
 

@@ -130,3 +130,21 @@ def test_a_folder_that_is_no_whole_download_is_refused(
     with pytest.raises(ConfigError, match=r"^model\.path: ") as caught:
         check_weights(run)
     assert words in str(caught.value)
+
+
+def test_a_hub_id_is_looked_at_where_the_cache_has_its_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.file_download.constants.HF_HUB_CACHE", str(tmp_path))
+    cache = tmp_path / "models--some--model"
+    (cache / "refs").mkdir(parents=True)
+    (cache / "refs/main").write_text("0" * 40)
+    saved(cache / "snapshots" / ("0" * 40), "score")
+    run = SftRun.model_validate(
+        {"kind": "sft", "name": "a", "model": {"path": "some/model"}, "data": {"train": "a.jsonl"}}
+    )
+    with pytest.raises(ConfigError, match=r"^model\.path: .*not a whole language model"):
+        check_weights(run)
+    (cache / "snapshots" / ("0" * 40) / "model.safetensors").unlink()  # only its config was needed so far
+    assert check_weights(run) == {}

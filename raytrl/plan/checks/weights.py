@@ -5,6 +5,7 @@ from pathlib import Path
 
 from raytrl.config.runs.base import ModelUse, Run
 from raytrl.errors import ConfigError
+from raytrl.plan.hub import cached_folder
 
 
 def check_weights(run: Run) -> dict[str, int]:
@@ -87,9 +88,14 @@ def check_generation_config(path: str, revision: str | None, key: str) -> None:
 
 
 def _place(use: ModelUse) -> str | None:
-    """The folder; beside a reward model's adapter the merged model."""
+    """The folder, or that of a hub id where the cache has its weights; beside a reward model's adapter the merged model."""
     if use.path is None:
         return None
+    if not os.path.isdir(use.path):
+        from raytrl.roles.models.loading import has_weights
+
+        cached = cached_folder(use.path, use.revision)
+        return cached if cached is not None and has_weights(cached) else None
     if use.key.startswith("reward.") and os.path.isfile(os.path.join(use.path, "adapter_config.json")):
         beside = (os.path.join(use.path, "merged"), os.path.join(os.path.dirname(use.path.rstrip("/")), "merged"))
         return next((place for place in beside if os.path.isdir(place)), None)

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from raytrl.config.runs.supervised import SupervisedRun
-from raytrl.roles.models.base import auto_class, labels_of
+from raytrl.roles.models.base import labels_of
+from raytrl.roles.models.loading import load_model
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -40,8 +41,15 @@ def merge_adapter(run: SupervisedRun, base: str, adapter: str, tokenizer: Any, f
 
     unset_hf_deepspeed_config()  # else, under ZeRO-3, this rank alone would wait for all to partition the model
 
-    model = auto_class(run.head).from_pretrained(
-        base, dtype="auto", trust_remote_code=run.model.trust_remote_code, **labels_of(run)
+    model = load_model(
+        base,
+        run.head,
+        "model.path",
+        new_head=run.head == "score",
+        revision=run.model.revision if base == run.model.path else None,
+        dtype="auto",
+        trust_remote_code=run.model.trust_remote_code,
+        **labels_of(run),
     )
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(len(tokenizer))

@@ -3,16 +3,11 @@
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, set_seed
+from transformers import AutoConfig, set_seed
 
-from raytrl.config.runs.base import Head
 from raytrl.config.runs.supervised import SupervisedRun
 from raytrl.errors import ConfigError
-
-
-def auto_class(head: Head) -> Any:
-    """The transformers class of a network with this head."""
-    return AutoModelForSequenceClassification if head == "score" else AutoModelForCausalLM
+from raytrl.roles.models.loading import auto_class, load_model
 
 
 def torch_dtype(dtype: str, on_gpu: bool) -> torch.dtype:
@@ -52,8 +47,14 @@ def make_base(run: SupervisedRun, tokenizer: Any, folder: str) -> None:
             raise ConfigError(f"model.config: {architecture} has no {', '.join(sorted(unknown))}")
     else:
         assert run.model.path is not None
-        model = auto_class(run.head).from_pretrained(
-            run.model.path, revision=run.model.revision, trust_remote_code=run.model.trust_remote_code, **labels_of(run)
+        model = load_model(
+            run.model.path,
+            run.head,
+            "model.path",
+            new_head=run.head == "score",
+            revision=run.model.revision,
+            trust_remote_code=run.model.trust_remote_code,
+            **labels_of(run),
         )
         if len(tokenizer) > model.get_input_embeddings().num_embeddings:
             model.resize_token_embeddings(len(tokenizer))

@@ -5,13 +5,18 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.utils import logging
 
 from raytrl.config.runs.base import Head
 from raytrl.errors import ConfigError
-from raytrl.roles.models.base import auto_class
 
 _HEADS = ("score.", "classifier.")  # transformers' names of a classifier's head where a family has no prefix
+
+
+def auto_class(head: Head) -> Any:
+    """The transformers class of a network with this head."""
+    return AutoModelForSequenceClassification if head == "score" else AutoModelForCausalLM
 
 
 def load_model(path: str, head: Head, where: str, *, new_head: bool = False, **options: Any) -> Any:

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from peft.tuners.lora import Linear, LoraLayer
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from raytrl.roles.models.adapters import POLICY_ADAPTER, add_policy_adapter
+from raytrl.roles.models.loading import load_model
 from raytrl.roles.weights.buckets import PolicyCopy
 
 
@@ -19,7 +19,7 @@ class LoraMerge:
         self, model_path: str, lora: Mapping[str, Any], dtype: torch.dtype, trust_remote_code: bool = False
     ) -> None:
         """`dtype` is the rollout engine's. Safetensors in that dtype are mapped, not read into memory."""
-        base = AutoModelForCausalLM.from_pretrained(model_path, dtype=dtype, trust_remote_code=trust_remote_code)
+        base = load_model(model_path, "causal", "rollout", dtype=dtype, trust_remote_code=trust_remote_code)
         self._policy = add_policy_adapter(base, lora)
         self._policy.requires_grad_(False)
         self._copy = PolicyCopy(self._policy)

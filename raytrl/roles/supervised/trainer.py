@@ -20,8 +20,9 @@ from raytrl.roles.context import WorkerContext
 from raytrl.roles.device import check_cpu, peak_memory_gib
 from raytrl.roles.job import Job
 from raytrl.roles.models.adapters import merge_adapter
-from raytrl.roles.models.base import make_base, needs_base, torch_dtype
+from raytrl.roles.models.base import labels_of, make_base, needs_base, torch_dtype
 from raytrl.roles.models.card import write_model_card
+from raytrl.roles.models.loading import look_at
 from raytrl.roles.models.tokenizer import load_tokenizer
 from raytrl.rundir import RunDirectory
 
@@ -103,6 +104,9 @@ def train(job: Job[SupervisedRun], context: WorkerContext) -> dict[str, float]:
     with ExitStack() as stack:
         tokenizer = _tokenizer(job, run_dir, stack)
         base = _base(job, run_dir, tokenizer, context, stack)
+        if not os.path.isdir(base):  # of the hub: it was not here before the start, and TRL asks nothing
+            own = {"revision": run.model.revision, "trust_remote_code": run.model.trust_remote_code}
+            look_at(base, run.head, "model.path", new_head=run.head == "score", **own, **labels_of(run))
         # After the base model is made: under ZeRO-3 the arguments switch on partitioned construction for all models.
         arguments = config_class(**training_arguments(run, context, on_gpu))
         arguments.model_init_kwargs = _model_init(run, base, on_gpu)

@@ -14,6 +14,7 @@ from raytrl.config.sections.engines import CPU_SEQUENCES, cpu_cache_bytes, gpus_
 from raytrl.config.sections.rollout import RolloutSection, SamplingSection
 from raytrl.errors import NonFiniteError, RunError
 from raytrl.records.samples import Prompt, Response
+from raytrl.roles.models.loading import look_at
 from raytrl.roles.rollout.engine import Endings, RolloutEngine, Tokenizer, continued_text, response_seed, response_text
 from raytrl.roles.rollout.lora_merge import LoraMerge
 from raytrl.roles.rollout.vllm.batch import ContinuousBatch
@@ -78,6 +79,8 @@ class VllmEngine(RolloutEngine):
             **rollout.engine_args,
         }
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_path, trust_remote_code=trust_remote_code)
+        if not os.path.isdir(model_path):  # of the hub: it was not here before the start, and vLLM asks less
+            look_at(model_path, "causal", "rollout", trust_remote_code=trust_remote_code)
         return cls(
             ContinuousBatch(_maker(arguments)),
             tokenizer,

@@ -132,9 +132,7 @@ def test_a_folder_that_is_no_whole_download_is_refused(
     assert words in str(caught.value)
 
 
-def test_a_hub_id_is_looked_at_where_the_cache_has_its_weights(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_hub_id_is_looked_at_where_the_cache_has_its_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.file_download.constants.HF_HUB_CACHE", str(tmp_path))
     cache = tmp_path / "models--some--model"

@@ -138,8 +138,9 @@ def estimates(run: Run, shapes: Mapping[str, ModelShape]) -> dict[str, Estimate]
 def supervised_worker(run: SupervisedRun, shape: ModelShape) -> Estimate:
     """One worker of SFT, reward modelling or DPO under TRL's trainer."""
     on_gpu = run.learner.uses_gpu
-    size = _size(str((run.training.get("model_init_kwargs") or {}).get("dtype") or run.model.dtype), on_gpu)
-    half = on_gpu or bool(run.training.get("bf16"))
+    asked = str((run.training.get("model_init_kwargs") or {}).get("dtype") or "")
+    size = _size(asked or ("float32" if run.holds_float32 else run.model.dtype), on_gpu)
+    half = on_gpu or bool(run.training.get("bf16")) or run.model.dtype == "bfloat16"
     workers = run.learner.max_workers
     sharding = Sharding.of(run.learner.deepspeed, workers, on_gpu)
     trainable, frozen = float(shape.parameters), 0.0
@@ -184,7 +185,8 @@ def ppo_worker(
     value_numbers = critics * (value or policy).parameters
     if run.lora is None:
         trainable = policy.parameters + value_numbers
-        frozen = (reference or policy).parameters * float(size)
+        other = reference or policy
+        frozen = other.parameters * float(size) + other.vocab * other.hidden * float(4 - size)  # its embeddings: float32
         copies = trainable
     else:
         adapter = float(lora_parameters(policy, run.lora))

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from raytrl.errors import DataError, NonFiniteError
@@ -225,3 +226,26 @@ def test_rows_that_trl_leaves_out_are_told(tmp_path: Path) -> None:
     assert notices == ["data.train: 4 of 20 rows are left out: longer than training.max_length 64 allows"]
     with pytest.raises(DataError, match=r"data.train: all 4 rows are longer than training.max_length 64 allows"):
         train_alone(one_worker(tmp_path, long, "nothing", kind="reward", training=training))
+
+
+@pytest.mark.parametrize(("kind", "learning_rate"), [("sft", 1e-5), ("sft", 1e-6), ("dpo", 1e-6), ("reward", 1e-5)])
+def test_as_many_weights_move_in_bfloat16_as_in_float32(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, learning_rate: float
+) -> None:
+    """On a processor without bfloat16 torch emulates it; `raytrl` itself would refuse it there for its slowness."""
+    monkeypatch.setattr("raytrl.roles.device.has_cpu_bf16", lambda: True)
+    rows = text_rows(16) if kind == "sft" else pair_rows(16)
+    training = {"max_steps": 3, "max_length": 64, "learning_rate": learning_rate, "lr_scheduler_type": "constant"}
+    shares, losses = [], []
+    for dtype in ("float32", "bfloat16"):
+        file = one_worker(tmp_path, rows, dtype, kind=kind, training=training)
+        context, run = train_alone(file, f"model.dtype={dtype}")
+        forget_engines()
+        before, after = (load_file(folder / "model.safetensors") for folder in (run / "base", run / "model"))
+        moved = sum(int((before[name].float() != after[name].float()).sum()) for name in after)
+        shares.append(moved / sum(value.numel() for value in after.values()))
+        losses.append(context.losses)
+    assert shares[0] > 0.3
+    assert shares[1] == pytest.approx(shares[0], abs=0.05), shares
+    assert losses[0] != losses[1]  # it did compute in bfloat16
+    assert losses[1] == pytest.approx(losses[0], rel=0.05)

@@ -67,6 +67,31 @@ def test_what_vllm_cannot_do_is_refused(tmp_path: Path, overrides: list[str], me
         ppo_run(tmp_path, "rollout.engine=vllm", *overrides)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["rollout.engine=transformers", "rollout.resources={GPU: 2}"], "rollout.resources.GPU: a transformers engine"),
+        (["learner.resources={GPU: 2}"], "learner.*resources.GPU: a worker computes on one GPU; found: 2"),
+        (
+            ["learner.resources={GPU: 0.5}", "learner.workers=2"],
+            "NCCL takes no two workers on one GPU; found: 0.5 for 2",
+        ),
+        (
+            ["reward.sources=[{name: a, model: m}]", "reward.resources={GPU: 2}"],
+            "reward.*resources.GPU: a reward model computes on one GPU; found: 2",
+        ),
+    ],
+)
+def test_gpus_that_nothing_would_use_are_refused(tmp_path: Path, overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        ppo_run(tmp_path, *overrides)
+
+
+def test_a_part_of_a_gpu_for_one_and_several_for_a_function_are_taken(tmp_path: Path) -> None:
+    ppo_run(tmp_path, "rollout.engine=transformers", "learner.resources={GPU: 0.5}", "learner.workers=1")
+    ppo_run(tmp_path, "rollout.engine=transformers", "reward.resources={GPU: 2}")  # its judge may
+
+
 def test_engine_arguments_that_fit(tmp_path: Path) -> None:
     run = ppo_run(
         tmp_path,

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from raytrl.config.foreign.deepspeed import check_deepspeed
+from raytrl.config.foreign.deepspeed import check_deepspeed, zero_stage
 from raytrl.config.foreign.native import NativeClass, check_values, native_default, native_fields
 from raytrl.config.renamed import OWNED, unknown_key
 from raytrl.config.runs.base import Columns, Head, ModelUse, Processes, RowKind, TrainingRun, or_raise
@@ -112,6 +112,12 @@ class SupervisedRun(TrainingRun):
     def processes(self) -> tuple[Processes, ...]:
         learner = self.learner
         return (Processes("learner.workers", "trainer", learner, learner.min_workers, learner.max_workers),)
+
+    @property
+    def holds_float32(self) -> bool:
+        """Whether all weights are trained and nothing keeps a float32 copy of them: then they are held so, as in TRL."""
+        has_master = zero_stage(self.learner.deepspeed) in (1, 2, 3)
+        return self.lora is None and not has_master
 
     def models(self) -> tuple[ModelUse, ...]:
         model = self.model

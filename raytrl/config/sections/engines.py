@@ -57,6 +57,13 @@ def chosen_engine(asked: Asked) -> Literal["vllm", "transformers"]:
 def engine_problems(asked: Asked) -> list[str]:
     """Why `rollout.engine` cannot serve as it is asked to, one line each."""
     if chosen_engine(asked) != "vllm":
+        gpus = asked.rollout.resources.get("GPU", 0)
+        is_certain = asked.rollout.engine == "transformers" or vllm_is_installed()  # else the cluster may have vLLM
+        if gpus > 1 and is_certain:
+            return [
+                f"rollout.resources.GPU: a transformers engine computes on one GPU; found: {gpus:g}; expected: at most 1, and "
+                f"more rollout.actors, or rollout.engine: vllm, which spreads a model over several"
+            ]
         return []
     if obstacles := vllm_obstacles(asked):
         return [f"rollout.engine: vllm cannot be taken: {obstacle}" for obstacle in obstacles]

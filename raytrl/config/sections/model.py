@@ -42,7 +42,8 @@ class ModelSection(Section):
     revision: str | None = None
     """Branch, tag or commit of the model and tokenizer on the hub. null: the main branch."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """What the network computes in. auto: bfloat16 on a GPU, float32 on a CPU."""
+    """What the network computes in. auto: bfloat16 on a GPU, float32 on a CPU. What is trained is held in float32, or has a
+    float32 copy (DeepSpeed)."""
     pad_token: str | None = None
     """A token to pad with, added where the tokenizer lacks it. null: the tokenizer's own."""
     trust_remote_code: bool = False

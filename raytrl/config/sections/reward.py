@@ -136,6 +136,15 @@ class RewardSection(ProcessSection):
         return sources
 
     @model_validator(mode="after")
+    def _check_gpus(self) -> Self:
+        gpus = self.resources.get("GPU", 0)
+        if gpus > 1 and all(source.kind != "function" for source in self.sources):
+            raise ValueError(
+                f"resources.GPU: a reward model computes on one GPU; found: {gpus:g}; expected: at most 1, and more actors"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _check_budget(self) -> Self:
         if self.on_error == "fail" and self.max_dropped_fraction is not None:
             raise ValueError(

@@ -57,6 +57,8 @@ class DeepSpeedBackend(Backend):
             "gradient_accumulation_steps": 1,
             "gradient_clipping": max_norm,
             "zero_allow_untested_optimizer": True,
+            # Offloaded states are stepped by torch's Adam as well: DeepSpeed's own has to be compiled on each node.
+            "zero_force_ds_cpu_optimizer": False,
         }
         optimizer = torch.optim.Adam(groups, lr=learning_rate, eps=epsilon)
         self._engine, self._optimizer, _, _ = deepspeed.initialize(

@@ -33,7 +33,7 @@ from raytrl.roles.weights.buckets import GatheredBuckets, Weights
 
 # Two forward passes of the same float32 weights differ by about 1e-6 a token; bfloat16 by about 1e-2.
 MAX_FIRST_LOG_RATIO = {torch.float32: 1e-3}
-MAX_FIRST_KL = {torch.float32: 1e-3}
+MAX_FIRST_KL = {torch.float32: 1e-3, torch.bfloat16: 1e-3}  # of one forward pass by two equal networks
 
 
 class Rollout(Protocol):
@@ -163,7 +163,7 @@ class PpoLearner:
 
     def weights(self) -> Weights:
         """The policy for the rollout engines, under the current version, to be sent before the next update."""
-        return Weights(self._step, GatheredBuckets(self._backend.policy_buckets, self._backend.networks.dtype))
+        return Weights(self._step, GatheredBuckets(self._backend.policy_buckets, self._backend.networks.sent_dtype))
 
     def mean_score(self, scores: Sequence[Score]) -> float:
         """Mean score over all workers, dropped ones left out; NaN where there is none."""

@@ -14,6 +14,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers.activations import GELUTanh, NewGELUActivation
+from transformers.pytorch_utils import Conv1D
 
 from raytrl.roles.learner import unpadded
 from raytrl.roles.learner.mapped import MappedFiles
@@ -58,6 +59,7 @@ class Networks(nn.Module):
             nn.init.zeros_(self.value_head.weight)
         if reference is not None:
             reference.requires_grad_(False)
+            compute_like_trained(reference, dtype)
         self._mark_trainable()
         for parameter in self.parameters():
             if parameter.requires_grad and parameter.dtype != torch.float32:
@@ -78,17 +80,22 @@ class Networks(nn.Module):
         To be called once, on the device that they stay on, before anything wraps them.
         """
         models = [model for model in (self.policy, self.value, self.reference) if model is not None]
-        packed = [unpadded.make_packed(_plain(model)) for model in models]
+        packed = [unpadded.make_packed(_plain(model), self.dtype) for model in models]
         self.packed = all(packed)
 
     def forward(self, network: Network, batch: Sequences) -> Tensor:
         """Of the N response tokens, row after row: policy and reference: the logits (N, V) that predict them; value:
         float32 (N,), before each."""
         device = batch.input_ids_BT.device
-        with torch.autocast(device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
+        with unpadded.autocast(device, self.dtype):
             if network == "value":
                 return self._values(batch)
             return self._logits(network, batch)
+
+    @property
+    def sent_dtype(self) -> torch.dtype:
+        """Of the weights that travel. Adapters are small, engines hold them in float32, and merging rounds once."""
+        return torch.float32 if isinstance(self.policy, PeftModel) else self.dtype
 
     def policy_group(self) -> list[nn.Parameter]:
         """The trainable parameters of the policy."""
@@ -154,7 +161,8 @@ class Networks(nn.Module):
         else:
             hidden_BTD = backbone(model)(**unpadded.padded_inputs(batch)).last_hidden_state
             hidden_ND = batch.at_tokens(hidden_BTD[:, batch.prompt_width - 1 : -1])
-        values_N: Tensor = head(hidden_ND).squeeze(-1).float()  # type: ignore[operator]
+        with torch.autocast(hidden_ND.device.type, enabled=False):  # near 45 a bfloat16 moves in steps of 0.25
+            values_N: Tensor = head(hidden_ND.float()).squeeze(-1)  # type: ignore[operator]
         return values_N
 
     def _recomputing(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
@@ -178,6 +186,20 @@ class Networks(nn.Module):
         if isinstance(self.policy, PeftModel):
             for name, parameter in self.policy.named_parameters():
                 parameter.requires_grad_("lora_" in name)
+
+
+def compute_like_trained(frozen: nn.Module, dtype: torch.dtype) -> None:
+    """Lets a frozen model compute to the bit like one of the same numbers that is trained in float32 under autocast.
+
+    Autocast casts what enters a matrix product, so those weights may stay in `dtype`. Embeddings and norms it leaves alone:
+    they decide what the residual stream is summed in.
+    """
+    if dtype == torch.float32:
+        return
+    for module in frozen.modules():
+        if not isinstance(module, nn.Linear | Conv1D):
+            for parameter in module.parameters(recurse=False):
+                parameter.data = parameter.data.float()
 
 
 def disable_dropout(model: nn.Module) -> None:

@@ -6,6 +6,7 @@ without being told of it, so that torch's fused kernels take all rows at once; o
 gets them one by one. T here counts the real tokens of all rows.
 """
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,28 +84,32 @@ def is_packed(model: nn.Module) -> bool:
     return bool(model.config._attn_implementation == _ATTENTION)  # type: ignore[union-attr]
 
 
-def make_packed(model: nn.Module) -> bool:
+def make_packed(model: nn.Module, dtype: torch.dtype = torch.float32) -> bool:
     """Change the model's attention so that it takes packed rows; False, and no change, where it cannot.
 
     It can where all its attention is full and causal and goes through transformers' interface: GPT-2, Llama, Qwen and
     most of today's. Sliding windows, capped logits, state spaces and attention of a model's own stay padded. Not by the
     configuration alone: two rows must come out the same packed and apart.
+
+    Args:
+        dtype: what its forward passes will compute in.
     """
     if not _looks_packable(model):
         return False
     before = str(model.config._attn_implementation)  # type: ignore[union-attr]
     batch = _two_rows(model)
     alone = [
-        _hidden(model, padded_inputs(batch.take(torch.tensor([i], device=batch.input_ids_BT.device)))) for i in (0, 1)
+        _hidden(model, dtype, padded_inputs(batch.take(torch.tensor([i], device=batch.input_ids_BT.device))))
+        for i in (0, 1)
     ]
     model.set_attn_implementation(_ATTENTION)  # type: ignore[operator]
     try:
-        packed = _hidden(model, inputs(batch))
+        packed = _hidden(model, dtype, inputs(batch))
     except (TypeError, ValueError, NotImplementedError):  # it does not hand the layout on, or wants other attention
         packed = None
     expected = torch.cat([hidden[0] for hidden in alone])
     if packed is not None:
-        limit = _TOLERANCE.get(expected.dtype, _HALF_TOLERANCE) * float(expected.abs().max())
+        limit = _TOLERANCE.get(_coarser(dtype, expected.dtype), _HALF_TOLERANCE) * float(expected.abs().max())
         if float((packed[0] - expected).abs().max()) <= limit:
             return True
     model.set_attn_implementation(before)  # type: ignore[operator]
@@ -160,6 +165,17 @@ def _two_rows(model: nn.Module) -> Sequences:
 
 
 @torch.no_grad()
-def _hidden(model: nn.Module, arguments: dict[str, Any]) -> Tensor:
-    hidden: Tensor = model(**arguments, output_hidden_states=True).hidden_states[-1]
+def _hidden(model: nn.Module, dtype: torch.dtype, arguments: dict[str, Any]) -> Tensor:
+    with autocast(next(model.parameters()).device, dtype):
+        hidden: Tensor = model(**arguments, output_hidden_states=True).hidden_states[-1]
     return hidden
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[Any]:
+    """In which matrix products are computed in `dtype`."""
+    context: AbstractContextManager[Any] = torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+    return context
+
+
+def _coarser(one: torch.dtype, other: torch.dtype) -> torch.dtype:
+    return max(one, other, key=lambda dtype: torch.finfo(dtype).eps)

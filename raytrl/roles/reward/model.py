@@ -39,6 +39,7 @@ class ModelSource:
         self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         path = _merged(section.model, self._where)
         self._model, self._tokenizer = self._load(path)
+        _head_in_float32(self._model)
         self._text_config = self._model.config.get_text_config()
         self._output = _output_index(self._model.config, section.label, f"reward.sources.{section.name}.label")
         self._padding: int | None = self._text_config.pad_token_id
@@ -134,6 +135,15 @@ class ModelSource:
                 "which would be random; expected: a model trained as one; train it with `raytrl reward`"
             )
         return model.eval().to(self._device), tokenizer
+
+
+def _head_in_float32(model: Any) -> None:
+    """So that close scores stay apart: bfloat16 has two or three digits. The body stays as it is."""
+    for name in ("score", "classifier"):
+        head = getattr(model, name, None)
+        if isinstance(head, torch.nn.Module):
+            head.float()
+            head.register_forward_pre_hook(lambda _, inputs: tuple(each.float() for each in inputs))
 
 
 def _merged(model: str, where: str) -> str:

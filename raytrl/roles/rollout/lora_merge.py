@@ -70,5 +70,4 @@ class LoraMerge:
             factors = (a.t(), b.t()) if layer.fan_in_fan_out else (b, a)
             return torch.addmm(base, *factors, alpha=layer.scaling[POLICY_ADAPTER])  # in one pass over the weights
         delta: Tensor = layer.get_delta_weight(POLICY_ADAPTER)
-        # As PEFT merges: in the base's dtype.
-        return base + delta.to(base.dtype)
+        return (base.to(delta.dtype) + delta).to(base.dtype)  # rounded once

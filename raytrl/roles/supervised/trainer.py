@@ -6,6 +6,7 @@ import time
 from contextlib import ExitStack
 from typing import Any
 
+import torch
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from raytrl.config.foreign.deepspeed import with_gather
@@ -188,7 +189,8 @@ def _phase(context: WorkerContext, text: str) -> None:
 
 def training_arguments(run: SupervisedRun, context: WorkerContext, on_gpu: bool) -> dict[str, Any]:
     """Keyword arguments of TRL's config class: the run file's `training`, and what raytrl owns."""
-    values: dict[str, Any] = {"logging_steps": 1, "bf16": on_gpu and not run.training.get("fp16", False)}
+    computes_half = on_gpu or run.model.dtype == "bfloat16"
+    values: dict[str, Any] = {"logging_steps": 1, "bf16": computes_half and not run.training.get("fp16", False)}
     if not on_gpu:
         values |= {"use_cpu": True, "dataloader_pin_memory": False}
     # Two names of one switch: TRL's default sets the old one, which newer transformers answer with a warning.
@@ -248,9 +250,11 @@ def _base(
 
 
 def _model_init(run: SupervisedRun, base: str, on_gpu: bool) -> dict[str, Any]:
-    values: dict[str, Any] = {"dtype": torch_dtype(run.model.dtype, on_gpu)} | dict(
-        run.training.get("model_init_kwargs") or {}
-    )
+    """What TRL loads the model with: the dtype that its weights are held in."""
+    dtype = torch_dtype(run.model.dtype, on_gpu)
+    if run.holds_float32:
+        dtype = torch.float32  # at a learning rate of 1e-5 a bfloat16 weight would round every update away
+    values: dict[str, Any] = {"dtype": dtype} | dict(run.training.get("model_init_kwargs") or {})
     if run.model.revision is not None and base == run.model.path:
         values["revision"] = run.model.revision
     return values

@@ -167,18 +167,31 @@ def config(**changes: Any) -> PpoSection:
 
 
 def make_learner(
-    model: nn.Module, ppo: PpoSection, *, lora: bool = False, seed: int = 0, temperature: float = 1.0
+    model: nn.Module,
+    ppo: PpoSection,
+    *,
+    lora: bool = False,
+    seed: int = 0,
+    temperature: float = 1.0,
+    dtype: torch.dtype = torch.float32,
 ) -> PpoLearner:
     torch.manual_seed(seed)
-    networks = assemble(model, lora=LORA if lora else None, gradient_checkpointing=ppo.gradient_checkpointing)
+    adapter, recompute = LORA if lora else None, ppo.gradient_checkpointing
+    networks = assemble(model.to(dtype), lora=adapter, dtype=dtype, gradient_checkpointing=recompute)
     backend = build_backend(networks, ppo)
     return PpoLearner(backend, ppo, temperature=temperature, seed=seed)
 
 
 def make_engine(
-    model: nn.Module, *, lora: bool = False, seed: int = 0, chunk: int = 8, **sampling: Any
+    model: nn.Module,
+    *,
+    lora: bool = False,
+    seed: int = 0,
+    chunk: int = 8,
+    dtype: torch.dtype = torch.float32,
+    **sampling: Any,
 ) -> TransformersEngine:
-    policy = add_policy_adapter(model, LORA) if lora else model
+    policy = add_policy_adapter(model.to(dtype), LORA) if lora else model.to(dtype)
     return TransformersEngine(
         policy,
         DigitTokenizer(),

@@ -201,3 +201,15 @@ def test_a_forward_pass_that_hangs_costs_the_limit(classifier: Any, pair: Any, m
     sleep: Callable[..., Any] = lambda **_: time.sleep(1)  # noqa: E731
     monkeypatch.setattr(source._model, "forward", sleep)
     assert ask(source, [pair(PROMPT, "x")]) == [Failure("gave no answer within 0.2 s")]
+
+
+def test_close_scores_stay_apart_in_bfloat16(classifier: Any, pair: Any) -> None:
+    path = classifier()
+    model = AutoModelForSequenceClassification.from_pretrained(path)
+    model.score.weight.data *= 200
+    model.save_pretrained(path)
+    pairs = [pair(PROMPT, " moving and clumsy" * (row % 7) + "abc "[row % 4] * row, row=row) for row in range(32)]
+    whole, half = (torch.tensor(ask(_source(path, dtype=dtype), pairs)) for dtype in ("float32", "bfloat16"))
+    assert len(set(half.tolist())) == len(set(whole.tolist()))
+    assert float((half - whole).std() / whole.std()) < 0.05
+    assert not torch.equal(half, half.to(torch.bfloat16).float())

@@ -208,7 +208,7 @@ def test_what_cannot_fit_names_the_setting_that_would(tmp_path: Path) -> None:
 
 
 def test_tight_memory_is_a_note(tmp_path: Path) -> None:
-    found = planned(large(tmp_path), cluster=["gpus=8,gpu_gib=76,cpus=64,mem_gib=512"])
+    found = planned(large(tmp_path), cluster=["gpus=8,gpu_gib=150,cpus=64,mem_gib=512"])
     assert any(note.startswith("memory is tight: each of learner.workers on its GPU") for note in found.notes)
 
 

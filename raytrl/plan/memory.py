@@ -186,7 +186,9 @@ def ppo_worker(
     if run.lora is None:
         trainable = policy.parameters + value_numbers
         other = reference or policy
-        frozen = other.parameters * float(size) + other.vocab * other.hidden * float(4 - size)  # its embeddings: float32
+        frozen = other.parameters * float(size) + other.vocab * other.hidden * float(
+            4 - size
+        )  # its embeddings: float32
         copies = trainable
     else:
         adapter = float(lora_parameters(policy, run.lora))

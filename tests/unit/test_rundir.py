@@ -221,9 +221,7 @@ def test_a_full_disk_is_told_from_other_errors(tmp_path: Path) -> None:
 def test_a_driver_that_finds_the_disk_full_says_so_in_one_message(tmp_path: Path) -> None:
     run_dir = local(tmp_path)
     os.makedirs(run_dir.path)
+    log = StepLog(run_dir, "metrics.jsonl")  # before the file is /dev/full, which can be read without end
     os.symlink("/dev/full", run_dir.at("metrics.jsonl"))
-    with (
-        pytest.raises(RunError, match=r"No space left on device.*room.*the same command continues"),
-        full_disk_told(run_dir),
-    ):
-        StepLog(run_dir, "metrics.jsonl").extend([{"step": 1}])
+    with pytest.raises(RunError, match=r"No space left on device.*the same command continues"), full_disk_told(run_dir):
+        log.extend([{"step": 1}])

@@ -131,6 +131,8 @@ def follow(client: "JobSubmissionClient", job: str, write: Callable[[str], None]
 
     try:
         asyncio.run(tail())
+    except asyncio.CancelledError:  # Ctrl-C, in a moment in which the client counts a cancellation of its own
+        raise KeyboardInterrupt from None
     except (RuntimeError, OSError) as error:
         raise RunError(
             f"submit: the connection to the log of {job} broke: {str(error).splitlines()[0]}; the job goes on; submit the "

@@ -22,7 +22,8 @@ def loaded(
     (folder / "rule.py").write_text("def spelling(completions, **columns): ...\n")
     rollouts: dict[str, Any] = {"resources": rollout, "actors": actors}
     rollouts |= {} if asked is None else {"weight_transfer": asked}
-    file = ppo_file(folder, "a", learner={"resources": learner}, rollout=rollouts, **sections)
+    workers = 1 if 0 < learner.get("GPU", 0) < 1 else 2
+    file = ppo_file(folder, "a", learner={"resources": learner, "workers": workers}, rollout=rollouts, **sections)
     run = load_run(file, []).run
     assert isinstance(run, PpoRun)
     return run.rollout.weight_transfer

@@ -4,6 +4,7 @@ import os
 import sys
 
 __version__ = "0.1.0"
+FOLDER = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # where Python finds this package
 
 
 def _look_last_where_it_was_started() -> None:
@@ -13,7 +14,7 @@ def _look_last_where_it_was_started() -> None:
     of the library's, here and in every process of Ray. What PYTHONPATH names stays first: somebody asked for that.
     """
     asked = [folder for folder in os.environ.get("PYTHONPATH", "").split(os.pathsep) if folder]
-    kept = {os.path.abspath(folder) for folder in [*asked, os.path.dirname(os.path.dirname(__file__))]}
+    kept = {os.path.abspath(folder) for folder in [*asked, FOLDER]}
     library = os.path.dirname(os.__file__)
     before = sys.path[: sys.path.index(library)] if library in sys.path else []
     moved = [

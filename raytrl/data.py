@@ -35,7 +35,7 @@ def load_data(source: DataSource, where: str) -> datasets.Dataset:
     Raises:
         DataError: file, folder, hub id or split is missing, or a file cannot be parsed (with the line).
     """
-    files = [source.data_files] if isinstance(source.data_files, str) else list(source.data_files or [])
+    files = source.named_files
     for file in files:
         if "://" not in file and not Path(file).is_file() and not glob.glob(file, recursive=True):
             raise DataError(f"{where}: no such file; found: {file!r} (working directory {Path.cwd()})")
@@ -82,9 +82,8 @@ def _load(source: DataSource) -> datasets.Dataset:
                 f"another name, or its files one by one as data_files"
             )
     options = {k: v for k, v in source.model_dump().items() if k not in ("transform", "split") and v is not None}
-    if source.data_files is not None:  # a file is a file, whatever its name would mean as a pattern
-        written = [source.data_files] if isinstance(source.data_files, str) else source.data_files
-        options["data_files"] = [glob.escape(file) if Path(file).is_file() else file for file in written]
+    if source.named_files:  # a file is a file, whatever its name would mean as a pattern
+        options["data_files"] = [glob.escape(file) if Path(file).is_file() else file for file in source.named_files]
     builder = datasets.load_dataset_builder(options.pop("path"), **options)
     named = builder.config.data_files or {}
     files = [file for group in named.values() for file in group]

@@ -61,7 +61,7 @@ def is_code_of_rewards(key: str) -> bool:
 
 
 def _data(source: DataSource) -> Iterator[tuple[str, str]]:
-    files = [source.data_files] if isinstance(source.data_files, str) else list(source.data_files or [])
+    files = source.named_files
     is_folder = os.path.isdir(source.path)
     for pattern in files:
         places = [pattern, os.path.join(source.path, pattern)] if is_folder else [pattern]

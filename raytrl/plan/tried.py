@@ -19,7 +19,8 @@ def facts_of(run: Run) -> tuple[Facts, list[str]]:
     """What is known of models and local datasets, and what is missing or cannot be used."""
     found, columns, problems = dict[str, Any](), dict[str, str](), list[str]()
     for key, source in run.data_sources().items():
-        if source.data_files is None and not os.path.exists(source.path) and _is_hub_id(source.path):
+        is_local = bool(source.named_files or source.data_dir) or os.path.exists(source.path)
+        if not is_local and _is_hub_id(source.path):
             continue  # to count its rows is to download them
         from raytrl.data import choose_columns, load_data  # datasets: 1.3 s
 

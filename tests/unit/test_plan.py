@@ -278,6 +278,15 @@ def test_missing_data_is_an_error_here_and_a_note_elsewhere(tmp_path: Path) -> N
     assert any("data.train: no such file" in note for note in planned(file, cluster=NODES).notes)
 
 
+def test_a_builder_that_reads_a_folder_is_no_hub_id(tmp_path: Path) -> None:
+    (tmp_path / "rows").mkdir()
+    write_rows(tmp_path / "rows/a.jsonl", text_rows(7))
+    file = run_file(
+        tmp_path, "a", learner={"workers": 1}, data={"train": {"path": "json", "data_dir": f"{tmp_path}/rows"}}
+    )
+    assert dict(planned(file).words)["data"].startswith("7 rows")
+
+
 IDLE = {
     "checkpoint.every=8": "checkpoint.every: 8, and the run has 8 steps",
     "training.num_train_epochs=2": "training.num_train_epochs: does nothing beside training.max_steps 8",

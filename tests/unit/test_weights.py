@@ -4,12 +4,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig, PreTrainedTokenizerFast
 
 from raytrl.config.runs.supervised import SftRun
 from raytrl.errors import ConfigError
 from raytrl.plan.checks.weights import check_vocabulary, check_weights
+from raytrl.roles.models.adapters import merge_adapter
 from raytrl.roles.models.loading import look_at
 
 
@@ -146,3 +150,29 @@ def test_a_hub_id_is_looked_at_where_the_cache_has_its_weights(tmp_path: Path, m
         check_weights(run)
     (cache / "snapshots" / ("0" * 40) / "model.safetensors").unlink()  # only its config was needed so far
     assert check_weights(run) == {}
+
+
+def test_an_adapter_is_merged_into_the_revision_that_it_was_trained_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    cache = tmp_path / "models--some--model"
+    (cache / "refs").mkdir(parents=True)
+    for seed, name in enumerate(("main", "v1")):
+        torch.manual_seed(seed)
+        (cache / "refs" / name).write_text(str(seed) * 40)
+        saved(cache / "snapshots" / (str(seed) * 40), "causal")
+    adapted = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(cache / "snapshots" / ("1" * 40)), LoraConfig(task_type="CAUSAL_LM", r=2)
+    )
+    adapted.save_pretrained(str(tmp_path / "adapter"))
+    words = Tokenizer(WordLevel({str(token): token for token in range(8)}, unk_token="0"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="0")
+    run = SftRun.model_validate(
+        {"kind": "sft", "name": "a", "model": {"path": "some/model", "revision": "v1"}, "data": {"train": "a.jsonl"}}
+    )
+    merge_adapter(run, "some/model", str(tmp_path / "adapter"), tokenizer, str(tmp_path / "merged"))
+    merged = load_file(tmp_path / "merged/model.safetensors")
+    main, v1 = (load_file(cache / "snapshots" / (seed * 40) / "model.safetensors") for seed in "01")
+    assert all(torch.equal(merged[name], v1[name]) for name in merged)  # a new adapter changes nothing
+    assert not all(torch.equal(merged[name], main[name]) for name in merged)

@@ -61,5 +61,10 @@ class ProcessSection(Section):
     """Only nodes with these labels, in Ray's label selectors: a value, !value, in(a, b) or !in(a, b). {}: any node."""
 
     @property
+    def gpus(self) -> float:
+        """Of each process."""
+        return self.resources.get("GPU", 0)
+
+    @property
     def uses_gpu(self) -> bool:
-        return self.resources.get("GPU", 0) > 0
+        return self.gpus > 0

@@ -45,6 +45,11 @@ class DataSource(Section):
     transform: str | None = None
     """file.py:function or module:function that is given the Dataset and returns the one to use. null: as it is."""
 
+    @property
+    def named_files(self) -> list[str]:
+        """`data_files` as a list; empty where none are named."""
+        return [self.data_files] if isinstance(self.data_files, str) else list(self.data_files or [])
+
     @model_validator(mode="before")
     @classmethod
     def _from_text(cls, value: Any) -> Any:

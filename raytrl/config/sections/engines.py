@@ -57,7 +57,7 @@ def chosen_engine(asked: Asked) -> Literal["vllm", "transformers"]:
 def engine_problems(asked: Asked) -> list[str]:
     """Why `rollout.engine` cannot serve as it is asked to, one line each."""
     if chosen_engine(asked) != "vllm":
-        gpus = asked.rollout.resources.get("GPU", 0)
+        gpus = asked.rollout.gpus
         is_certain = asked.rollout.engine == "transformers" or vllm_is_installed()  # else the cluster may have vLLM
         if gpus > 1 and is_certain:
             return [
@@ -116,7 +116,7 @@ def _argument_problems(rollout: RolloutSection) -> list[str]:
 
 def _placement_problems(rollout: RolloutSection) -> list[str]:
     """An engine is one actor; the GPUs of its bundle, which lie on one node, are the GPUs that it spreads over."""
-    gpus = rollout.resources.get("GPU", 0)
+    gpus = rollout.gpus
     asked = gpus_asked(rollout.engine_args)
     if not gpus and (asked or 1) > 1:
         return [

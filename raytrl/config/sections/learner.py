@@ -39,14 +39,13 @@ class LearnerSection(ProcessSection):
     def _sane(self) -> "LearnerSection":
         if not 1 <= self.min_workers <= self.max_workers:
             raise ValueError(f"workers: found: {self.workers}; expected: at least 1, or [min, max] with min <= max")
-        gpus = self.resources.get("GPU", 0)
-        if gpus > 1:
+        if self.gpus > 1:
             raise ValueError(
-                f"resources.GPU: a worker computes on one GPU; found: {gpus:g}; expected: at most 1, and more workers"
+                f"resources.GPU: a worker computes on one GPU; found: {self.gpus:g}; expected: at most 1, and more workers"
             )
-        if 0 < gpus < 1 and self.max_workers > 1:
+        if 0 < self.gpus < 1 and self.max_workers > 1:
             raise ValueError(
-                f"resources.GPU: NCCL takes no two workers on one GPU; found: {gpus:g} for {self.max_workers} workers; "
+                f"resources.GPU: NCCL takes no two workers on one GPU; found: {self.gpus:g} for {self.max_workers} workers; "
                 f"expected: 1 for each, or one worker"
             )
         if self.min_workers != self.max_workers and zero_stage(self.deepspeed) is not None:

@@ -137,10 +137,9 @@ class RewardSection(ProcessSection):
 
     @model_validator(mode="after")
     def _check_gpus(self) -> Self:
-        gpus = self.resources.get("GPU", 0)
-        if gpus > 1 and all(source.kind != "function" for source in self.sources):
+        if self.gpus > 1 and all(source.kind != "function" for source in self.sources):
             raise ValueError(
-                f"resources.GPU: a reward model computes on one GPU; found: {gpus:g}; expected: at most 1, and more actors"
+                f"resources.GPU: a reward model computes on one GPU; found: {self.gpus:g}; expected: at most 1, and more actors"
             )
         return self
 

@@ -22,7 +22,7 @@ def chosen_transfer(
 def transfer_problems(rollout: RolloutSection, learner: LearnerSection) -> list[str]:
     """Why weights cannot go by broadcast here, one line each."""
     where, store = "rollout.weight_transfer: broadcast", "set it to object_store"
-    mine, theirs = learner.resources.get("GPU", 0), rollout.resources.get("GPU", 0)
+    mine, theirs = learner.gpus, rollout.gpus
     if bool(mine) != bool(theirs):
         return [
             f"{where} joins GPUs, or CPUs; found: GPU {mine:g} in learner.resources and {theirs:g} in rollout.resources; "

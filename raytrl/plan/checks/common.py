@@ -55,6 +55,20 @@ def check_run(run: Run) -> dict[str, int]:
     return check_weights(run)
 
 
+def tokenizer_at(place: str, revision: str | None, trust_remote_code: bool) -> Any:
+    """The tokenizer of the model that a run is about.
+
+    Raises:
+        ConfigError: it cannot be loaded.
+    """
+    from raytrl.roles.models.tokenizer import load_tokenizer
+
+    try:
+        return load_tokenizer(place, revision, trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model.tokenizer: cannot be loaded: {str(error).splitlines()[0]}") from None
+
+
 def load_all(run: Run) -> Rows:
     """The datasets that the run file names.
 

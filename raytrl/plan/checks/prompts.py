@@ -8,7 +8,7 @@ from typing import Any
 from raytrl.config.runs.rollout import RolloutRun
 from raytrl.config.sections.reward import RewardSection
 from raytrl.errors import ConfigError, DataError
-from raytrl.plan.checks.common import Facts
+from raytrl.plan.checks.common import Facts, tokenizer_at
 from raytrl.plan.checks.rows import Batch, Found, Tell, go_through, in_silence
 from raytrl.plan.checks.told import left_out_notices, twice_notice
 from raytrl.plan.checks.training_rows import LEFT_OUT, SAID
@@ -112,14 +112,11 @@ def check_prompts_of(
     """
     from raytrl.data import check_columns, choose_columns  # datasets: 1.3 s
     from raytrl.roles.models.positions import positions_at
-    from raytrl.roles.models.tokenizer import load_tokenizer, turn_end
+    from raytrl.roles.models.tokenizer import turn_end
 
     check_columns(dataset, run, where)
     trust = run.model.trust_remote_code
-    try:
-        tokenizer = load_tokenizer(run.tokenizer_path, None, trust)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"model.tokenizer: cannot be loaded: {str(error).splitlines()[0]}") from None
+    tokenizer = tokenizer_at(run.tokenizer_path, None, trust)
     beyond = check_vocabulary(tokenizer, embeddings.get("model.path"), "model.tokenizer")
     check_for_prompts(tokenizer, dataset[0]["prompt"], where)
     judges, new = judges_of(run.reward), run.rollout.sampling.max_new_tokens
@@ -184,17 +181,19 @@ def check_readers(run: RolloutRun, others: Mapping[str, str | None], embeddings:
     """
     from raytrl.roles.models.tokenizer import load_tokenizer
 
+    places = {key: place for key, place in others.items() if place is not None}
+    if not places:
+        return
     trust = run.model.trust_remote_code
-    for key, place in others.items():
-        if place is None:
-            continue
-        tokenizer = load_tokenizer(run.tokenizer_path, None, trust)
+    tokenizer = tokenizer_at(run.tokenizer_path, None, trust)
+    own = sorted(tokenizer.get_vocab().items())
+    for key, place in places.items():
         check_vocabulary(tokenizer, embeddings.get(key), key)
         try:
             theirs = {number: token for token, number in load_tokenizer(place, None, trust).get_vocab().items()}
         except (OSError, ValueError):
             continue
-        other = [n for token, n in sorted(tokenizer.get_vocab().items()) if theirs.get(n, token) != token]
+        other = [n for token, n in own if theirs.get(n, token) != token]
         if other:
             raise ConfigError(
                 f"{key}: reads the policy's tokens, so it needs the same ids; found: id {other[0]} is "

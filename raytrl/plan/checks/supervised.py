@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from raytrl.config.runs.supervised import SupervisedRun
 from raytrl.config.sections.model import TokenizerSpec
 from raytrl.errors import ConfigError
-from raytrl.plan.checks.common import Facts, Rows, check_rows, check_run, check_trackers, load_all
+from raytrl.plan.checks.common import Facts, Rows, check_rows, check_run, check_trackers, load_all, tokenizer_at
 from raytrl.plan.checks.rows import Tell, go_through, in_silence
 from raytrl.plan.checks.weights import check_vocabulary
 from raytrl.rundir import RunDirectory
@@ -50,7 +50,7 @@ def prepare_supervised(
                 tokenizer.save_pretrained(f"{folder}/tokenizer")
                 run_dir.store(f"{folder}/tokenizer", "tokenizer")
     else:
-        tokenizer = own_tokenizer(run)
+        tokenizer = _own_tokenizer(run)
     _check_tokenizer(run, tokenizer, rows, taken, embeddings)
     return try_rows(run, tokenizer, rows, taken, tell) if tries_rows else Facts(counts)
 
@@ -81,19 +81,9 @@ def _check_tokenizer(
         check_tokenizer(tokenizer, run, conversation_of(train, taken["data.train"].layout))
 
 
-def own_tokenizer(run: SupervisedRun) -> Any:
-    """The tokenizer that the run file names.
-
-    Raises:
-        ConfigError: it cannot be loaded.
-    """
-    from raytrl.roles.models.tokenizer import load_tokenizer
-
+def _own_tokenizer(run: SupervisedRun) -> Any:
     model = run.model
-    try:
-        return load_tokenizer(str(model.tokenizer or model.path), model.revision, model.trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"model.tokenizer: cannot be loaded: {str(error).splitlines()[0]}") from None
+    return tokenizer_at(str(model.tokenizer or model.path), model.revision, model.trust_remote_code)
 
 
 def try_data(run: SupervisedRun, rows: Rows, embeddings: Mapping[str, int]) -> Facts:
@@ -106,7 +96,7 @@ def try_data(run: SupervisedRun, rows: Rows, embeddings: Mapping[str, int]) -> F
         ConfigError: a row, or the tokenizer, cannot be used.
     """
     taken = _checked(run, rows)
-    tokenizer = own_tokenizer(run)
+    tokenizer = _own_tokenizer(run)
     _check_tokenizer(run, tokenizer, rows, taken, embeddings)
     return try_rows(run, tokenizer, rows, taken)
 

@@ -14,21 +14,21 @@ def check_weights(run: Run) -> dict[str, int]:
     Raises:
         ConfigError: weights are missing, have another shape or belong to another network; or the model could not be saved.
     """
-    from raytrl.roles.models.loading import has_weights, look_at  # torch: 2 s
-
     rows: dict[str, int] = {}
     for use in run.models():
         if use.retrained and use.path is not None:
             check_generation_config(use.path, use.revision, use.key)
         place = _place(use)
-        if place is None or not os.path.isdir(place) or os.path.isfile(os.path.join(place, "adapter_config.json")):
+        if place is None or not os.path.isdir(place) or "adapter_config.json" in os.listdir(place):
             continue
-        if not has_weights(place):
+        if not _has_weights(place):
             raise ConfigError(
                 f"{use.key}: {place!r}: a folder without weights; found: {', '.join(sorted(os.listdir(place))[:5])}; expected: "
                 f"model.safetensors, its parts and their index, or pytorch_model.bin"
             )
         _refuse_pointers(place, use.key)
+        from raytrl.roles.models.loading import look_at  # torch: 2 s
+
         try:
             found = look_at(
                 place,
@@ -46,6 +46,15 @@ def check_weights(run: Run) -> dict[str, int]:
         if found is not None:
             rows[use.key] = found
     return rows
+
+
+def _has_weights(folder: str) -> bool:
+    """Whether it holds a whole network's weights, not an adapter's alone or none yet."""
+    names = os.listdir(folder) if os.path.isdir(folder) else []
+    return "adapter_config.json" not in names and any(
+        name.startswith(("model", "pytorch_model")) and name.endswith((".safetensors", ".bin", ".index.json"))
+        for name in names
+    )
 
 
 def _refuse_pointers(folder: str, key: str) -> None:
@@ -92,10 +101,8 @@ def _place(use: ModelUse) -> str | None:
     if use.path is None:
         return None
     if not os.path.isdir(use.path):
-        from raytrl.roles.models.loading import has_weights
-
         cached = cached_folder(use.path, use.revision)
-        return cached if cached is not None and has_weights(cached) else None
+        return cached if cached is not None and _has_weights(cached) else None
     if use.key.startswith("reward.") and os.path.isfile(os.path.join(use.path, "adapter_config.json")):
         beside = (os.path.join(use.path, "merged"), os.path.join(os.path.dirname(use.path.rstrip("/")), "merged"))
         return next((place for place in beside if os.path.isdir(place)), None)

@@ -1,6 +1,5 @@
 """Loading a network, or only a look at one: its weights are the ones that were meant, or it is refused."""
 
-import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -50,15 +49,6 @@ def look_at(path: str, head: Head, where: str, *, new_head: bool = False, **opti
         return None
     model = load_model(path, head, where, new_head=new_head, device_map={"": torch.device("meta")}, **options)
     return int(model.get_input_embeddings().num_embeddings)
-
-
-def has_weights(folder: str) -> bool:
-    """Whether it holds a whole network's weights, not an adapter's alone or none yet."""
-    names = os.listdir(folder) if os.path.isdir(folder) else []
-    return "adapter_config.json" not in names and any(
-        name.startswith(("model", "pytorch_model")) and name.endswith((".safetensors", ".bin", ".index.json"))
-        for name in names
-    )
 
 
 def check_loaded(model: Any, loading: Mapping[str, Any], head: Head, where: str, new_head: bool) -> None:

@@ -67,8 +67,8 @@ class FunctionSource:
         ours, theirs = Pipe()
         command = [sys.executable, "-P", "-m", "raytrl.roles.reward.function_process"]
         # However this package got on the path: the process must find it before it is told where else to look.
-        own = os.path.dirname(os.path.dirname(os.path.abspath(raytrl.__file__)))
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), own]))}
+        folders = filter(None, [os.environ.get("PYTHONPATH"), raytrl.FOLDER])
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(folders)}
         self._process = subprocess.Popen(  # noqa: S603 (our own module)
             [*command, str(theirs.fileno()), str(os.getpid())],
             pass_fds=[theirs.fileno()],

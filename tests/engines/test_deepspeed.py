@@ -44,7 +44,8 @@ def test_equal_losses(tmp_path: Path, lora: bool) -> None:
     for name, zero in VARIANTS.items():
         learner: dict[str, Any] = {"workers": 2}
         if zero is not None:
-            learner["deepspeed"] = {"zero_optimization": zero, "train_micro_batch_size_per_gpu": "auto"}
+            batch = {} if name == "zero1" else {"train_micro_batch_size_per_gpu": "auto"}  # DeepSpeed insists on one
+            learner["deepspeed"] = {"zero_optimization": zero, **batch}
         extra: dict[str, Any] = {"lora": {"r": 4, "target_modules": "all-linear"}} if lora else {}
         files[name] = run_file(
             tmp_path,

@@ -97,8 +97,12 @@ def read_deepspeed(value: str | dict[str, Any], where: str = "learner.deepspeed"
     return found
 
 
-def with_gather(deepspeed: dict[str, Any]) -> dict[str, Any]:
-    """The dictionary as DeepSpeed gets it: under ZeRO-3 whole weights are gathered when they are saved."""
+def for_trainer(deepspeed: dict[str, Any]) -> dict[str, Any]:
+    """The dictionary as TRL's trainer gets it.
+
+    DeepSpeed wants a batch size even where the trainer has one; under ZeRO-3 whole weights are gathered when they are saved.
+    """
+    deepspeed = {"train_micro_batch_size_per_gpu": "auto"} | deepspeed
     zero = deepspeed.get("zero_optimization", {})
     return deepspeed if zero.get("stage") != 3 else {**deepspeed, "zero_optimization": {**zero, GATHER: True}}
 

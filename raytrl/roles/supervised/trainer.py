@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from raytrl.config.foreign.deepspeed import with_gather
+from raytrl.config.foreign.deepspeed import for_trainer
 from raytrl.config.foreign.native import native_fields
 from raytrl.config.runs.supervised import SupervisedRun
 from raytrl.config.sections.data import DataSource
@@ -209,7 +209,7 @@ def training_arguments(run: SupervisedRun, context: WorkerContext, on_gpu: bool)
         "trust_remote_code": run.model.trust_remote_code,
     }
     if run.learner.deepspeed is not None:
-        values["deepspeed"] = with_gather(run.learner.deepspeed)
+        values["deepspeed"] = for_trainer(run.learner.deepspeed)
     return values
 
 

@@ -214,13 +214,17 @@ def training_arguments(run: SupervisedRun, context: WorkerContext, on_gpu: bool)
 
 
 def _prepare_deepspeed(on_gpu: bool) -> None:
-    if on_gpu:
-        return
-    import deepspeed.ops
+    """What DeepSpeed has to know before a model is made under ZeRO-3."""
+    import deepspeed
 
-    # On CPU DeepSpeed compiles a shared-memory all-reduce (55 s, needs a compiler) that only its inference
-    # engine calls; training reduces through gloo.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if torch.distributed.is_initialized():  # by Ray: a DeepSpeed that was not told counts one worker in its batch sizes
+        deepspeed.init_distributed(torch.distributed.get_backend(), auto_mpi_discovery=False)
+    if not on_gpu:
+        import deepspeed.ops
+
+        # On CPU DeepSpeed compiles a shared-memory all-reduce (55 s, needs a compiler) that only its inference
+        # engine calls; training reduces through gloo.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def _tokenizer(job: Job[SupervisedRun], run_dir: RunDirectory, stack: ExitStack) -> PreTrainedTokenizerBase:

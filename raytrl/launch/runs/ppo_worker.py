@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import ray.train.torch
-import torch
 from ray.train.collective import broadcast_from_rank_zero
 
-from raytrl.config.foreign.deepspeed import without_auto, zero_stage
+from raytrl.config.foreign.deepspeed import without_auto
 from raytrl.config.runs.ppo import PpoRun
 from raytrl.data import load_data
 from raytrl.launch.actors.generator import generator_on
@@ -24,9 +23,10 @@ from raytrl.records.samples import Attempt
 from raytrl.roles.job import Job
 from raytrl.roles.learner.backend import Backend
 from raytrl.roles.learner.build import build_backend, build_networks
-from raytrl.roles.learner.collectives import gather_over_workers, worker_rank
+from raytrl.roles.learner.collectives import gather_over_workers
 from raytrl.roles.learner.learner import PpoLearner
 from raytrl.roles.learner.networks import Networks
+from raytrl.roles.learner.save import save_policy, save_value
 from raytrl.roles.models.base import torch_dtype
 from raytrl.roles.models.card import write_model_card
 from raytrl.roles.models.tokenizer import load_tokenizer
@@ -59,19 +59,16 @@ def train_ppo(
     loop.run(_schedule(run), _prompts(run, tokenizer, context), generator, scorer, learner, reporter)
     reporter.close()
     say("saving model")
-    _save_models(job, _whole_networks(run, backend), tokenizer, learner.step, reporter.last, context)
+    _save_models(job, backend, tokenizer, learner.step, reporter.last, context)
     context.barrier()  # no rank leaves before the model is in place
     return {key: value for key, value in reporter.last.items() if value - value == 0.0}
 
 
 def _learner(run: PpoRun) -> tuple[PpoLearner, Backend]:
     deepspeed = run.learner.deepspeed
-    backend = build_backend(
-        _networks(run),
-        run.ppo,
-        deepspeed=None if deepspeed is None else without_auto(deepspeed),
-        device=str(ray.train.torch.get_device()),
-    )
+    deepspeed = None if deepspeed is None else without_auto(deepspeed)
+    networks = _networks(run, deepspeed)
+    backend = build_backend(networks, run.ppo, deepspeed=deepspeed, device=str(ray.train.torch.get_device()))
     learner = PpoLearner(
         backend,
         run.ppo,
@@ -82,7 +79,7 @@ def _learner(run: PpoRun) -> tuple[PpoLearner, Backend]:
     return learner, backend
 
 
-def _networks(run: PpoRun) -> Networks:
+def _networks(run: PpoRun, deepspeed: Mapping[str, Any] | None) -> Networks:
     return build_networks(
         str(run.model.path),
         lora=run.lora,
@@ -92,22 +89,8 @@ def _networks(run: PpoRun) -> Networks:
         trust_remote_code=run.model.trust_remote_code,
         seed=run.seed,
         gradient_checkpointing=run.ppo.gradient_checkpointing,
+        deepspeed=deepspeed,
     )
-
-
-def _whole_networks(run: PpoRun, backend: Backend) -> Networks:
-    """The networks with all their weights in this process. Collective: under ZeRO-3 each worker holds a part."""
-    if zero_stage(run.learner.deepspeed) != 3:
-        return backend.networks
-    tensors = backend.trainable_tensors()
-    if worker_rank() != 0:
-        return backend.networks
-    networks = _networks(run)
-    with torch.no_grad():
-        for name, parameter in networks.named_parameters():
-            if name in tensors:
-                parameter.copy_(tensors[name])
-    return networks
 
 
 def _schedule(run: PpoRun) -> loop.Schedule:
@@ -151,22 +134,26 @@ class _Phases:
 
 def _save_models(
     job: Job[PpoRun],
-    networks: Networks,
+    backend: Backend,
     tokenizer: Any,
     steps: int,
     metrics: Mapping[str, float],
     context: RayWorkerContext,
 ) -> None:
-    """Stores model/ (with LoRA the adapter, and merged/ in it) and value_model/."""
-    run_dir = RunDirectory(job.run.output_dir, job.run.name)
+    """Stores value_model/ and model/ (with LoRA the adapter, and merged/ in it). Collective; the first worker writes."""
+    run = job.run
+    run_dir = RunDirectory(run.output_dir, run.name)
+    folders = {name: Path(context.scratch) / name for name in ("value_model", "model")}  # model/ comes last
+    if context.rank == 0:
+        for folder in folders.values():
+            folder.mkdir(parents=True)
+    save_value(backend, folders["value_model"])
+    save_policy(backend, folders["model"], trust_remote_code=run.model.trust_remote_code)
     if context.rank != 0:
         return
-    for name, save in (("value_model", networks.save_value), ("model", networks.save_policy)):  # model/ comes last
-        folder = Path(context.scratch) / name
-        folder.mkdir(parents=True)
-        save(folder)
+    for name, folder in folders.items():
         for place in (folder, folder / "merged"):
             if place.is_dir():
                 tokenizer.save_pretrained(place)
-        write_model_card(str(folder), job.run, job.command, job.versions, steps, without_times(metrics))
+        write_model_card(str(folder), run, job.command, job.versions, steps, without_times(metrics))
         run_dir.store(str(folder), name)

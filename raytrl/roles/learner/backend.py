@@ -4,12 +4,14 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from raytrl.roles.learner.networks import Network, Networks
 from raytrl.roles.learner.sequences import Sequences
+from raytrl.roles.models.adapters import policy_parameters
 from raytrl.roles.weights.buckets import BUCKET_BYTES
 
 
@@ -39,9 +41,18 @@ class Backend(ABC):
     def device(self) -> torch.device:
         return next(self.networks.parameters()).device
 
-    def forward(self, network: Network, batch: Sequences) -> Tensor:
-        output: Tensor = self.networks(network, batch)
-        return output
+    def logprobs(self, network: Network, batch: Sequences, temperature: float) -> tuple[Tensor, Tensor | None]:
+        """Of the N response tokens under policy or reference, and entropies where there is a gradient, see `Networks`."""
+        found: tuple[Tensor, Tensor | None] = self._forward(network, batch, temperature)
+        return found
+
+    def values(self, batch: Sequences) -> Tensor:
+        """The value function before each of the N response tokens."""
+        values_N: Tensor = self._forward("value", batch)
+        return values_N
+
+    def _forward(self, network: Network, *arguments: Any) -> Any:
+        return self.networks(network, *arguments)
 
     @abstractmethod
     def backward(self, loss: Tensor, *, last: bool) -> None:
@@ -55,16 +66,16 @@ class Backend(ABC):
             NonFiniteError: the gradient norm is NaN or infinite; nothing was updated.
         """
 
-    @abstractmethod
     def policy_buckets(self) -> Iterator[Mapping[str, Tensor]]:
-        """The full tensors that rollout engines need, by name, some at a time; good until the next are asked for.
+        """What rollout engines need, see `whole`."""
+        return self.whole(policy_parameters(self.networks.policy))
+
+    @abstractmethod
+    def whole(self, parameters: Mapping[str, nn.Parameter]) -> Iterator[Mapping[str, Tensor]]:
+        """These of its parameters, by name, some at a time; good until the next are asked for.
 
         Collective: every worker asks for all.
         """
-
-    @abstractmethod
-    def trainable_tensors(self) -> dict[str, Tensor]:
-        """Everything that learns, whole, by its name in `networks`. Collective."""
 
     @abstractmethod
     def save(self, folder: Path) -> None:

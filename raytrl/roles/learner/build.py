@@ -17,6 +17,7 @@ from raytrl.roles.learner.networks import VALUE_ADAPTER, Networks, backbone
 from raytrl.roles.learner.torch_backend import TorchBackend
 from raytrl.roles.models.adapters import add_policy_adapter
 from raytrl.roles.models.loading import check_loaded, load_model
+from raytrl.roles.models.sharded import prepare_deepspeed, set_to_zero, tell_transformers
 
 
 def build_backend(
@@ -35,12 +36,16 @@ def build_backend(
         "max_norm": config.max_grad_norm,
     }
     networks.to(device)
-    networks.pack()
+    backend: Backend
     if deepspeed is None:
-        return TorchBackend(networks, **rates)
-    from raytrl.roles.learner.deepspeed_backend import DeepSpeedBackend  # an optional extra, and seconds to import
+        backend = TorchBackend(networks, **rates)
+    else:
+        from raytrl.roles.learner.deepspeed_backend import DeepSpeedBackend  # an optional extra, and seconds to import
 
-    return DeepSpeedBackend(networks, deepspeed, **rates)
+        prepare_deepspeed(torch.device(device).type == "cuda")
+        backend = DeepSpeedBackend(networks, deepspeed, **rates)
+    networks.prepare()  # under ZeRO-3 only the engine can run them
+    return backend
 
 
 def build_networks(
@@ -53,6 +58,7 @@ def build_networks(
     trust_remote_code: bool = False,
     seed: int = 0,
     gradient_checkpointing: bool = False,
+    deepspeed: Mapping[str, Any] | None = None,
 ) -> Networks:
     """The networks of one learner worker from folders or hub ids.
 
@@ -63,15 +69,22 @@ def build_networks(
         reference_path: None is the starting policy.
         seed: of the adapters' initial weights, so that every worker starts from the same.
         gradient_checkpointing: see `Networks`.
+        deepspeed: a DeepSpeed dictionary; under ZeRO-3 no worker ever holds a whole model, and `build_backend` must get
+            the same.
     """
 
     def causal(path: str) -> nn.Module:
         model: nn.Module = load_model(path, "causal", "learner", dtype=dtype, trust_remote_code=trust_remote_code)
         return model
 
+    if deepspeed is not None:
+        prepare_deepspeed(torch.cuda.is_available())
+    sharding = tell_transformers(deepspeed, dtype)
     torch.manual_seed(seed)
     policy = causal(model_path)
-    value = None if value_init is None else value_from_path(value_init, dtype, trust_remote_code)
+    value = None
+    if value_init is not None or lora is None:
+        value = value_from_path(value_init or model_path, dtype, trust_remote_code)
     if reference_path is None and lora is None:
         # Read again rather than copied: weights that nobody writes to stay pages of their file, and all processes of a
         # node that hold them, other workers and a sweep's other trials, share one copy in its RAM.
@@ -79,7 +92,7 @@ def build_networks(
     files = MappedFiles([path for path in (reference_path, model_path if lora else None) if path is not None])
     reference = None if reference_path is None else causal(reference_path)
     networks = assemble(policy, value, reference, lora=lora, dtype=dtype, gradient_checkpointing=gradient_checkpointing)
-    networks.files = files
+    networks.files, networks.sharding = files, sharding
     return networks
 
 
@@ -122,7 +135,7 @@ def value_from_path(path: str, dtype: torch.dtype, trust_remote_code: bool = Fal
     _check_head(value, path)
     check_loaded(value, loading, "score", f"value_model.init: {path!r}", new_head=True)
     if any(key.startswith("score.") for key in loading["missing_keys"]):
-        nn.init.zeros_(value.score.weight)
+        set_to_zero(value.score.weight)
     module: nn.Module = value
     return module
 

@@ -2,22 +2,38 @@
 
 import math
 from collections.abc import Iterator, Mapping
+from copy import copy
 from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from raytrl.errors import ConfigError, NonFiniteError, RunError
 from raytrl.roles.learner.backend import Backend
 from raytrl.roles.learner.collectives import num_workers, wait_for_all
 from raytrl.roles.learner.networks import Network, Networks
-from raytrl.roles.learner.sequences import Sequences
-from raytrl.roles.models.adapters import policy_parameters
 from raytrl.roles.weights.buckets import grouped
 
 TAG = "deepspeed"
+
+
+class _Traces:
+    """ZeRO-3 gathers weights ahead of their use by the order in which the last pass used them, and expects every pass to be
+    like the last. Here passes of several kinds take turns, so that each kind gets a trace of its own."""
+
+    def __init__(self, offload: Any) -> None:
+        """`offload`: DeepSpeed's `DeepSpeedZeRoOffload`, before its first pass."""
+        self._offload, self._untraced = offload, offload.param_coordinator
+        self._of_kind: dict[object, Any] = {}
+
+    def follow(self, kind: object) -> None:
+        """The next forward pass, and a backward pass after it, are of this kind."""
+        if kind not in self._of_kind:
+            self._of_kind[kind] = copy(self._untraced)
+            self._of_kind[kind]._clear_trace_structures()  # of its own: what a copy shares are weights on their way
+        self._offload.param_coordinator = self._of_kind[kind]
 
 
 class DeepSpeedBackend(Backend):
@@ -48,9 +64,6 @@ class DeepSpeedBackend(Backend):
                 f"learner.deepspeed: zero_optimization.stage must be 1, 2 or 3; found {stage}; for stage 0, which is "
                 f"plain data parallelism, leave learner.deepspeed out"
             )
-        if not torch.cuda.is_available():
-            # Its shared-memory extension would be compiled at start; gloo does without.
-            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         groups = [{"params": networks.policy_group()}, {"params": networks.value_group()}]
         settings = {key: value for key, value in config.items() if key != "train_batch_size"} | {
             "train_micro_batch_size_per_gpu": 1,
@@ -64,14 +77,16 @@ class DeepSpeedBackend(Backend):
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=networks, optimizer=optimizer, config=settings, dist_init_required=False
         )
+        self._traces = _Traces(self._optimizer.parameter_offload) if stage == 3 else None
 
     @property
     def device(self) -> torch.device:
         return torch.device(self._engine.device)
 
-    def forward(self, network: Network, batch: Sequences) -> Tensor:
-        output: Tensor = self._engine(network, batch)
-        return output
+    def _forward(self, network: Network, *arguments: Any) -> Any:
+        if self._traces is not None:
+            self._traces.follow((network, torch.is_grad_enabled()))
+        return self._engine(network, *arguments)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         self._engine.set_gradient_accumulation_boundary(is_boundary=last)
@@ -89,18 +104,10 @@ class DeepSpeedBackend(Backend):
             raise NonFiniteError(f"learner: the gradient norm is {norm}; the run cannot go on from this step")
         return norm
 
-    def policy_buckets(self) -> Iterator[Mapping[str, Tensor]]:
-        gathers = self._engine.zero_optimization_stage() == 3
-        for group in grouped(policy_parameters(self.networks.policy).items(), self.bucket_bytes):
-            with deepspeed.zero.GatheredParameters([value for _, value in group], enabled=gathers):
+    def whole(self, parameters: Mapping[str, nn.Parameter]) -> Iterator[Mapping[str, Tensor]]:
+        for group in grouped(parameters.items(), self.bucket_bytes):
+            with deepspeed.zero.GatheredParameters([value for _, value in group], enabled=self._traces is not None):
                 yield {name: value.data for name, value in group}
-
-    def trainable_tensors(self) -> dict[str, Tensor]:
-        named = {name: value for name, value in self.networks.named_parameters() if value.requires_grad}
-        if self._engine.zero_optimization_stage() < 3:
-            return {name: value.data for name, value in named.items()}
-        with deepspeed.zero.GatheredParameters(list(named.values())):
-            return {name: value.data.to("cpu", copy=True) for name, value in named.items()}
 
     def save(self, folder: Path) -> None:
         self._engine.save_checkpoint(str(folder), tag=TAG, exclude_frozen_parameters=True)

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from raytrl.algo.kl import KlController
-from raytrl.algo.logprobs import token_entropy, token_logprobs
 from raytrl.algo.losses import truncated_importance
 from raytrl.algo.rewards import RunningMoments
 from raytrl.config.sections.ppo import PpoSection
@@ -27,7 +26,6 @@ from raytrl.roles.learner.collectives import (
 from raytrl.roles.learner.credit import advantages_of
 from raytrl.roles.learner.experience import Experience, Samples, refuse_non_finite, samples_of
 from raytrl.roles.learner.minibatch import Part, Totals
-from raytrl.roles.learner.networks import Network
 from raytrl.roles.learner.sequences import Sequences, minibatch_rows, pack
 from raytrl.roles.weights.buckets import GatheredBuckets, Weights
 
@@ -94,14 +92,12 @@ class PpoLearner:
             )
         old_BR, ref_BR, values_BR = (torch.zeros_like(samples.sampling_logprobs_BR) for _ in range(3))
         for rows_B, batch in self._microbatches(samples.sequences, range(len(samples.sequences))):
-            results: dict[Network, Tensor] = {
-                "policy": self._logprobs("policy", batch),
-                "reference": self._logprobs("reference", batch),
-                "value": self._backend.forward("value", batch),
-            }
+            old_N, _ = self._backend.logprobs("policy", batch, self._temperature)
+            ref_N, _ = self._backend.logprobs("reference", batch, self._temperature)
+            values_N = self._backend.values(batch)
             if rows_B is not None:
                 rows_N, columns_N = rows_B[batch.rows_N], batch.columns_N
-                for target_BR, source_N in zip((old_BR, ref_BR, values_BR), results.values(), strict=True):
+                for target_BR, source_N in ((old_BR, old_N), (ref_BR, ref_N), (values_BR, values_N)):
                     target_BR[rows_N, columns_N] = source_N
         named = {"log-probs of the policy": old_BR, "log-probs of the reference": ref_BR, "values": values_BR}
         with failing_together(self._backend.device):
@@ -212,23 +208,22 @@ class PpoLearner:
         microbatches = list(self._microbatches(experience.samples.sequences, rows))
         for i, (rows_B, batch) in enumerate(microbatches):
             last = i == len(microbatches) - 1
-            logits_NV = self._backend.forward("policy", batch)
-            values_N = self._backend.forward("value", batch)
+            logprobs_N, entropies_N = self._backend.logprobs("policy", batch, self._temperature)
+            values_N = self._backend.values(batch)
             if rows_B is None:
-                self._backend.backward(0.0 * (logits_NV.sum() + values_N.sum()), last=last)
+                self._backend.backward(0.0 * (logprobs_N.sum() + values_N.sum()), last=last)
                 continue
+            assert entropies_N is not None
             part = Part(experience, rows_B[batch.rows_N], batch.columns_N, num_tokens, self._config)
-            policy = part.policy_loss(token_logprobs(logits_NV, batch.tokens_N, self._temperature))
+            policy = part.policy_loss(logprobs_N)
             value = part.value_loss(values_N)
-            with torch.no_grad():
-                entropy_sum = token_entropy(logits_NV, self._temperature).sum()
             for loss, name in ((policy.loss, "policy"), (value.loss, "value")):
                 if not bool(loss.isfinite()):
                     problems.append(_not_finite(loss, name, experience, rows_B))
             # One backward pass for both: ZeRO-3 overwrites gradients in a minibatch's first pass and adds in the
             # later ones, for all parameters alike, so a first pass without some would add to the last step's.
             self._backend.backward(policy.loss + self._config.value_coef * value.loss, last=last)
-            totals.add_part(policy, value, entropy_sum)
+            totals.add_part(policy, value, entropies_N.sum())
         return problems
 
     def _microbatches(self, sequences: Sequences, rows: Sequence[int]) -> Iterator[tuple[Tensor | None, Sequences]]:
@@ -248,9 +243,6 @@ class PpoLearner:
     def _max_tokens(self) -> int:
         vocabulary = int(self._backend.networks.policy.config.get_text_config().vocab_size)  # type: ignore[union-attr, operator]
         return self._config.microbatch_tokens(vocabulary)
-
-    def _logprobs(self, network: Network, batch: Sequences) -> Tensor:
-        return token_logprobs(self._backend.forward(network, batch), batch.tokens_N, self._temperature)
 
     def _local_rows(self, samples: Samples, global_rows: Tensor) -> Tensor:
         place = {row: i for i, row in enumerate(samples.global_rows)}

@@ -6,8 +6,6 @@ head, the reference the base with adapters off.
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from copy import deepcopy
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -17,9 +15,11 @@ from transformers.activations import GELUTanh, NewGELUActivation
 from transformers.pytorch_utils import Conv1D
 
 from raytrl.roles.learner import unpadded
+from raytrl.roles.learner.head import LogProbHead, give_head, head_of, of_logits
 from raytrl.roles.learner.mapped import MappedFiles
 from raytrl.roles.learner.sequences import Sequences
 from raytrl.roles.models.adapters import POLICY_ADAPTER
+from raytrl.roles.models.sharded import cast
 
 VALUE_ADAPTER = "value_function"  # "value" is what some attention layers call a projection
 
@@ -52,6 +52,7 @@ class Networks(nn.Module):
         self.policy, self.value, self.reference = policy, value, reference
         self.dtype = dtype
         self.files = MappedFiles([])  # of what is frozen, where it was read from files
+        self.sharding: object = None  # what transformers is told under ZeRO-3, as long as it is held
         self.packed = False
         self.value_head: nn.Linear | None = None
         if value is None:
@@ -62,11 +63,13 @@ class Networks(nn.Module):
             compute_like_trained(reference, dtype)
         self._mark_trainable()
         for parameter in self.parameters():
-            if parameter.requires_grad and parameter.dtype != torch.float32:
-                # At a learning rate of 1e-5 a bfloat16 weight would round every update away.
-                parameter.data = parameter.data.float()
+            if parameter.requires_grad:  # at a learning rate of 1e-5 a bfloat16 weight would round every update away
+                cast(parameter, torch.float32)
         disable_dropout(self)
         fuse_gelu(self)
+        for model in (policy, reference):
+            if model is not None:
+                give_head(_plain(model))
         if gradient_checkpointing:
             for model in (policy, value):
                 if model is not None:
@@ -74,23 +77,27 @@ class Networks(nn.Module):
                     model.gradient_checkpointing_enable(settings)  # type: ignore[operator]
                     model.train()  # transformers checkpoints only then; no dropout is left that it could turn on
 
-    def pack(self) -> None:
-        """Let every network that can work without padding do so, see `unpadded`; `packed` says whether all can.
+    def prepare(self) -> None:
+        """Let every network work without padding (see `unpadded`) and without logits (see `head`) that can do so.
 
-        To be called once, on the device that they stay on, before anything wraps them.
+        To be called once, on the device that they stay on. `packed` says whether all work without padding.
         """
-        models = [model for model in (self.policy, self.value, self.reference) if model is not None]
-        packed = [unpadded.make_packed(_plain(model), self.dtype) for model in models]
+        models = [_plain(model) for model in (self.policy, self.value, self.reference) if model is not None]
+        packed = [unpadded.make_packed(model, self.dtype) for model in models]
         self.packed = all(packed)
+        for model in models:
+            self._prove_head(model)
 
-    def forward(self, network: Network, batch: Sequences) -> Tensor:
-        """Of the N response tokens, row after row: policy and reference: the logits (N, V) that predict them; value:
-        float32 (N,), before each."""
+    def forward(
+        self, network: Network, batch: Sequences, temperature: float = 1.0
+    ) -> Tensor | tuple[Tensor, Tensor | None]:
+        """Of the N response tokens, row after row, float32 (N,): policy and reference: their log-probs at `temperature`, and
+        entropies where there is a gradient (they carry none); value: the values before each."""
         device = batch.input_ids_BT.device
         with unpadded.autocast(device, self.dtype):
             if network == "value":
                 return self._values(batch)
-            return self._logits(network, batch)
+            return self._logprobs(network, batch, temperature)
 
     @property
     def sent_dtype(self) -> torch.dtype:
@@ -105,48 +112,18 @@ class Networks(nn.Module):
         """The trainable parameters of the value function."""
         return [p for name, p in self.named_parameters() if p.requires_grad and _is_value(name)]
 
-    def save_policy(self, folder: Path) -> None:
-        """A Hugging Face folder; with LoRA the adapter, and the merged model in `merged/`."""
-        if not isinstance(self.policy, PeftModel):
-            deepcopy(self.policy).to(self.dtype).save_pretrained(folder)  # type: ignore[operator]
-            return
-        self.policy.save_pretrained(str(folder), selected_adapters=[POLICY_ADAPTER])
-        merged = deepcopy(self.policy)
-        merged.delete_adapter(VALUE_ADAPTER) if VALUE_ADAPTER in merged.peft_config else None
-        merged.merge_and_unload().save_pretrained(folder / "merged")
-
-    def save_value(self, folder: Path) -> None:
-        """A sequence classifier's folder; with LoRA the adapter and `value_head.pt`."""
-        if self.value is not None:
-            deepcopy(self.value).to(self.dtype).save_pretrained(folder)  # type: ignore[operator]
-            return
-        assert isinstance(self.policy, PeftModel) and self.value_head is not None
-        self.policy.save_pretrained(str(folder), selected_adapters=[VALUE_ADAPTER])
-        for file in (folder / VALUE_ADAPTER).iterdir():  # PEFT puts an adapter of another name than its default there
-            file.replace(folder / file.name)
-        (folder / VALUE_ADAPTER).rmdir()
-        torch.save(self.value_head.state_dict(), folder / "value_head.pt")
-
-    def _logits(self, network: Network, batch: Sequences) -> Tensor:
+    def _logprobs(self, network: Network, batch: Sequences, temperature: float) -> tuple[Tensor, Tensor | None]:
         model = self.policy
         if network == "reference" and self.reference is not None:
             model = self.reference
         elif isinstance(model, PeftModel):
             if network == "reference":
                 with model.disable_adapter():
-                    logits_NV = self._run(model, batch)
+                    found = _predicted(_plain(model), batch, temperature)
                 self._mark_trainable()
-                return logits_NV
+                return found
             self._activate(POLICY_ADAPTER)
-        return self._run(model, batch)
-
-    @staticmethod
-    def _run(model: nn.Module, batch: Sequences) -> Tensor:
-        if unpadded.is_packed(_plain(model)):
-            logits_1NV: Tensor = model(**unpadded.inputs(batch), logits_to_keep=unpadded.predicting(batch)).logits
-            return logits_1NV[0]
-        out = model(**unpadded.padded_inputs(batch), logits_to_keep=batch.response_width + 1)
-        return batch.at_tokens(out.logits[:, :-1])  # the last one predicts a token that nobody sampled
+        return _predicted(_plain(model), batch, temperature)
 
     def _values(self, batch: Sequences) -> Tensor:
         if self.value is not None:
@@ -155,15 +132,21 @@ class Networks(nn.Module):
             self._activate(VALUE_ADAPTER)
             assert isinstance(self.policy, PeftModel) and self.value_head is not None
             model, head = self.policy.get_base_model(), self.value_head
-        if unpadded.is_packed(model):
-            hidden_1TD = backbone(model)(**unpadded.inputs(batch)).last_hidden_state
-            hidden_ND = hidden_1TD[0, unpadded.predicting(batch)]
-        else:
-            hidden_BTD = backbone(model)(**unpadded.padded_inputs(batch)).last_hidden_state
-            hidden_ND = batch.at_tokens(hidden_BTD[:, batch.prompt_width - 1 : -1])
+        hidden_ND = _hidden(model, batch)
         with torch.autocast(hidden_ND.device.type, enabled=False):  # near 45 a bfloat16 moves in steps of 0.25
             values_N: Tensor = head(hidden_ND.float()).squeeze(-1)  # type: ignore[operator]
         return values_N
+
+    @torch.no_grad()
+    def _prove_head(self, model: nn.Module) -> None:
+        head = getattr(model, "get_output_embeddings", lambda: None)()
+        if not isinstance(head, LogProbHead):
+            return
+        batch = unpadded.two_rows(model)
+        with unpadded.autocast(batch.input_ids_BT.device, self.dtype):
+            expected_N, _ = of_logits(_logits(model, batch), batch.tokens_N, 1.0)
+            found = head(_hidden(model, batch), batch.tokens_N)
+        head.is_proven = float((found[0] - expected_N).abs().max()) <= unpadded.tolerance(self.dtype)
 
     def _recomputing(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         """Around a checkpointed layer's forward pass, and around its repetition: by then the other adapter is active."""
@@ -188,6 +171,32 @@ class Networks(nn.Module):
                 parameter.requires_grad_("lora_" in name)
 
 
+def _predicted(model: nn.Module, batch: Sequences, temperature: float) -> tuple[Tensor, Tensor | None]:
+    head = head_of(model)
+    if head is None:
+        return of_logits(_logits(model, batch), batch.tokens_N, temperature)
+    found: tuple[Tensor, Tensor | None] = head(_hidden(model, batch), batch.tokens_N, temperature)
+    return found
+
+
+def _logits(model: nn.Module, batch: Sequences) -> Tensor:
+    """(N, V), before each response token."""
+    if unpadded.is_packed(model):
+        logits_1NV: Tensor = model(**unpadded.inputs(batch), logits_to_keep=unpadded.predicting(batch)).logits
+        return logits_1NV[0]
+    out = model(**unpadded.padded_inputs(batch), logits_to_keep=batch.response_width + 1)
+    return batch.at_tokens(out.logits[:, :-1])  # the last one predicts a token that nobody sampled
+
+
+def _hidden(model: nn.Module, batch: Sequences) -> Tensor:
+    """(N, D): the last hidden state before each response token."""
+    if unpadded.is_packed(model):
+        hidden_1TD: Tensor = backbone(model)(**unpadded.inputs(batch)).last_hidden_state
+        return hidden_1TD[0, unpadded.predicting(batch)]
+    hidden_BTD = backbone(model)(**unpadded.padded_inputs(batch)).last_hidden_state
+    return batch.at_tokens(hidden_BTD[:, batch.prompt_width - 1 : -1])
+
+
 def compute_like_trained(frozen: nn.Module, dtype: torch.dtype) -> None:
     """Lets a frozen model compute to the bit like one of the same numbers that is trained in float32 under autocast.
 
@@ -199,7 +208,7 @@ def compute_like_trained(frozen: nn.Module, dtype: torch.dtype) -> None:
     for module in frozen.modules():
         if not isinstance(module, nn.Linear | Conv1D):
             for parameter in module.parameters(recurse=False):
-                parameter.data = parameter.data.float()
+                cast(parameter, torch.float32)
 
 
 def disable_dropout(model: nn.Module) -> None:

@@ -5,13 +5,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from raytrl.errors import NonFiniteError
 from raytrl.roles.learner.backend import Backend
 from raytrl.roles.learner.collectives import add_over_workers, copy_from_first, wait_for_all, worker_rank
 from raytrl.roles.learner.networks import Networks
-from raytrl.roles.models.adapters import policy_parameters
 from raytrl.roles.weights.buckets import grouped
 
 
@@ -46,22 +45,22 @@ class TorchBackend(Backend):
         self._optimizer.zero_grad(set_to_none=True)
         return norm
 
-    def policy_buckets(self) -> Iterator[Mapping[str, Tensor]]:
-        for group in grouped(policy_parameters(self.networks.policy).items(), self.bucket_bytes):
+    def whole(self, parameters: Mapping[str, nn.Parameter]) -> Iterator[Mapping[str, Tensor]]:
+        for group in grouped(parameters.items(), self.bucket_bytes):
             yield {name: value.data for name, value in group}
 
     def save(self, folder: Path) -> None:
         if worker_rank() == 0:
-            torch.save(self.trainable_tensors(), folder / "networks.pt")
+            torch.save(self._trainable(), folder / "networks.pt")
             torch.save(self._optimizer.state_dict(), folder / "optimizer.pt")
         wait_for_all()
 
     def load(self, folder: Path) -> None:
         stored = torch.load(folder / "networks.pt", map_location=self.device, weights_only=True)
         with torch.no_grad():
-            for name, value in self.trainable_tensors().items():
+            for name, value in self._trainable().items():
                 value.copy_(stored[name])
         self._optimizer.load_state_dict(torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True))
 
-    def trainable_tensors(self) -> dict[str, Tensor]:
+    def _trainable(self) -> dict[str, Tensor]:
         return {name: value.data for name, value in self.networks.named_parameters() if value.requires_grad}

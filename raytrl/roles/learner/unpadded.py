@@ -97,7 +97,7 @@ def make_packed(model: nn.Module, dtype: torch.dtype = torch.float32) -> bool:
     if not _looks_packable(model):
         return False
     before = str(model.config._attn_implementation)  # type: ignore[union-attr]
-    batch = _two_rows(model)
+    batch = two_rows(model)
     alone = [
         _hidden(model, dtype, padded_inputs(batch.take(torch.tensor([i], device=batch.input_ids_BT.device))))
         for i in (0, 1)
@@ -109,7 +109,7 @@ def make_packed(model: nn.Module, dtype: torch.dtype = torch.float32) -> bool:
         packed = None
     expected = torch.cat([hidden[0] for hidden in alone])
     if packed is not None:
-        limit = _TOLERANCE.get(_coarser(dtype, expected.dtype), _HALF_TOLERANCE) * float(expected.abs().max())
+        limit = tolerance(_coarser(dtype, expected.dtype)) * float(expected.abs().max())
         if float((packed[0] - expected).abs().max()) <= limit:
             return True
     model.set_attn_implementation(before)  # type: ignore[operator]
@@ -159,7 +159,8 @@ def _looks_packable(model: nn.Module) -> bool:
     return kinds == {"full_attention"} and getattr(config, "attn_logit_softcapping", None) is None
 
 
-def _two_rows(model: nn.Module) -> Sequences:
+def two_rows(model: nn.Module) -> Sequences:
+    """A batch to compare two ways of computing by."""
     device = next(model.parameters()).device
     return Sequences.of([[1, 0], [0]], [[1, 0, 1], [1, 1]], device)
 
@@ -173,8 +174,17 @@ def _hidden(model: nn.Module, dtype: torch.dtype, arguments: dict[str, Any]) -> 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[Any]:
     """In which matrix products are computed in `dtype`."""
-    context: AbstractContextManager[Any] = torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+    # No cache: each weight is cast once a pass anyway, and the casts of all layers would be held until its end, also of
+    # layers that are recomputed, and under ZeRO-3 of all workers' parts.
+    context: AbstractContextManager[Any] = torch.autocast(
+        device.type, dtype=dtype, enabled=dtype != torch.float32, cache_enabled=False
+    )
     return context
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """How far two ways of computing the same in `dtype` may be apart, as a share of the largest number."""
+    return _TOLERANCE.get(dtype, _HALF_TOLERANCE)
 
 
 def _coarser(one: torch.dtype, other: torch.dtype) -> torch.dtype:

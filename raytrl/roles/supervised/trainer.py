@@ -24,6 +24,7 @@ from raytrl.roles.models.adapters import merge_adapter
 from raytrl.roles.models.base import labels_of, make_base, needs_base, torch_dtype
 from raytrl.roles.models.card import write_model_card
 from raytrl.roles.models.loading import look_at
+from raytrl.roles.models.sharded import prepare_deepspeed
 from raytrl.roles.models.tokenizer import load_tokenizer
 from raytrl.rundir import RunDirectory
 
@@ -100,7 +101,7 @@ def train(job: Job[SupervisedRun], context: WorkerContext) -> dict[str, float]:
     trl = importlib.import_module("trl")
     config_class, trainer_class = getattr(trl, run.native_class.name), getattr(trl, str(run.trl_trainer))
     if run.learner.deepspeed is not None:
-        _prepare_deepspeed(on_gpu)
+        prepare_deepspeed(on_gpu)
     _phase(context, "loading model and data")
     with ExitStack() as stack:
         tokenizer = _tokenizer(job, run_dir, stack)
@@ -211,20 +212,6 @@ def training_arguments(run: SupervisedRun, context: WorkerContext, on_gpu: bool)
     if run.learner.deepspeed is not None:
         values["deepspeed"] = for_trainer(run.learner.deepspeed)
     return values
-
-
-def _prepare_deepspeed(on_gpu: bool) -> None:
-    """What DeepSpeed has to know before a model is made under ZeRO-3."""
-    import deepspeed
-
-    if torch.distributed.is_initialized():  # by Ray: a DeepSpeed that was not told counts one worker in its batch sizes
-        deepspeed.init_distributed(torch.distributed.get_backend(), auto_mpi_discovery=False)
-    if not on_gpu:
-        import deepspeed.ops
-
-        # On CPU DeepSpeed compiles a shared-memory all-reduce (55 s, needs a compiler) that only its inference
-        # engine calls; training reduces through gloo.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def _tokenizer(job: Job[SupervisedRun], run_dir: RunDirectory, stack: ExitStack) -> PreTrainedTokenizerBase:

@@ -26,6 +26,7 @@ from toy import (
 )
 from transformers import AutoModelForCausalLM
 
+from raytrl.algo.logprobs import token_logprobs
 from raytrl.errors import NonFiniteError, RewardError, RunError, WeightsVersionError
 from raytrl.loop.loop import Schedule, run
 from raytrl.loop.protocols import Rollout
@@ -34,6 +35,7 @@ from raytrl.records.samples import Response
 from raytrl.roles.learner.build import assemble, build_backend, build_networks
 from raytrl.roles.learner.learner import PpoLearner
 from raytrl.roles.learner.networks import Networks
+from raytrl.roles.learner.save import save_policy, save_value
 from raytrl.roles.learner.sequences import Sequences
 from raytrl.roles.weights.buckets import checksum
 
@@ -147,13 +149,14 @@ def test_with_lora_the_reference_is_the_base(family: Any) -> None:
         "position_ids": batch.position_ids_BT,
     }
     with torch.no_grad():
-        expected = base(**inputs).logits[:, batch.prompt_width - 1 : -1]
-        torch.testing.assert_close(networks("reference", batch), batch.at_tokens(expected), atol=1e-5, rtol=0)
-        policy = networks("policy", batch)
-        assert float((policy - batch.at_tokens(expected)).abs().max()) > 0.1
+        logits_NV = batch.at_tokens(base(**inputs).logits[:, batch.prompt_width - 1 : -1])
+        expected = token_logprobs(logits_NV, batch.tokens_N, 1.0)
+        torch.testing.assert_close(networks("reference", batch)[0], expected, atol=1e-5, rtol=0)
+        policy, _ = networks("policy", batch)
+        assert float((policy - expected).abs().max()) > 0.1
         networks("value", batch)
         networks("reference", batch)
-        assert torch.equal(networks("policy", batch), policy)
+        assert torch.equal(networks("policy", batch)[0], policy)
 
 
 def test_with_lora_only_adapters_travel() -> None:
@@ -166,8 +169,10 @@ def test_dropout_is_off_everywhere() -> None:
     networks.train()
     rollout = a_rollout()
     batch = Sequences.of([p.token_ids for p in rollout.prompts], [r.token_ids for r in rollout.responses], CPU)
-    for network in ("policy", "value", "reference"):
-        assert torch.equal(networks(network, batch), networks(network, batch))
+    with torch.no_grad():
+        for network in ("policy", "reference"):
+            assert torch.equal(networks(network, batch)[0], networks(network, batch)[0])
+        assert torch.equal(networks("value", batch), networks("value", batch))
 
 
 def test_the_untrained_policy_has_no_kl_and_repeats_its_logprobs() -> None:
@@ -357,8 +362,8 @@ def test_networks_and_engine_from_folders(tmp_path: Path) -> None:
     gpt2(width=16).save_pretrained(tmp_path / "policy")  # type: ignore[operator]
     trained, _ = train(1)
     networks = trained._backend.networks
-    networks.save_policy(tmp_path / "out")
-    networks.save_value(tmp_path / "value")
+    save_policy(trained._backend, tmp_path / "out")
+    save_value(trained._backend, tmp_path / "value")
     built = build_networks(str(tmp_path / "out"), value_init=str(tmp_path / "value"))
     for mine, other in ((built.policy, networks.policy), (built.value, networks.value)):
         assert mine is not None and other is not None
@@ -412,14 +417,14 @@ def test_a_saved_lora_policy_loads_as_adapter_and_merged(tmp_path: Path) -> None
     learner = make_learner(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), config(), lora=True)
     train(2, lora=True, learner=learner)
     networks = learner._backend.networks
-    networks.save_policy(tmp_path / "out")
-    networks.save_value(tmp_path / "value")
+    save_policy(learner._backend, tmp_path / "out")
+    save_value(learner._backend, tmp_path / "value")
     rollout = a_rollout()
     batch = Sequences.of([p.token_ids for p in rollout.prompts], [r.token_ids for r in rollout.responses], CPU)
     for folder in (tmp_path / "out", tmp_path / "out" / "merged"):
         model = AutoModelForCausalLM.from_pretrained(folder)
         with torch.no_grad():
-            logits = Networks(model, gpt2(), gpt2(), dtype=torch.float32)("policy", batch)
-            torch.testing.assert_close(logits, networks("policy", batch), atol=1e-5, rtol=0)
-            assert float((logits - networks("reference", batch)).abs().max()) > 1e-4
+            logprobs, _ = Networks(model, gpt2(), gpt2(), dtype=torch.float32)("policy", batch)
+            torch.testing.assert_close(logprobs, networks("policy", batch)[0], atol=1e-5, rtol=0)
+            assert float((logprobs - networks("reference", batch)[0]).abs().max()) > 1e-4
     assert (tmp_path / "value" / "adapter_model.safetensors").exists()

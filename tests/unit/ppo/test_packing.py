@@ -19,10 +19,12 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from raytrl.roles.learner.build import assemble
+from raytrl.algo.logprobs import token_logprobs
+from raytrl.roles.learner.build import assemble, build_backend
+from raytrl.roles.learner.save import save_policy
 from raytrl.roles.learner.sequences import Sequences
 from raytrl.roles.learner.unpadded import Layout, is_packed, make_packed
-from tests.unit.ppo.toy import LORA, VOCABULARY, gpt2, llama
+from tests.unit.ppo.toy import LORA, VOCABULARY, config, gpt2, llama
 
 SMALL: dict[str, Any] = {
     "vocab_size": VOCABULARY,
@@ -57,11 +59,11 @@ def outcome(
         if "lora_B" in name or name.startswith(("value_head", "value.score")):
             nn.init.normal_(value, std=0.2)
     if packed:
-        networks.pack()
+        networks.prepare()
         assert networks.packed
-    rows, found = batch(), {}
-    for network in ("policy", "reference", "value"):
-        found[network] = networks(network, rows)  # type: ignore[arg-type]
+    rows, found = batch(), {"value": networks("value", batch())}
+    for network in ("policy", "reference"):
+        found[network], _ = networks(network, rows, 0.7)  # type: ignore[arg-type]
     assert all(len(x) == 12 for x in found.values())
     (found["policy"].square().mean() + found["value"].square().mean()).backward()
     return found | {name: p.grad for name, p in networks.named_parameters() if p.grad is not None}
@@ -114,13 +116,14 @@ def test_a_model_that_mixes_tokens_outside_of_attention_stays_padded() -> None:
 
 def test_a_packed_model_is_saved_as_an_ordinary_one(tmp_path: Path) -> None:
     networks = assemble(llama().eval())
-    networks.pack()
-    networks.save_policy(tmp_path)
+    save_policy(build_backend(networks, config()), tmp_path)
+    assert networks.packed
     assert "raytrl" not in (tmp_path / "config.json").read_text()
     model = AutoModelForCausalLM.from_pretrained(tmp_path)
     rows = batch()
     mask = {"attention_mask": rows.attention_mask_BT, "position_ids": rows.position_ids_BT}
     with torch.no_grad():
         logits_BTV = model(input_ids=rows.input_ids_BT, **mask).logits
-        expected = rows.at_tokens(logits_BTV[:, rows.prompt_width - 1 : -1])
-        torch.testing.assert_close(networks("policy", rows), expected, atol=1e-5, rtol=1e-4)
+        logits_NV = rows.at_tokens(logits_BTV[:, rows.prompt_width - 1 : -1])
+        expected = token_logprobs(logits_NV, rows.tokens_N, 1.0)
+        torch.testing.assert_close(networks("policy", rows)[0], expected, atol=1e-5, rtol=1e-4)

@@ -15,6 +15,7 @@ from raytrl.config.runs.ppo import PpoRun
 from raytrl.config.runs.rollout import RolloutRun
 from raytrl.config.runs.supervised import SupervisedRun
 from raytrl.config.sections.engines import cpu_cache_bytes
+from raytrl.config.sections.ppo import activation_bytes
 from raytrl.plan.config_shapes import ModelShape
 from raytrl.plan.shapes import lora_parameters
 
@@ -36,10 +37,9 @@ GIB = 2**30
 _TILE = (4096, 32768)
 _TILE_COPIES = 4
 _VLLM_BATCH = 2048  # tokens of a forward pass, vLLM's default on a CPU
-# What the backward pass needs of a layer, as a multiple of its linear layers' inputs and outputs: norms, residuals,
-# rotary embeddings and the attention output come on top. Fitted to float32 runs on a CPU; counted by hand for a Qwen3
-# layer in bfloat16, whose norms work in float32, it is the same.
-KEPT = 1.5
+# The same for the part of the vocabulary that PPO's learner takes at a time (roles/learner/head.py), by device.
+_HEAD_CHUNK = {True: 32768, False: 1024}
+LOGIT_BYTES = 16  # of a logit that is held: itself, its gradient, and the float32 copies of both
 
 
 @dataclass(frozen=True)
@@ -169,10 +169,18 @@ def supervised_worker(run: SupervisedRun, shape: ModelShape) -> Estimate:
 
 
 def activations(shape: ModelShape, tokens: int, size: int, recomputed: bool) -> float:
-    """Bytes that the backward pass needs of a batch: inputs and outputs of all layers, or of one where recomputed."""
-    one_layer = KEPT * shape.linear_width / max(1, shape.layers)
-    kept = shape.hidden * shape.layers if recomputed else KEPT * shape.linear_width
-    return float(tokens * (kept + 2 * one_layer) * size)  # beside the gradients of the layer in hand
+    """Bytes that the backward pass needs of a batch."""
+    return tokens * activation_bytes(shape.linear_width, shape.hidden, shape.layers, size, recomputed)
+
+
+def microbatch_of(run: Run, shapes: Mapping[str, ModelShape]) -> int | None:
+    """Tokens in one forward pass of a PPO learner; None for other kinds, and where its models are not known."""
+    policy = shapes.get("model.path")
+    if not isinstance(run, PpoRun) or policy is None:
+        return None
+    size, recomputed = _size(run.model.dtype, run.learner.uses_gpu), run.ppo.gradient_checkpointing
+    trained = [policy, shapes.get("value_model.init", policy)][: 2 if run.has_critic else 1]
+    return run.microbatch_tokens(sum(activations(shape, 1, size, recomputed) for shape in trained))
 
 
 def ppo_worker(
@@ -197,19 +205,35 @@ def ppo_worker(
         copies = 0.0 if value is None else value_numbers
     sharding = Sharding.of(run.learner.deepspeed, workers, on_gpu)
     parts, offloaded = sharding.states(trainable, 4, frozen)  # what learns is float32
-    if size == 2:
-        parts["weights"] += 2 * copies  # autocast's copies of float32 weights
-    tokens = run.microbatch_tokens(policy.vocab)
     recomputed = run.ppo.gradient_checkpointing
+    if size == 2:  # autocast's copies of float32 weights, which the backward pass needs
+        parts["weights"] += 2 * copies / (max(1, policy.layers) if recomputed else 1)
+    others = {} if value is None else {"value_model.init": value}
+    tokens = microbatch_of(run, {"model.path": policy, **others}) or run.longest_row
     graphs = activations(policy, tokens, size, recomputed)
     graphs += critics * activations(value or policy, tokens, size, recomputed)
     responses = tokens * run.rollout.sampling.max_new_tokens / run.longest_row
-    parts["activations"] = graphs + responses * policy.vocab * 16.0
+    parts["activations"] = graphs + _head(policy, responses, on_gpu, trained=run.lora is None)
+    if not on_gpu:  # what is saved is made whole in RAM, when gradients and activations are gone
+        saved = max(policy.parameters, value_numbers) * float(size)
+        parts["saving"] = max(0.0, saved - parts["activations"] - parts["gradients"])
     # DeepSpeed writes to all weights when it starts, so none of them stay pages of a file.
     files = [shape.file_size for shape in (policy, reference) if shape is not None]
     is_mapped = not on_gpu and run.learner.deepspeed is None and all(size == of_file for of_file in files)
-    estimate = _finish(parts, offloaded, on_gpu, "learner", policy.parameters * float(size))
+    # With a GPU: models are read into RAM before they move there, but for those that are sharded from the start.
+    loading = 0.0 if sharding.stage == 3 else 4.0 * trainable + frozen
+    estimate = _finish(parts, offloaded, on_gpu, "learner", max(loading, policy.parameters * float(size)))
     return replace(estimate, mapped=frozen if is_mapped else 0.0)
+
+
+def _head(shape: ModelShape, tokens: float, on_gpu: bool, *, trained: bool) -> float:
+    """What log-probs of so many tokens take beside their hidden states."""
+    chunk = _HEAD_CHUNK[on_gpu]
+    if shape.vocab <= chunk and not on_gpu:
+        return tokens * shape.vocab * LOGIT_BYTES
+    copies = 1 if on_gpu else _TILE_COPIES  # a kernel works in place
+    tile = copies * 4.0 * min(tokens, _TILE[0]) * min(shape.vocab, chunk)
+    return tile + (4.0 * shape.vocab * shape.hidden if trained else 0.0)  # the head's gradient is summed up apart
 
 
 def rollout_actor(run: RolloutRun, shape: ModelShape) -> Estimate:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from raytrl.config.runs.base import ModelUse, Run
 from raytrl.plan.cluster import amounts
 from raytrl.plan.config_shapes import ModelShape
+from raytrl.plan.memory import microbatch_of
 from raytrl.records.metrics import STEP_S
 from raytrl.rundir import RunDirectory
 
@@ -32,8 +33,7 @@ def words_of(
     words += [(subjects[key], data.get(key) or f"{count:,} rows") for key, count in rows.items()]
     uses = {"data.train": "trains on", "data.eval": "evaluates on"}
     words += [(uses[key], text) for key, text in columns.items() if key != "data.eval" or text not in _others(columns)]
-    model = shapes.get("model.path")
-    words += run.in_words(rows, None if model is None else model.vocab)
+    words += run.in_words(rows, microbatch_of(run, shapes))
     return words + _former(run, run.steps(rows))
 
 

@@ -42,6 +42,7 @@ ROLLOUT = {
     "max_prompt_length": 128,
     "chunk_prompts": 4,
 }
+HALF = {"resources": {"CPU": 0.5}}
 LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
 
 
@@ -63,11 +64,16 @@ def supervised(folder: Path, name: str, **sections: Any) -> str:
     return run_file(folder, name, **(base | sections))
 
 
-def zero(stage: int) -> dict[str, Any]:
-    return {"workers": 2, "deepspeed": {"zero_optimization": {"stage": stage}, "train_batch_size": "auto"}}
+def zero(stage: int, **more: Any) -> dict[str, Any]:
+    return {"workers": 2, "deepspeed": {"zero_optimization": {"stage": stage, **more}, "train_batch_size": "auto"}}
+
+
+def bf16(folder: Path) -> dict[str, Any]:
+    return {"path": str(folder / "policy"), "dtype": "bfloat16"}
 
 
 def ppo(folder: Path, name: str, **sections: Any) -> str:
+    settings = sections.pop("ppo", {})
     base: dict[str, Any] = {
         "model": {"path": str(folder / "policy")},
         "learner": {"workers": 1, "resources": {"CPU": 0.5}},
@@ -83,6 +89,7 @@ def ppo(folder: Path, name: str, **sections: Any) -> str:
             "minibatches": 2,
             "learning_rate": 1e-5,
             "max_tokens_per_microbatch": 640,
+            **settings,
         },
         "checkpoint": {"every": 100},
     }
@@ -104,6 +111,15 @@ CASES: dict[str, Any] = {
     "reward": lambda f: supervised(f, "reward", kind="reward", data={"train": str(f / "pairs.jsonl")}),
     "ppo": lambda f: ppo(f, "ppo"),
     "ppo-lora": lambda f: ppo(f, "ppo-lora", lora=LORA),
+    "ppo-bf16": lambda f: ppo(f, "ppo-bf16", model=bf16(f)),
+    "ppo-lora-bf16": lambda f: ppo(f, "ppo-lora-bf16", model=bf16(f), lora=LORA),
+    "ppo-recompute": lambda f: ppo(
+        f, "ppo-recompute", ppo={"gradient_checkpointing": True, "max_tokens_per_microbatch": None}
+    ),
+    "ppo-zero2": lambda f: ppo(f, "ppo-zero2", learner=zero(2) | HALF),
+    "ppo-offload": lambda f: ppo(f, "ppo-offload", learner=zero(2, offload_optimizer={"device": "cpu"}) | HALF),
+    "ppo-zero3": lambda f: ppo(f, "ppo-zero3", learner=zero(3) | HALF),
+    "ppo-lora-zero3": lambda f: ppo(f, "ppo-lora-zero3", learner=zero(3) | HALF, lora=LORA),
     "ppo-vllm": lambda f: ppo(f, "ppo-vllm", rollout=ROLLOUT | {"engine": "vllm"}),
 }
 

@@ -148,12 +148,12 @@ class Run(Section):
         """
         return []
 
-    def in_words(self, rows: Mapping[str, int], vocabulary: int | None) -> list[tuple[str, str]]:
+    def in_words(self, rows: Mapping[str, int], microbatch: int | None) -> list[tuple[str, str]]:
         """(subject, sentence) pairs for people: what it does, how large a step is, how many there are.
 
         Args:
             rows: of each dataset, by its key.
-            vocabulary: token ids of the model; None where that is not known.
+            microbatch: tokens in one forward pass of a learner; None where that is not known, or is no setting of the kind.
         """
         return []
 

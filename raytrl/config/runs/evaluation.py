@@ -71,7 +71,7 @@ class EvalRun(RolloutRun):
         own = tuple(self._use(key, path, held_by) for key, path in paths.items() if path is not None)
         return (*own, *self._reward_models())
 
-    def in_words(self, rows: Mapping[str, int], vocabulary: int | None) -> list[tuple[str, str]]:
+    def in_words(self, rows: Mapping[str, int], microbatch: int | None) -> list[tuple[str, str]]:
         known = [count for count in (self.rows, rows.get("data.eval")) if count is not None]
         count = f"{min(known):,}" if known else "all"
         how = "greedy" if self.greedy else f"sampled at temperature {self.rollout.sampling.temperature:g}"

@@ -61,10 +61,11 @@ class PpoRun(TrainingRun, RolloutRun):
     def travelling_model(self) -> str | None:
         return self.model.path if self.lora is None else None
 
-    def microbatch_tokens(self, vocabulary: int) -> int:
-        """Tokens in one forward pass of the learner, as `PpoLearner` chooses them for a policy with so many token ids."""
+    def microbatch_tokens(self, token_bytes: float) -> int:
+        """Tokens in one forward pass of the learner, as `PpoLearner` chooses them, see `PpoSection.microbatch_tokens`."""
         rows = -(-self.ppo.batch_size // self.learner.max_workers)
-        return min(max(self.ppo.microbatch_tokens(vocabulary), self.longest_row), rows * self.longest_row)
+        tokens = self.ppo.microbatch_tokens(token_bytes, self.learner.uses_gpu)
+        return min(max(tokens, self.longest_row), rows * self.longest_row)
 
     def processes(self) -> tuple[Processes, ...]:
         learner = self.learner
@@ -91,7 +92,7 @@ class PpoRun(TrainingRun, RolloutRun):
             )
         return super().why_never_evaluated()
 
-    def in_words(self, rows: Mapping[str, int], vocabulary: int | None) -> list[tuple[str, str]]:
+    def in_words(self, rows: Mapping[str, int], microbatch: int | None) -> list[tuple[str, str]]:
         ppo, prompts, workers = self.ppo, self.ppo.prompts_per_step, self.learner.max_workers
         ways = {"object_store": "through the object store", "broadcast": "by broadcast ({}) to all engines"}
         way = ways[self.rollout.weight_transfer].format("NCCL" if self.learner.uses_gpu else "gloo")
@@ -112,8 +113,8 @@ class PpoRun(TrainingRun, RolloutRun):
             ),
             ("KL", f"coefficient {ppo.kl.coef:g}" + (f", target {ppo.kl.target:g}" if ppo.kl.target else "")),
         ]
-        if vocabulary is not None:
-            tokens, row = self.microbatch_tokens(vocabulary), self.longest_row
+        if microbatch is not None:
+            tokens, row = microbatch, self.longest_row
             fit = "one row" if tokens // row == 1 else f"{tokens // row} rows"
             sentence = f"{tokens:,} tokens a forward pass: {fit} of at most {row} tokens, or more that are shorter"
             words.append(("microbatch", sentence))

@@ -186,7 +186,7 @@ class SupervisedRun(TrainingRun):
         batches = count // batch if self.training.get("dataloader_drop_last") else -(-count // batch)
         return -(-batches // self.accumulated)
 
-    def in_words(self, rows: Mapping[str, int], vocabulary: int | None) -> list[tuple[str, str]]:
+    def in_words(self, rows: Mapping[str, int], microbatch: int | None) -> list[tuple[str, str]]:
         batch, accumulate, most = self.rows_a_pass, self.accumulated, self.learner.max_workers
         accumulated = f" x {accumulate} accumulated" if accumulate > 1 else ""
         workers = "one worker" if most == 1 else f"{most} workers"

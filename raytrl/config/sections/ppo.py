@@ -9,8 +9,12 @@ from raytrl.config.sections.base import Section
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
-# Logits of one micro-batch, their gradient and the float32 copies of both should stay near 2 GiB.
-LOGITS_BYTES = 2 * 2**30
+# What the backward pass of one micro-batch keeps, in bytes: a share of any GPU, and enough tokens to fill it with work.
+MICROBATCH_BYTES = {"gpu": 4 * 2**30, "cpu": 2 * 2**30}
+# What a backward pass needs of a layer, as a multiple of its linear layers' inputs and outputs: norms, residuals,
+# rotary embeddings and the attention output come on top. Fitted to float32 runs on a CPU; counted by hand for a Qwen3
+# layer in bfloat16, whose norms work in float32, it is the same.
+KEPT = 1.5
 
 
 class KlSection(Section):
@@ -74,7 +78,8 @@ class PpoSection(Section):
     whiten_advantages: bool = True
     """Whether advantages are brought to mean 0 and variance 1 over all tokens of the step."""
     max_tokens_per_microbatch: PositiveInt | None = None
-    """Tokens in one forward pass of a learner worker. null: as many as keep the logits near 2 GiB, at most 16384."""
+    """Tokens in one forward pass of a learner worker. null: as many as keep about 4 GiB on a GPU, 2 GiB on a CPU, for the
+    backward pass, at most 16384."""
     gradient_checkpointing: bool = False
     """Whether layers are computed again in the backward pass instead of keeping their results: less memory, more time."""
     max_lag: Literal[0, 1] = 0
@@ -96,11 +101,11 @@ class PpoSection(Section):
             )
         return self
 
-    def microbatch_tokens(self, vocabulary: int) -> int:
-        """Tokens in one forward pass of the learner, for a policy with this many token ids."""
+    def microbatch_tokens(self, token_bytes: float, on_gpu: bool) -> int:
+        """Tokens in one forward pass of the learner, of each of which a backward pass needs `token_bytes`."""
         if self.max_tokens_per_microbatch is not None:
             return self.max_tokens_per_microbatch
-        return min(16384, max(1, LOGITS_BYTES // (16 * vocabulary)))
+        return min(16384, max(1, int(MICROBATCH_BYTES["gpu" if on_gpu else "cpu"] / token_bytes)))
 
     @property
     def prompts_per_step(self) -> int:
@@ -132,3 +137,15 @@ class EvalSection(Section):
     """The first rows of data.eval, the same at every evaluation."""
     greedy: bool = True
     """true: the likeliest token each time, one response a prompt. false: sampled as in training."""
+
+
+def activation_bytes(linear_width: int, hidden: int, layers: int, size: int, recomputed: bool) -> float:
+    """What the backward pass needs of a token: inputs and outputs of all layers, or of one where layers are recomputed.
+
+    Args:
+        linear_width: inputs and outputs of all linear layers below the head, numbers a token.
+        size: bytes of a number in the forward pass.
+    """
+    one_layer = KEPT * linear_width / max(1, layers)
+    kept = hidden * layers if recomputed else KEPT * linear_width
+    return (kept + 2 * one_layer) * size  # beside the gradients of the layer in hand

@@ -241,8 +241,8 @@ class PpoLearner:
                 yield None, Sequences.filler(self._backend.device)
 
     def _max_tokens(self) -> int:
-        vocabulary = int(self._backend.networks.policy.config.get_text_config().vocab_size)  # type: ignore[union-attr, operator]
-        return self._config.microbatch_tokens(vocabulary)
+        on_gpu = self._backend.device.type == "cuda"
+        return self._config.microbatch_tokens(self._backend.networks.token_bytes(), on_gpu)
 
     def _local_rows(self, samples: Samples, global_rows: Tensor) -> Tensor:
         place = {row: i for i, row in enumerate(samples.global_rows)}

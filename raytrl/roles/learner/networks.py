@@ -6,7 +6,7 @@ head, the reference the base with adapters off.
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from peft import PeftModel
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers.activations import GELUTanh, NewGELUActivation
 from transformers.pytorch_utils import Conv1D
 
+from raytrl.config.sections.ppo import activation_bytes
 from raytrl.roles.learner import unpadded
 from raytrl.roles.learner.head import LogProbHead, give_head, head_of, of_logits
 from raytrl.roles.learner.mapped import MappedFiles
@@ -50,7 +51,7 @@ class Networks(nn.Module):
         """
         super().__init__()
         self.policy, self.value, self.reference = policy, value, reference
-        self.dtype = dtype
+        self.dtype, self.gradient_checkpointing = dtype, gradient_checkpointing
         self.files = MappedFiles([])  # of what is frozen, where it was read from files
         self.sharding: object = None  # what transformers is told under ZeRO-3, as long as it is held
         self.packed = False
@@ -98,6 +99,17 @@ class Networks(nn.Module):
             if network == "value":
                 return self._values(batch)
             return self._logprobs(network, batch, temperature)
+
+    def token_bytes(self) -> float:
+        """What the backward pass of an update needs of a token, by the sum that a plan makes of it."""
+        policy = _plain(self.policy)
+        trained = [policy, policy if self.value is None else self.value]
+        size, recomputed = self.dtype.itemsize, self.gradient_checkpointing
+        found = sum(activation_bytes(*_widths(model), size, recomputed) for model in trained)
+        vocabulary = int(policy.config.get_text_config().vocab_size)  # type: ignore[union-attr, operator]
+        return (
+            found if head_of(policy) is not None else found + 16 * vocabulary
+        )  # logits, their gradient, in float32 too
 
     @property
     def sent_dtype(self) -> torch.dtype:
@@ -242,6 +254,15 @@ def backbone(model: nn.Module) -> nn.Module:
     found = getattr(model, str(model.base_model_prefix))
     assert isinstance(found, nn.Module)
     return found
+
+
+def _widths(model: nn.Module) -> tuple[int, int, int]:
+    """Inputs and outputs of all linear layers below the head but those of adapters; hidden size; layers."""
+    text: Any = model.config.get_text_config()  # type: ignore[union-attr, operator]
+    below = [module for name, module in backbone(model).named_modules() if "lora_" not in name]
+    features = [(m.nx, m.nf) for m in below if isinstance(m, Conv1D)]
+    features += [(m.in_features, m.out_features) for m in below if isinstance(m, nn.Linear)]
+    return sum(map(sum, features)), int(text.hidden_size), int(text.num_hidden_layers)
 
 
 def _hidden_size(policy: nn.Module) -> int:

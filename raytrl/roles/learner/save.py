@@ -61,7 +61,10 @@ def _save_whole(backend: Backend, model: nn.Module, folder: Path) -> None:
         return
     buffers = dict(model.named_buffers())
     tensors |= {name: value.cpu() for name, value in model.state_dict().items() if name in buffers}
-    with whole_models(backend.networks.sharding), torch.device("meta"):  # its class and config, for what it says of itself; the numbers are `tensors`
+    with (
+        whole_models(backend.networks.sharding),
+        torch.device("meta"),
+    ):  # for what a class and a config say of themselves
         empty: Any = type(model)(deepcopy(model.config)).to(dtype)
     empty.generation_config = getattr(model, "generation_config", None)
     empty.save_pretrained(folder, state_dict=tensors)

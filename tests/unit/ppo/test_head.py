@@ -3,6 +3,7 @@
 import resource
 from collections.abc import Callable
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,8 +13,12 @@ from torch import nn
 from toy import LORA, gpt2, llama
 from transformers import CohereConfig, CohereForCausalLM, Gemma2Config, Gemma2ForCausalLM, PhiConfig, PhiForCausalLM
 
+from raytrl.config.runs.ppo import PpoRun
+from raytrl.config.sections import ppo as ppo_section
+from raytrl.plan.memory import microbatch_of
+from raytrl.plan.shapes import read_shapes
 from raytrl.roles.learner import head as head_module
-from raytrl.roles.learner.build import assemble, value_from_policy
+from raytrl.roles.learner.build import assemble, build_networks, value_from_policy
 from raytrl.roles.learner.head import LogProbHead, head_of, of_logits
 from raytrl.roles.learner.networks import Networks, _plain
 
@@ -136,3 +141,34 @@ def test_the_logits_are_never_held() -> None:
     logits = head(hidden)
     of_logits(logits, tokens, 1.0)[0].sum().backward()
     assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024 > 200  # so the limit above can fail
+
+
+@pytest.mark.parametrize("recomputed", [False, True])
+@pytest.mark.parametrize("lora", [None, {"r": 4, "target_modules": "all-linear"}], ids=["full", "lora"])
+@pytest.mark.parametrize("family", [gpt2, llama])
+def test_the_learner_chooses_the_microbatch_that_the_plan_shows(
+    tmp_path: Path, family: Any, lora: dict[str, Any] | None, recomputed: bool
+) -> None:
+    family().save_pretrained(tmp_path)
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "1"}\n')
+    values = {
+        "kind": "ppo",
+        "name": "run",
+        "output_dir": str(tmp_path),
+        "model": {"path": str(tmp_path)},
+        "data": {"train": str(tmp_path / "prompts.jsonl")},
+        "reward": {"sources": [{"name": "rule", "function": "m.py:f"}]},
+        "ppo": {"batch_size": 8192, "gradient_checkpointing": recomputed},
+        "lora": lora,
+    }
+    run = PpoRun.model_validate(values)
+    networks = build_networks(str(tmp_path), lora=lora, gradient_checkpointing=recomputed)
+    networks.prepare()
+    shapes, problems = read_shapes(run)
+    assert problems == []
+    for there in (2**20, 2**30):  # as much as is kept for a micro-batch: a few of these tokens, and more than there are
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(ppo_section.MICROBATCH_BYTES, "cpu", there)
+            chosen = run.ppo.microbatch_tokens(networks.token_bytes(), False)
+            assert max(chosen, run.longest_row) == microbatch_of(run, shapes)
+            assert chosen == 16384 if there == 2**30 else 10 < chosen < 1000

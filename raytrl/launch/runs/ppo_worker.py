@@ -90,6 +90,7 @@ def _networks(run: PpoRun, deepspeed: Mapping[str, Any] | None) -> Networks:
         seed=run.seed,
         gradient_checkpointing=run.ppo.gradient_checkpointing,
         deepspeed=deepspeed,
+        on_gpu=run.learner.uses_gpu,
     )
 
 

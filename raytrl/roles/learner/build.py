@@ -59,6 +59,7 @@ def build_networks(
     seed: int = 0,
     gradient_checkpointing: bool = False,
     deepspeed: Mapping[str, Any] | None = None,
+    on_gpu: bool = False,
 ) -> Networks:
     """The networks of one learner worker from folders or hub ids.
 
@@ -71,6 +72,7 @@ def build_networks(
         gradient_checkpointing: see `Networks`.
         deepspeed: a DeepSpeed dictionary; under ZeRO-3 no worker ever holds a whole model, and `build_backend` must get
             the same.
+        on_gpu: whether this worker was given one.
     """
 
     def causal(path: str) -> nn.Module:
@@ -78,7 +80,7 @@ def build_networks(
         return model
 
     if deepspeed is not None:
-        prepare_deepspeed(torch.cuda.is_available())
+        prepare_deepspeed(on_gpu)
     sharding = tell_transformers(deepspeed, dtype)
     torch.manual_seed(seed)
     policy = causal(model_path)

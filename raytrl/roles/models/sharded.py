@@ -1,5 +1,6 @@
 """ZeRO-3: models of which every process holds a part, from the moment they are made."""
 
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -12,6 +13,8 @@ from raytrl.config.foreign.deepspeed import zero_stage
 
 def prepare_deepspeed(on_gpu: bool) -> None:
     """What DeepSpeed has to know before a model is made under ZeRO-3."""
+    if not on_gpu:
+        os.environ["DS_ACCELERATOR"] = "cpu"  # else it takes a GPU of the node, which Ray does not hide, unasked
     import deepspeed
 
     if torch.distributed.is_initialized():  # by Ray: a DeepSpeed that was not told counts one worker in its batch sizes

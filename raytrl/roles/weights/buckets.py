@@ -140,7 +140,8 @@ class PolicyCopy:
                 )
             parameter.copy_(tensor)
         self._missing -= tensors.keys()
-        return checksum({name: self._parameters[name].data for name in tensors})
+        # In the dtype that was sent: what transformers keeps in float32 holds a bfloat16 number exactly.
+        return checksum({name: self._parameters[name].data.to(tensor.dtype) for name, tensor in tensors.items()})
 
     def finish(self) -> None:
         """Raises WeightsVersionError where a parameter got none."""

@@ -26,6 +26,7 @@ from toy import (
 from raytrl.loop.loop import Schedule, run
 from raytrl.roles.learner.networks import Networks, compute_like_trained
 from raytrl.roles.rollout.lora_merge import LoraMerge
+from raytrl.roles.weights.buckets import PolicyCopy, checksum
 
 BF16 = torch.bfloat16
 FAMILIES: dict[str, Callable[[], nn.Module]] = {"gpt2": gpt2, "llama": llama}
@@ -123,3 +124,19 @@ def test_the_known_optimum_is_reached(tmp_path: Path) -> None:
     print(f"KL to the optimum: {start:.4f} -> {end:.4f}")
     assert start > 0.2
     assert end <= 0.02 and end <= 0.1 * start
+
+
+def test_weights_that_an_engine_keeps_in_float32_are_proven_too() -> None:
+    """As transformers does with `_keep_in_fp32_modules`; what is rounded on its way is found out."""
+    sent = {name: value.detach().to(BF16) for name, value in gpt2().named_parameters()}
+    engine = gpt2().to(BF16)
+    engine.transformer.ln_f.float()
+    nn.init.zeros_(engine.transformer.ln_f.weight)
+    copied = PolicyCopy(engine)
+    copied.begin()
+    assert copied.take(sent) == checksum(sent)
+    copied.finish()
+    assert engine.transformer.ln_f.weight.dtype == torch.float32
+    assert torch.equal(engine.transformer.ln_f.weight, sent["transformer.ln_f.weight"].float())
+    finer = {name: value.detach() for name, value in gpt2(1).named_parameters()}
+    assert copied.take(finer) != checksum(finer)

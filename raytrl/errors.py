@@ -3,7 +3,8 @@
     RaytrlError                    1
     ├── ConfigError                2   the request is wrong
     │   ├── DataError
-    │   └── ResourceError
+    │   ├── ResourceError
+    │   └── UncountedError
     ├── RunError                   1   a run was started and failed
     │   ├── WorkerError
     │   ├── StalledError
@@ -41,6 +42,10 @@ class DataError(ConfigError):
 
 class ResourceError(ConfigError):
     """The machine or cluster does not have what the run asks for."""
+
+
+class UncountedError(ConfigError):
+    """A model that may well run, but whose memory nobody has counted; told, not refused."""
 
 
 class RunError(RaytrlError):

@@ -15,7 +15,7 @@ from raytrl.config.runs.ppo import PpoRun
 from raytrl.config.runs.rollout import RolloutRun
 from raytrl.config.runs.supervised import SupervisedRun
 from raytrl.config.sections.engines import cpu_cache_bytes
-from raytrl.config.sections.ppo import activation_bytes
+from raytrl.config.sections.ppo import LOGIT_BYTES, activation_bytes
 from raytrl.plan.config_shapes import ModelShape
 from raytrl.plan.shapes import lora_parameters
 
@@ -39,7 +39,6 @@ _TILE_COPIES = 4
 _VLLM_BATCH = 2048  # tokens of a forward pass, vLLM's default on a CPU
 # The same for the part of the vocabulary that PPO's learner takes at a time (roles/learner/head.py), by device.
 _HEAD_CHUNK = {True: 32768, False: 1024}
-LOGIT_BYTES = 16  # of a logit that is held: itself, its gradient, and the float32 copies of both
 
 
 @dataclass(frozen=True)

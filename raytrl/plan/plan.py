@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from raytrl.config.load import LoadedRun
-from raytrl.errors import ConfigError
+from raytrl.errors import ConfigError, UncountedError
 from raytrl.plan.capacity import CERTAINTY, Load, Room, check_memory
 from raytrl.plan.checks.common import check_rows
 from raytrl.plan.cluster import ADDED, Cluster, Node, amounts
@@ -30,7 +30,8 @@ def plan(loaded: LoadedRun, cluster: Cluster, models: str = "") -> Plan:
     loaded, chosen = fitted(loaded, cluster)
     run = loaded.run
     room = Room.on(cluster, need_of(run))
-    shapes, problems = read_shapes(run, models)
+    shapes, unread = read_shapes(run, models)
+    problems = [str(error) for error in unread if not isinstance(error, UncountedError)]
     facts, missing = facts_of(run)
     rows = facts.rows
     told = {problem.partition(":")[0] for problem in problems}
@@ -40,6 +41,7 @@ def plan(loaded: LoadedRun, cluster: Cluster, models: str = "") -> Plan:
         raise ConfigError("\n".join(problems))
     notes = [*in_words(chosen), *facts.notices]
     notes += [f"not known here, so not checked: {problem}" for problem in problems]
+    notes += [f"memory is not estimated: {error}" for error in unread if isinstance(error, UncountedError)]
     found, tight = check_memory(run, room, shapes)
     notes += [
         f"{each.key}: {each.count} is the least that is needed; up to {each.most} where there is room"

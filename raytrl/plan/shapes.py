@@ -9,7 +9,7 @@ from typing import Any
 
 from raytrl.config.runs.base import Head, ModelUse, Run, TrainingRun
 from raytrl.config.sections.model import ModelSection, TokenizerSpec
-from raytrl.errors import ConfigError
+from raytrl.errors import ConfigError, UncountedError
 from raytrl.plan.config_shapes import Linear, ModelShape, shape_of_values
 from raytrl.plan.hub import hub_folder
 
@@ -84,7 +84,9 @@ def _shape(config: Any, key: str, head: Head, trust_remote_code: bool) -> ModelS
     except Exception as error:  # the model's own code may raise anything
         raise ConfigError(f"{key}: cannot be counted: {type(error).__name__}: {str(error).splitlines()[0]}") from None
     text = config.get_text_config()
-    heads = int(getattr(text, "num_key_value_heads", None) or text.num_attention_heads)
+    heads = getattr(text, "num_key_value_heads", None) or getattr(text, "num_attention_heads", None)
+    if not isinstance(heads, int):  # state spaces; some name a number for each layer
+        raise UncountedError(f"{key}: {config.model_type} does not attend in the same way in all layers, or not at all")
     head_width = int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
     output = model.get_output_embeddings() if head == "causal" else getattr(model, "score", None)
     return ModelShape(
@@ -110,18 +112,21 @@ def _features(module: Any) -> tuple[int, int]:
     return int(module.weight.shape[0]), int(module.weight.shape[1])  # GPT-2's Conv1D holds the transpose
 
 
-def read_shapes(run: Run, models: str = "") -> tuple[dict[str, ModelShape], list[str]]:
-    """The shapes of all models of a run that can be had, by their key in the run file, and why the others cannot.
+def read_shapes(run: Run, models: str = "") -> tuple[dict[str, ModelShape], list[ConfigError]]:
+    """The shapes of all models of a run that can be had, by their key in the run file, and why the others cannot: one line
+    each, `UncountedError` where the model may well run.
 
     Args:
         models: a folder that holds `<path>/config.json` of models that are not on this machine.
     """
-    shapes, problems = {}, []
+    shapes, problems = {}, list[ConfigError]()
     for use in run.models():
         try:
             shapes[use.key] = _shape_of(run, use, models)
+        except UncountedError as error:
+            problems.append(error)
         except (ConfigError, OSError, ValueError) as error:
-            problems.append(str(error).splitlines()[0])
+            problems.append(ConfigError(str(error).splitlines()[0]))
     return shapes, problems
 
 

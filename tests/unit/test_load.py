@@ -497,3 +497,10 @@ def test_a_value_written_as_an_override_reads_back_as_itself(value: Any, text: s
     assert isinstance(found, SupervisedRun)
     assert found.model.config is not None
     assert (found.model.config["extra"], type(found.model.config["extra"])) == (value, type(value))
+
+
+def test_bfloat16_that_would_be_computed_in_float32_is_refused() -> None:
+    message = error_of(RUN, "model.dtype=bfloat16", "training.bf16=false")
+    assert "training.bf16: is off, and model.dtype is bfloat16" in message
+    load(RUN, "model.dtype=bfloat16", "training.bf16=true")
+    load(RUN, "training.bf16=false")

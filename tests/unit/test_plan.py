@@ -155,6 +155,20 @@ def test_what_packing_leaves_is_counted_by_the_worker(tmp_path: Path) -> None:
     assert "an epoch has no step" in run.without_batch({"data.train": 5})[0]
 
 
+def test_a_model_that_nobody_has_counted_is_planned_without_an_estimate(tmp_path: Path) -> None:
+    config = {
+        "model_type": "mamba2",
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_heads": 4,
+        "head_dim": 32,
+        "n_groups": 1,
+    }
+    found = planned(sft(tmp_path, model={"config": config, "tokenizer": {"vocab_size": 300}}))
+    assert not any(role.memory_gib for role in found.roles)
+    assert [note for note in found.notes if note.startswith("memory is not estimated: model.config: mamba2 ")]
+
+
 def test_an_earlier_start_tells_the_time(tmp_path: Path) -> None:
     file = sft(tmp_path, learner={"workers": 1})
     folder = tmp_path / "runs/a"

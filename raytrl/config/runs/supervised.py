@@ -100,6 +100,11 @@ class SupervisedRun(TrainingRun):
             )
         if self.training.get("bf16") and self.training.get("fp16"):
             problems.append("training.fp16: is on, and so is training.bf16; choose one")
+        if self.model.dtype == "bfloat16" and self.training.get("bf16") is False and self.holds_float32:
+            problems.append(
+                "training.bf16: is off, and model.dtype is bfloat16: the run would hold its weights in float32 and compute so, "
+                "too; expected: training.bf16 left out, or model.dtype=float32"
+            )
         if self.training.get("fp16") and not self.learner.uses_gpu:
             problems.append(
                 "training.fp16: needs a GPU; found: learner.resources without GPU; expected: bf16 or float32"

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers.activations import GELUTanh, NewGELUActivation
 from transformers.pytorch_utils import Conv1D
 
-from raytrl.config.sections.ppo import activation_bytes
+from raytrl.config.sections.ppo import LOGIT_BYTES, activation_bytes
 from raytrl.roles.learner import unpadded
 from raytrl.roles.learner.head import LogProbHead, give_head, head_of, of_logits
 from raytrl.roles.learner.mapped import MappedFiles
@@ -106,10 +106,9 @@ class Networks(nn.Module):
         trained = [policy, policy if self.value is None else self.value]
         size, recomputed = self.dtype.itemsize, self.gradient_checkpointing
         found = sum(activation_bytes(*_widths(model), size, recomputed) for model in trained)
-        vocabulary = int(policy.config.get_text_config().vocab_size)  # type: ignore[union-attr, operator]
-        return (
-            found if head_of(policy) is not None else found + 16 * vocabulary
-        )  # logits, their gradient, in float32 too
+        if head_of(policy) is None:  # then also logits and their gradient, both in float32 too
+            found += LOGIT_BYTES * int(policy.config.get_text_config().vocab_size)  # type: ignore[union-attr, operator]
+        return found
 
     @property
     def sent_dtype(self) -> torch.dtype:

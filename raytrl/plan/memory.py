@@ -15,7 +15,7 @@ from raytrl.config.runs.ppo import PpoRun
 from raytrl.config.runs.rollout import RolloutRun
 from raytrl.config.runs.supervised import SupervisedRun
 from raytrl.config.sections.engines import cpu_cache_bytes
-from raytrl.config.sections.ppo import LOGIT_BYTES, activation_bytes
+from raytrl.config.sections.ppo import HEAD_CHUNK, LOGIT_BYTES, activation_bytes
 from raytrl.plan.config_shapes import ModelShape
 from raytrl.plan.shapes import lora_parameters
 
@@ -37,8 +37,6 @@ GIB = 2**30
 _TILE = (4096, 32768)
 _TILE_COPIES = 4
 _VLLM_BATCH = 2048  # tokens of a forward pass, vLLM's default on a CPU
-# The same for the part of the vocabulary that PPO's learner takes at a time (roles/learner/head.py), by device.
-_HEAD_CHUNK = {True: 32768, False: 1024}
 
 
 @dataclass(frozen=True)
@@ -177,9 +175,14 @@ def microbatch_of(run: Run, shapes: Mapping[str, ModelShape]) -> int | None:
     policy = shapes.get("model.path")
     if not isinstance(run, PpoRun) or policy is None:
         return None
+    return run.microbatch_tokens(_token_bytes(run, policy, shapes.get("value_model.init")))
+
+
+def _token_bytes(run: PpoRun, policy: ModelShape, value: ModelShape | None) -> float:
+    """What an update's backward pass needs of a token."""
     size, recomputed = _size(run.model.dtype, run.learner.uses_gpu), run.ppo.gradient_checkpointing
-    trained = [policy, shapes.get("value_model.init", policy)][: 2 if run.has_critic else 1]
-    return run.microbatch_tokens(sum(activations(shape, 1, size, recomputed) for shape in trained))
+    trained = [policy, value or policy] if run.has_critic else [policy]
+    return sum(activations(shape, 1, size, recomputed) for shape in trained)
 
 
 def ppo_worker(
@@ -204,15 +207,12 @@ def ppo_worker(
         copies = 0.0 if value is None else value_numbers
     sharding = Sharding.of(run.learner.deepspeed, workers, on_gpu)
     parts, offloaded = sharding.states(trainable, 4, frozen)  # what learns is float32
-    recomputed = run.ppo.gradient_checkpointing
     if size == 2:  # autocast's copies of float32 weights, which the backward pass needs
-        parts["weights"] += 2 * copies / (max(1, policy.layers) if recomputed else 1)
-    others = {} if value is None else {"value_model.init": value}
-    tokens = microbatch_of(run, {"model.path": policy, **others}) or run.longest_row
-    graphs = activations(policy, tokens, size, recomputed)
-    graphs += critics * activations(value or policy, tokens, size, recomputed)
+        parts["weights"] += 2 * copies / (max(1, policy.layers) if run.ppo.gradient_checkpointing else 1)
+    token_bytes = _token_bytes(run, policy, value)
+    tokens = run.microbatch_tokens(token_bytes)
     responses = tokens * run.rollout.sampling.max_new_tokens / run.longest_row
-    parts["activations"] = graphs + _head(policy, responses, on_gpu, trained=run.lora is None)
+    parts["activations"] = tokens * token_bytes + _head(policy, responses, on_gpu, trained=run.lora is None)
     if not on_gpu:  # what is saved is made whole in RAM, when gradients and activations are gone
         saved = max(policy.parameters, value_numbers) * float(size)
         parts["saving"] = max(0.0, saved - parts["activations"] - parts["gradients"])
@@ -227,7 +227,7 @@ def ppo_worker(
 
 def _head(shape: ModelShape, tokens: float, on_gpu: bool, *, trained: bool) -> float:
     """What log-probs of so many tokens take beside their hidden states."""
-    chunk = _HEAD_CHUNK[on_gpu]
+    chunk = HEAD_CHUNK["gpu" if on_gpu else "cpu"]
     if shape.vocab <= chunk and not on_gpu:
         return tokens * shape.vocab * LOGIT_BYTES
     copies = 1 if on_gpu else _TILE_COPIES  # a kernel works in place

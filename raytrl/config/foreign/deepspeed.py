@@ -3,6 +3,7 @@
 import ast
 import functools
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +108,7 @@ def for_trainer(deepspeed: dict[str, Any]) -> dict[str, Any]:
     return deepspeed if zero.get("stage") != 3 else {**deepspeed, "zero_optimization": {**zero, GATHER: True}}
 
 
-def zero_stage(deepspeed: dict[str, Any] | None) -> int | None:
+def zero_stage(deepspeed: Mapping[str, Any] | None) -> int | None:
     """The ZeRO stage (0 to 3), or None without DeepSpeed."""
     if deepspeed is None:
         return None

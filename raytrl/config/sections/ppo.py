@@ -15,6 +15,8 @@ MICROBATCH_BYTES = {"gpu": 4 * 2**30, "cpu": 2 * 2**30}
 # rotary embeddings and the attention output come on top. Fitted to float32 runs on a CPU; counted by hand for a Qwen3
 # layer in bfloat16, whose norms work in float32, it is the same.
 KEPT = 1.5
+# Token ids whose log-probs are computed at a time: on a CPU they stay in its caches; a GPU wants large matrix products.
+HEAD_CHUNK = {"gpu": 32768, "cpu": 1024}
 LOGIT_BYTES = 16  # of a logit that is held: itself, its gradient, and the float32 copies of both
 
 

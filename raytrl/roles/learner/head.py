@@ -9,9 +9,7 @@ from torch import Tensor, nn
 from trl.kernels import ChunkedLogProbFunction
 
 from raytrl.algo.logprobs import token_entropy, token_logprobs
-
-# Token ids at a time: on a CPU a part stays in its caches; a GPU wants large matrix products.
-CHUNK = {"cpu": 1024, "cuda": 32768}
+from raytrl.config.sections.ppo import HEAD_CHUNK
 
 
 class LogProbHead(nn.Linear):
@@ -31,8 +29,9 @@ class LogProbHead(nn.Linear):
         a gradient. Both float32, (N,), nats; entropies carry no gradient."""
         if tokens_N is None:
             return super().forward(hidden)
-        chunk = CHUNK.get(hidden.device.type, CHUNK["cpu"])
-        if self.out_features <= chunk and hidden.device.type == "cpu":
+        on_gpu = hidden.device.type == "cuda"
+        chunk = HEAD_CHUNK["gpu" if on_gpu else "cpu"]
+        if self.out_features <= chunk and not on_gpu:
             return of_logits(self._logits(hidden), tokens_N, temperature)
         wanted = ("entropy",) if torch.is_grad_enabled() else ()
         arguments = (self.weight, self.bias, tokens_N, temperature, chunk, self.softcap, self.scale, wanted)

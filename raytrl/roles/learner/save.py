@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import AutoPeftModelForCausalLM, PeftModel
+from peft import PeftModel
 from torch import Tensor, nn
 
 from raytrl.roles.learner.backend import Backend
 from raytrl.roles.learner.collectives import worker_rank
 from raytrl.roles.learner.networks import VALUE_ADAPTER
 from raytrl.roles.models.adapters import POLICY_ADAPTER, policy_parameters
+from raytrl.roles.models.loading import load_model
 from raytrl.roles.models.sharded import whole_models
 
 
@@ -30,9 +31,10 @@ def save_policy(backend: Backend, folder: Path, *, trust_remote_code: bool = Fal
     if worker_rank() != 0:
         return
     policy.save_pretrained(str(folder), selected_adapters=[POLICY_ADAPTER], state_dict=tensors)
+    path = str(policy.peft_config[POLICY_ADAPTER].base_model_name_or_path)
     with whole_models(backend.networks.sharding):
-        merged = AutoPeftModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=trust_remote_code)
-        merged.merge_and_unload().save_pretrained(folder / "merged")
+        base = load_model(path, "causal", "model.path", dtype=dtype, trust_remote_code=trust_remote_code)
+        PeftModel.from_pretrained(base, str(folder)).merge_and_unload().save_pretrained(folder / "merged")
 
 
 def save_value(backend: Backend, folder: Path) -> None:
@@ -61,10 +63,8 @@ def _save_whole(backend: Backend, model: nn.Module, folder: Path) -> None:
         return
     buffers = dict(model.named_buffers())
     tensors |= {name: value.cpu() for name, value in model.state_dict().items() if name in buffers}
-    with (
-        whole_models(backend.networks.sharding),
-        torch.device("meta"),
-    ):  # for what a class and a config say of themselves
+    # For what a class and a config say of themselves; the numbers are `tensors`.
+    with whole_models(backend.networks.sharding), torch.device("meta"):
         empty: Any = type(model)(deepcopy(model.config)).to(dtype)
     empty.generation_config = getattr(model, "generation_config", None)
     empty.save_pretrained(folder, state_dict=tensors)

@@ -9,6 +9,7 @@ from torch import nn
 from raytrl.config.runs.supervised import SupervisedRun
 from raytrl.roles.models.base import labels_of
 from raytrl.roles.models.loading import load_model
+from raytrl.roles.models.sharded import whole_models
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -37,20 +38,18 @@ def policy_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 def merge_adapter(run: SupervisedRun, base: str, adapter: str, tokenizer: Any, folder: str) -> None:
     """Writes the base model with the adapter's weights folded in, as a plain Hugging Face folder."""
     from peft import PeftModel
-    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-    unset_hf_deepspeed_config()  # else, under ZeRO-3, this rank alone would wait for all to partition the model
-
-    model = load_model(
-        base,
-        run.head,
-        "model.path",
-        new_head=run.head == "score",
-        revision=run.model.revision if base == run.model.path else None,
-        dtype="auto",
-        trust_remote_code=run.model.trust_remote_code,
-        **labels_of(run),
-    )
+    with whole_models(None):
+        model = load_model(
+            base,
+            run.head,
+            "model.path",
+            new_head=run.head == "score",
+            revision=run.model.revision if base == run.model.path else None,
+            dtype="auto",
+            trust_remote_code=run.model.trust_remote_code,
+            **labels_of(run),
+        )
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(len(tokenizer))
     model.config.pad_token_id = tokenizer.pad_token_id

@@ -34,9 +34,8 @@ def tell_transformers(deepspeed: Mapping[str, Any] | None, dtype: torch.dtype) -
         deepspeed: a DeepSpeed dictionary without "auto".
         dtype: of the models that are loaded.
     """
-    if zero_stage(None if deepspeed is None else dict(deepspeed)) != 3:
+    if deepspeed is None or zero_stage(deepspeed) != 3:
         return None
-    assert deepspeed is not None
     from transformers.integrations import HfDeepSpeedConfig
 
     half = {"bf16": {"enabled": dtype == torch.bfloat16}}  # else the parts would be float32
@@ -45,7 +44,8 @@ def tell_transformers(deepspeed: Mapping[str, Any] | None, dtype: torch.dtype) -
 
 @contextmanager
 def whole_models(sharding: Any) -> Iterator[None]:
-    """Within, this worker alone may make a model, which is whole; `sharding` is what `tell_transformers` answered."""
+    """Within, this worker alone may make a model, which is whole; `sharding` is what `tell_transformers`
+    answered, and is heeded again after it; None: by parts no more."""
     from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
     unset_hf_deepspeed_config()

@@ -14,10 +14,11 @@ from test_workers import free_port, one_dropped
 from toy import LORA, LocalGenerator, LocalScorer, Log, Prompts, config, gpt2, llama, make_engine, tensors_of
 from transformers import AutoModelForCausalLM
 
+from raytrl.config.sections.ppo import HEAD_CHUNK
 from raytrl.errors import ConfigError
 from raytrl.loop.loop import Schedule, run
-from raytrl.roles.learner import head
 from raytrl.roles.learner.build import assemble, build_backend, build_networks
+from raytrl.roles.learner.head import head_of
 from raytrl.roles.learner.learner import PpoLearner
 from raytrl.roles.learner.networks import _plain
 from raytrl.roles.learner.save import save_policy, save_value
@@ -92,7 +93,7 @@ def test_offloaded_states_are_stepped_alike(tmp_path: Path) -> None:
 def sharded(rank: int, port: int, family: str, lora: bool, dtype: torch.dtype, folder: str) -> None:
     """A run from a folder under ZeRO-3, and what is seen of it on the way."""
     join(rank, port)
-    head.CHUNK["cpu"] = 3  # log-probs a part of the vocabulary at a time
+    HEAD_CHUNK["cpu"] = 3  # log-probs a part of the vocabulary at a time
     ppo = config(minibatches=2, max_tokens_per_microbatch=16)
     zero = {"stage": 3, "stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": 10_000_000}
     settings = {"zero_optimization": zero}
@@ -101,7 +102,7 @@ def sharded(rank: int, port: int, family: str, lora: bool, dtype: torch.dtype, f
     numels = {name: p.numel() for name, p in networks.named_parameters() if "lora_" not in name and name != HEAD}
     assert len(numels) > 10 and not any(numels.values())  # no process ever held more than a part
     learner = PpoLearner(build_backend(networks, ppo, deepspeed=settings), ppo, temperature=1.0, seed=0)
-    assert head.head_of(_plain(networks.policy)) is not None
+    assert head_of(_plain(networks.policy)) is not None
     passes, invalidated = watch_traces()
     learner = trained_on(learner, family, lora, dtype, rank)
     # Only the first two passes of each kind, of five, are not foreseen.

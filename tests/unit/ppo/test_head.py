@@ -17,7 +17,6 @@ from raytrl.config.runs.ppo import PpoRun
 from raytrl.config.sections import ppo as ppo_section
 from raytrl.plan.memory import microbatch_of
 from raytrl.plan.shapes import read_shapes
-from raytrl.roles.learner import head as head_module
 from raytrl.roles.learner.build import assemble, build_networks, value_from_policy
 from raytrl.roles.learner.head import LogProbHead, head_of, of_logits
 from raytrl.roles.learner.networks import Networks, _plain
@@ -65,7 +64,7 @@ def test_a_part_of_the_vocabulary_at_a_time_gives_what_all_of_it_gives(
             if "lora_B" in name:
                 nn.init.normal_(value, std=0.2)
         if chunk is not None:
-            monkeypatch.setitem(head_module.CHUNK, "cpu", chunk)
+            monkeypatch.setitem(ppo_section.HEAD_CHUNK, "cpu", chunk)
             networks.prepare()
         assert (head_of(_plain(networks.policy)) is None) == (chunk is None)
         found.append(outcome(networks))
@@ -84,7 +83,7 @@ def test_in_bfloat16_parts_give_what_logits_give(
 ) -> None:
     found = []
     for chunk in (8, 3):
-        monkeypatch.setitem(head_module.CHUNK, "cpu", chunk)
+        monkeypatch.setitem(ppo_section.HEAD_CHUNK, "cpu", chunk)
         networks = assemble(family(), dtype=torch.bfloat16)
         networks.prepare()
         found.append(outcome(networks))
@@ -131,9 +130,8 @@ def test_the_logits_are_never_held() -> None:
     """512 tokens of 50,000 ids: their logits alone are 98 MiB, with what a backward pass needs of them four times that."""
     head = LogProbHead(nn.Linear(32, 50_000, bias=False), 1.0, None)
     hidden, tokens = torch.randn(512, 32, requires_grad=True), torch.randint(50_000, (512,))
-    head(deepcopy(hidden.detach()).requires_grad_(), tokens)[
-        0
-    ].sum().backward()  # what is imported and kept is no part of it
+    first, _ = head(deepcopy(hidden.detach()).requires_grad_(), tokens)
+    first.sum().backward()  # what is imported and kept is no part of it
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     head(hidden, tokens)[0].sum().backward()
     more = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024

@@ -185,6 +185,8 @@ def test_zero_3_holds_parts_from_the_start_to_the_end(
         assert float((value.float() - expected[name].float()).abs().max()) < limit, name
     model = AutoModelForCausalLM.from_pretrained(tmp_path / ("model/merged" if lora else "model"))
     assert model.dtype == dtype
+    file = load_file(tmp_path / ("model/merged" if lora else "model") / "model.safetensors")
+    assert {value.dtype for value in file.values()} == {dtype}
     if not lora:
         assert all(torch.equal(value, model.state_dict()[name]) for name, value in sent.items())
     weights = "adapter_model.safetensors" if lora else "model.safetensors"

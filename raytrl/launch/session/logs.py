@@ -12,7 +12,16 @@ import ray
 from raytrl.rundir import RunDirectory
 
 LOG = logging.getLogger("raytrl")
-_FORMAT = "%(asctime)s %(levelname)s %(role)s %(rank)d v%(version)s %(message)s"
+_HEAD = "%(asctime)s %(levelname)s %(role)s %(rank)d v%(version)s "
+
+
+class _EachLine(logging.Formatter):
+    """Names role, rank and version in every line of a record: a table of transformers or a traceback has many."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        record.asctime = self.formatTime(record)
+        return "\n".join(_HEAD % vars(record) + line for line in text.splitlines() if line.strip())
 
 
 class _Identity(logging.Filter):
@@ -47,7 +56,7 @@ def start_log(run_dir: RunDirectory, role: str, rank: int) -> None:
     path = log_path(run_dir, role, rank)
     os.makedirs(os.path.dirname(path), exist_ok=True)
     handler = logging.FileHandler(path, encoding="utf-8")
-    handler.setFormatter(logging.Formatter(_FORMAT))
+    handler.setFormatter(_EachLine())
     _identity = _Identity(role, rank)
     handler.addFilter(_identity)
     logging.getLogger().addHandler(handler)

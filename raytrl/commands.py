@@ -65,7 +65,7 @@ def _write_page(loaded: Any) -> None:
 def plan(file: str, overrides: list[str], cluster: list[str], models: str) -> None:
     from raytrl.config.load import load_run
 
-    loaded = load_run(file, overrides)
+    loaded = load_run(file, overrides, elsewhere=bool(cluster))
     from raytrl.launch.session.session import planned_cluster
     from raytrl.plan.plan import RULE
     from raytrl.plan.plan import plan as planned

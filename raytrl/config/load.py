@@ -46,13 +46,14 @@ class LoadedRun:
         return _where(key, self.origins, self.file)
 
 
-def load_run(path: str, overrides: list[str], kind: str | None = None) -> LoadedRun:
+def load_run(path: str, overrides: list[str], kind: str | None = None, *, elsewhere: bool = False) -> LoadedRun:
     """Reads, overrides and checks a run file.
 
     Args:
         path: the YAML file.
         overrides: `dotted.key=value`, values as YAML; list items by number (`reward.sources.0.weight=2`).
         kind: what the command line asked for; the file's `kind` must agree.
+        elsewhere: it is looked at for machines that are not this one, which need not have what they have.
 
     Raises:
         ConfigError: with one line for each problem, naming file (and line) and key.
@@ -77,7 +78,7 @@ def load_run(path: str, overrides: list[str], kind: str | None = None) -> Loaded
             f"{where}: kind: is {found!r}, but the command is `raytrl {kind}`; run `raytrl {found} {path}`"
         )
     try:
-        run = RUNS[found].model_validate(values)
+        run = RUNS[found].model_validate(values, context={"elsewhere": elsewhere})
     except ValidationError as error:
         raise ConfigError("\n".join(_problems(error, RUNS[found], values, origins, path))) from None
     except ConfigError as error:

@@ -12,7 +12,8 @@ from raytrl.plan.cluster import ADDED, Cluster, Group, Need, Node
 from raytrl.plan.config_shapes import ModelShape
 from raytrl.plan.memory import GIB, Estimate, estimates
 from raytrl.plan.placement import Placement, check_placement
-from raytrl.plan.shapes import read_shapes
+from raytrl.plan.where import THIS_MACHINE
+from raytrl.roles.device import has_cpu_bf16
 
 # Estimates were 0.85 to 1.09 of the peaks of learners measured on CPUs, 0.60 to 1.03 of those of small rollout and reward
 # actors (a forward pass leaves more with the allocator than it needs), and none was measured on a GPU (see
@@ -94,22 +95,17 @@ class Room:
             f"they do not come ({', '.join(limits)})"
         ]
 
+    def emulated(self, run: Run) -> list[str]:
+        """A notice where processes without GPU are asked for bf16, and the CPU of this machine has none."""
+        if self.where != THIS_MACHINE or not (keys := run.bf16_on_cpu()) or has_cpu_bf16():
+            return []
+        return [
+            f"{', '.join(keys)}: this CPU has no bf16 arithmetic; torch emulates it, up to a hundred times slower than float32"
+        ]
+
     def loads(self, found: Mapping[str, Estimate]) -> list[Load]:
         """`loads` of one run."""
         return loads([(self.need, self.placement)], self.nodes, found)
-
-    def memory(self, run: Run) -> tuple[str, list[str]]:
-        """`check_memory` of a run that is about to start: a line for its plan, and what the user should be told besides.
-
-        Raises:
-            ResourceError: it is clearly too large.
-        """
-        shapes, problems = read_shapes(run)
-        found, notes = check_memory(run, self, shapes)
-        notes += [f"memory is not estimated: {problem}" for problem in problems]
-        notes += self.awaited(run)
-        sizes = ", ".join(map(str, found[:4]))
-        return (f"\nmemory   about {sizes}" if sizes else ""), notes
 
 
 def loads(placed: Sequence[tuple[Need, Placement]], nodes: Sequence[Node], found: Mapping[str, Estimate]) -> list[Load]:

@@ -41,6 +41,7 @@ def plan(loaded: LoadedRun, cluster: Cluster, models: str = "") -> Plan:
         raise ConfigError("\n".join(problems))
     notes = [*in_words(chosen), *facts.notices]
     notes += [f"not known here, so not checked: {problem}" for problem in problems]
+    notes += run.assumed()
     notes += [f"memory is not estimated: {error}" for error in unread if isinstance(error, UncountedError)]
     found, tight = check_memory(run, room, shapes)
     notes += [
@@ -48,7 +49,8 @@ def plan(loaded: LoadedRun, cluster: Cluster, models: str = "") -> Plan:
         for each in run.processes()
         if each.count < each.most
     ]
-    notes += [*tight, *room.awaited(run), *(f"does nothing: {line}" for line in run.idle_settings(run.steps(rows)))]
+    notes += [*tight, *room.emulated(run), *room.awaited(run)]
+    notes += [f"does nothing: {line}" for line in run.idle_settings(run.steps(rows))]
     return Plan(
         where=f"{room.where}: {_sum_of([node for node in room.nodes if not node.name.startswith(ADDED)])}",
         roles=tuple(_roles(room, estimates(run, shapes))),

@@ -4,23 +4,6 @@ import platform
 import resource
 import sys
 
-from raytrl.config.runs.base import Run
-from raytrl.errors import ConfigError
-
-
-def check_cpu(run: Run) -> None:
-    """Refuses bf16 where the CPU would only emulate it.
-
-    Raises:
-        ConfigError: naming the key.
-    """
-    key = run.bfloat16_key()
-    if key is not None and not has_cpu_bf16():
-        raise ConfigError(
-            f"{key}: this CPU ({platform.processor() or platform.machine()}) has no bf16 arithmetic; "
-            f"found: bf16 on workers without GPU; expected: float32 (leave {key} out)"
-        )
-
 
 def has_cpu_bf16() -> bool:
     """Whether this CPU computes in bfloat16 itself (AVX512-BF16, AMX, or Arm's BF16)."""

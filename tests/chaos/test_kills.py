@@ -25,6 +25,7 @@ from tests.runs import (
 KINDS: dict[str, dict[str, Any]] = {
     "plain": {},
     "lora": {"lora": {"r": 4, "target_modules": "all-linear"}},
+    "bf16": {"model": {"dtype": "bfloat16"}},
     "zero2": {"learner": {"workers": 2, "deepspeed": {"zero_optimization": {"stage": 2}, "train_batch_size": "auto"}}},
 }
 # One run that dies twice in CI; every kind of run by every kind of death with `-m slow`.

@@ -20,6 +20,8 @@ STEPS = 32
 SETTINGS: dict[str, dict[str, Any]] = {
     "full": {},
     "lora": {"lora": {"r": 4, "target_modules": "all-linear"}},
+    "bf16": {"model": {"dtype": "bfloat16"}},
+    "lora-bf16": {"model": {"dtype": "bfloat16"}, "lora": {"r": 4, "target_modules": "all-linear"}},
     "broadcast": {"rollout": {"weight_transfer": "broadcast"}},
     "zero2": {"learner": {"workers": 2, "resources": {"CPU": 0.25}, "deepspeed": {"zero_optimization": {"stage": 2}}}},
 }

@@ -7,6 +7,7 @@ import pytest
 
 from raytrl.config.load import load_run
 from raytrl.config.runs.ppo import PpoRun
+from raytrl.config.sections import engines
 from raytrl.config.sections.engines import engine_words
 from raytrl.errors import ConfigError
 from tests.ppo_files import ppo_file
@@ -34,6 +35,37 @@ def test_auto_says_why_it_is_not_vllm(tmp_path: Path) -> None:
     assert engine_words(run.asked).startswith("transformers (not vllm: its attention on CPUs has no heads of that size")
     assert ppo_run(tmp_path, "rollout.resources={GPU: 1}", head_size=16).rollout.engine == "vllm"
     assert ppo_run(tmp_path, "lora={use_dora: true}").rollout.engine == "transformers"
+
+
+@pytest.mark.parametrize("is_here", [True, False])
+def test_another_cluster_has_the_engine_that_its_gpus_tell(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_here: bool
+) -> None:
+    """Whatever is installed on the laptop that plans for it; run files for this machine go by what is here."""
+    ppo_run(tmp_path)
+    monkeypatch.setattr(engines, "vllm_is_installed", lambda: is_here)
+
+    def there(*overrides: str) -> PpoRun:
+        run = load_run(str(tmp_path / "run.yaml"), list(overrides), elsewhere=True).run
+        assert isinstance(run, PpoRun)
+        return run
+
+    gpu = "rollout.resources={GPU: 1}"
+    assert there(gpu).rollout.engine == "vllm"
+    assert there(gpu).assumed() == [
+        "rollout.engine: vllm, which raytrl's image for GPUs has; for a cluster without it plan with "
+        "rollout.engine=transformers"
+    ]
+    assert there().rollout.engine == "transformers"
+    assert there("rollout.engine=vllm", "rollout.engine_args={max_model_len: 64}").rollout.engine == "vllm"
+    assert there("rollout.engine=transformers", gpu).rollout.engine == "transformers"
+    assert there(gpu, "lora={use_dora: true}").rollout.engine == "transformers"
+    with pytest.raises(ConfigError, match=r"rollout.engine_args.dtype: is set by model.dtype"):
+        there("rollout.engine=vllm", "rollout.engine_args={dtype: half}")
+    here = load_run(str(tmp_path / "run.yaml"), [gpu]).run
+    assert isinstance(here, PpoRun)
+    assert here.rollout.engine == ("vllm" if is_here else "transformers")
+    assert here.assumed() == []
 
 
 def test_a_chosen_engine_stays(tmp_path: Path) -> None:

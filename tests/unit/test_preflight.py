@@ -11,14 +11,17 @@ from raytrl.config.runs.supervised import SupervisedRun
 from raytrl.errors import ConfigError, ResourceError, RunError
 from raytrl.launch.session.nodes import machine_resources
 from raytrl.launch.session.session import _start_local, check_address, check_temp_dir, prepare_environment
+from raytrl.plan import capacity
+from raytrl.plan.capacity import Room
 from raytrl.plan.checks.common import Facts
 from raytrl.plan.checks.supervised import prepare_supervised
-from raytrl.plan.cluster import Need
+from raytrl.plan.cluster import Cluster, Need, Node
+from raytrl.plan.need import need_of
 from raytrl.plan.shapes import read_shapes
-from raytrl.plan.where import check_one_node, joins_cluster, refuse_client
+from raytrl.plan.where import THIS_MACHINE, check_one_node, joins_cluster, refuse_client
 from raytrl.plan.words import processes_of, words_of
-from raytrl.roles import device
 from raytrl.rundir import RunDirectory
+from tests.ppo_files import ppo_file
 from tests.runs import pair_rows, run_file, text_rows, write_rows
 
 
@@ -111,20 +114,31 @@ def test_a_local_ray_has_no_labels_and_no_second_node(tmp_path: Path) -> None:
         ({"learner": {"deepspeed": {"bf16": {"enabled": True}}}}, "learner.deepspeed.bf16.enabled"),
     ],
 )
-def test_bf16_needs_a_cpu_that_has_it(
+def test_bf16_that_this_cpu_emulates_is_told(
     sections: dict[str, Any], key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = run_of(tmp_path, **sections)
-    monkeypatch.setattr(device, "has_cpu_bf16", lambda: False)
-    with pytest.raises(ConfigError, match=rf"^{key}: this CPU .* has no bf16"):
-        check(run)
-    monkeypatch.setattr(device, "has_cpu_bf16", lambda: True)
-    check(run)
+    room = Room.on(Cluster((Node("here", {"CPU": 2.0}),), THIS_MACHINE), need_of(run))
+    monkeypatch.setattr(capacity, "has_cpu_bf16", lambda: False)
+    (told,) = room.emulated(run)
+    assert told.startswith(f"{key}: this CPU has no bf16 arithmetic; torch emulates it")
+    assert not Room(room.need, room.nodes, "a cluster", room.placement).emulated(run)  # who knows its processors
+    on_gpu = run.model_copy(update={"learner": run.learner.model_copy(update={"resources": {"GPU": 1.0}})})
+    assert not room.emulated(on_gpu)
+    monkeypatch.setattr(capacity, "has_cpu_bf16", lambda: True)
+    assert not room.emulated(run)
 
 
-def test_a_float32_run_needs_no_bf16(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(device, "has_cpu_bf16", lambda: False)
-    check(run_of(tmp_path, training={"bf16": False}, learner={"deepspeed": {"bf16": {"enabled": "auto"}}}))
+def test_a_float32_run_is_told_nothing_of_bf16(tmp_path: Path) -> None:
+    run = run_of(tmp_path, training={"bf16": False}, learner={"deepspeed": {"bf16": {"enabled": "auto"}}})
+    assert run.bf16_on_cpu() == []
+
+
+def test_a_ppo_run_names_each_of_its_models_that_computes_in_bf16(tmp_path: Path) -> None:
+    judge = {"name": "judge", "model": "/a/judge", "dtype": "bfloat16"}
+    file = ppo_file(tmp_path, "run", model={"path": "/a/policy", "dtype": "bfloat16"}, reward={"sources": [judge]})
+    run = load_run(file, [], "ppo").run
+    assert run.bf16_on_cpu() == ["model.dtype", "reward.sources.judge.dtype"]
 
 
 def test_a_missing_tracker_is_named_with_its_package(tmp_path: Path) -> None:

@@ -169,9 +169,13 @@ class Run(Section):
         """Settings that save memory, as dotted keys, the least intrusive first."""
         yield from ()
 
-    def bfloat16_key(self) -> str | None:
-        """The key that asks for arithmetic in bfloat16 wherever the run is; None where none does."""
-        return None
+    def bf16_on_cpu(self) -> list[str]:
+        """The keys that ask for arithmetic in bfloat16 in processes without a GPU."""
+        return []
+
+    def assumed(self) -> list[str]:
+        """What is taken to be so on machines that are not this one."""
+        return []
 
     @property
     def uses_gpu(self) -> bool:
@@ -281,11 +285,14 @@ class TrainingRun(Run):
         if self.lora is None:
             yield {"lora": {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}}
 
-    def bfloat16_key(self) -> str | None:
-        if self.model.dtype == "bfloat16":
-            return "model.dtype"
-        is_on = ((self.learner.deepspeed or {}).get("bf16") or {}).get("enabled") is True
-        return "learner.deepspeed.bf16.enabled" if is_on else None
+    def bf16_on_cpu(self) -> list[str]:
+        if self.uses_gpu:
+            return super().bf16_on_cpu()
+        asks = {
+            "model.dtype": self.model.dtype == "bfloat16",
+            "learner.deepspeed.bf16.enabled": ((self.learner.deepspeed or {}).get("bf16") or {}).get("enabled") is True,
+        }
+        return [key for key, does in asks.items() if does] + super().bf16_on_cpu()
 
 
 def or_raise(problems: list[str], value: T) -> T:

@@ -15,6 +15,7 @@ class RolloutRun(Run):
     """A run whose model's responses are sampled and scored."""
 
     gives_columns_to_rewards: ClassVar[bool] = True
+    _elsewhere: bool = False  # it is looked at for machines that are not this one
 
     model: ModelSection
     """The network whose responses are sampled: a finished one, or the one that PPO goes on from."""
@@ -65,8 +66,17 @@ class RolloutRun(Run):
     def layouts(self) -> tuple[Columns, ...]:
         return (("prompt",),)
 
-    def bfloat16_key(self) -> str | None:
-        return "model.dtype" if self.model.dtype == "bfloat16" else None
+    def bf16_on_cpu(self) -> list[str]:
+        scores = [] if self.reward.uses_gpu else [s for s in self.reward.sources if s.dtype == "bfloat16"]
+        return super().bf16_on_cpu() + [f"reward.sources.{source.name}.dtype" for source in scores]
+
+    def assumed(self) -> list[str]:
+        if not self._elsewhere or self.rollout.engine != "vllm":
+            return []
+        return [
+            "rollout.engine: vllm, which raytrl's image for GPUs has; for a cluster without it plan with "
+            "rollout.engine=transformers"
+        ]
 
     def tokenizers(self) -> Mapping[str, str]:
         return {"model.tokenizer": self.model.tokenizer} if isinstance(self.model.tokenizer, str) else {}

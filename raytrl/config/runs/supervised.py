@@ -246,9 +246,9 @@ class SupervisedRun(TrainingRun):
             }
         yield from super().savings()
 
-    def bfloat16_key(self) -> str | None:
-        key = next((key for key in ("bf16", "bf16_full_eval") if self.training.get(key)), None)
-        return super().bfloat16_key() if key is None else f"training.{key}"
+    def bf16_on_cpu(self) -> list[str]:
+        asked = [f"training.{key}" for key in ("bf16", "bf16_full_eval") if self.training.get(key)]
+        return super().bf16_on_cpu() + ([] if self.uses_gpu else asked)
 
 
 def _no_steps(training: Mapping[str, Any]) -> list[str]:

@@ -45,6 +45,14 @@ class Asked:
     model_paths: Sequence[str]
     lora: Mapping[str, Any] | None = None
     logprobs: bool = False  # of responses that another model sampled
+    elsewhere: bool = (
+        False  # on machines that are not this one, whose engines GPUs tell: raytrl's image for them has vLLM
+    )
+
+    @property
+    def has_vllm(self) -> bool:
+        """Whether vLLM is where the run will be."""
+        return self.rollout.engine == "vllm" or self.rollout.uses_gpu if self.elsewhere else vllm_is_installed()
 
 
 def chosen_engine(asked: Asked) -> Literal["vllm", "transformers"]:
@@ -58,7 +66,7 @@ def engine_problems(asked: Asked) -> list[str]:
     """Why `rollout.engine` cannot serve as it is asked to, one line each."""
     if chosen_engine(asked) != "vllm":
         gpus = asked.rollout.gpus
-        is_certain = asked.rollout.engine == "transformers" or vllm_is_installed()  # else the cluster may have vLLM
+        is_certain = asked.rollout.engine == "transformers" or asked.has_vllm  # else the cluster may have vLLM
         if gpus > 1 and is_certain:
             return [
                 f"rollout.resources.GPU: a transformers engine computes on one GPU; found: {gpus:g}; expected: at most 1, and "
@@ -72,15 +80,15 @@ def engine_problems(asked: Asked) -> list[str]:
 
 def engine_words(asked: Asked) -> str:
     """The engine's name, and why it is not vLLM where that is installed; for people."""
-    if asked.rollout.engine == "vllm" or not vllm_is_installed():
+    if asked.rollout.engine == "vllm" or not asked.has_vllm:
         return str(asked.rollout.engine)
     obstacles = vllm_obstacles(asked)
     return f"{asked.rollout.engine} (not vllm: {obstacles[0]})" if obstacles else str(asked.rollout.engine)
 
 
 def vllm_obstacles(asked: Asked) -> list[str]:
-    """What keeps vLLM from running these models here."""
-    if not vllm_is_installed():
+    """What keeps vLLM from running these models."""
+    if not asked.has_vllm:
         return [f"it is not installed; {_INSTALL}; or set rollout.engine: transformers"]
     obstacles = []
     if asked.lora is not None and asked.lora.get("use_dora"):
@@ -104,8 +112,10 @@ def vllm_obstacles(asked: Asked) -> list[str]:
 
 def _argument_problems(rollout: RolloutSection) -> list[str]:
     where, given = "rollout.engine_args", rollout.engine_args
-    known = native_fields(VLLM_ARGS)
     problems = [f"{where}.{key}: is set by {_OWNED[key]}" for key in given if key in _OWNED]
+    if not vllm_is_installed():  # and so its names are not known here
+        return problems
+    known = native_fields(VLLM_ARGS)
     problems += [unknown_key(where, key, known.keys() - _OWNED.keys()) for key in given if key not in known]
     if given.get("enforce_eager") is False and not rollout.uses_gpu:
         problems.append(
@@ -177,6 +187,8 @@ def _head_size(model_path: str) -> int | None:
 
 def _cpu_head_sizes() -> list[int]:
     """What vLLM's CPU attention was compiled for, from its source; empty where that reads otherwise."""
+    if not vllm_is_installed():
+        return []
     file = package_folder("vllm") / "v1/attention/backends/cpu_attn.py"
     if not file.is_file():
         return []

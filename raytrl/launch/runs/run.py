@@ -107,7 +107,9 @@ class Kind(ABC, Generic[R, O_co]):
         words += processes_of(run, cluster.where)
         if loads:
             words.append(("memory", f"about {', '.join(map(str, loads[:4]))}"))
-        return Planned(need, words, [*in_words(chosen), *facts.notices, *notices, *room.awaited(run)])
+        return Planned(
+            need, words, [*in_words(chosen), *facts.notices, *notices, *room.emulated(run), *room.awaited(run)]
+        )
 
     def tell_rows(self, where: str, done: int, count: int) -> None:
         """Shows how far a check is with many rows."""

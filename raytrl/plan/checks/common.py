@@ -11,8 +11,6 @@ from raytrl.config.sections.reward import RewardSection
 from raytrl.errors import ConfigError
 from raytrl.plan.checks.weights import check_weights
 from raytrl.plan.hub import hub_folder
-from raytrl.plan.where import joins_cluster
-from raytrl.roles.device import check_cpu
 from raytrl.roles.reward.function import FunctionSource
 
 Rows = Mapping[str, Any]  # key of the run file → its datasets.Dataset
@@ -39,7 +37,7 @@ class Facts:
 
 
 def check_run(run: Run) -> dict[str, int]:
-    """What every kind has: its models can be had, and this machine can compute as asked.
+    """What every kind has: its models can be had, and are what the run needs.
 
     Returns:
         Rows of embeddings of the models that could be looked at, by key.
@@ -50,8 +48,6 @@ def check_run(run: Run) -> dict[str, int]:
     for use in run.models():
         if use.path is not None:
             check_model_path(use.path, use.key, use.revision, adapters=use.key.startswith("reward."))
-    if not run.uses_gpu and not joins_cluster(run):
-        check_cpu(run)
     return check_weights(run)
 
 

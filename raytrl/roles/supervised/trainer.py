@@ -18,7 +18,7 @@ from raytrl.data import choose_columns, load_data
 from raytrl.errors import DataError, NonFiniteError
 from raytrl.records.progress import Progress, ProgressKind
 from raytrl.roles.context import WorkerContext
-from raytrl.roles.device import check_cpu, peak_memory_gib
+from raytrl.roles.device import peak_memory_gib
 from raytrl.roles.job import Job
 from raytrl.roles.models.adapters import merge_adapter
 from raytrl.roles.models.base import labels_of, make_base, needs_base, torch_dtype
@@ -95,8 +95,6 @@ def train(job: Job[SupervisedRun], context: WorkerContext) -> dict[str, float]:
     run = job.run
     run_dir = RunDirectory(run.output_dir, run.name)
     on_gpu = run.learner.uses_gpu
-    if not on_gpu:
-        check_cpu(run)
     _phase(context, "loading libraries")
     trl = importlib.import_module("trl")
     config_class, trainer_class = getattr(trl, run.native_class.name), getattr(trl, str(run.trl_trainer))

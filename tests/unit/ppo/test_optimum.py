@@ -6,15 +6,20 @@ from pathlib import Path
 
 import pytest
 from optimum import Optimum
-from tokenizers import Tokenizer, models
-from torch import nn
-from toy import EOS, VOCABULARY, LocalGenerator, LocalScorer, Log, Prompts, config, gpt2, make_engine, make_learner
-from transformers import PreTrainedTokenizerFast
+from toy import (
+    LocalGenerator,
+    LocalScorer,
+    Log,
+    Prompts,
+    config,
+    gpt2,
+    make_engine,
+    make_learner,
+    vllm_engine,
+)
 
-from raytrl.config.sections.rollout import RolloutSection
 from raytrl.loop.loop import Schedule, run
 from raytrl.roles.rollout.engine import RolloutEngine
-from raytrl.roles.rollout.vllm.engine import VllmEngine
 
 WIDTH = 64  # vLLM's attention on CPUs has heads of 32 and more
 
@@ -28,14 +33,6 @@ def engine(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[RolloutEn
     vllm = vllm_engine(model, tmp_path)
     yield vllm
     vllm.close()
-
-
-def vllm_engine(model: nn.Module, folder: Path) -> VllmEngine:
-    model.save_pretrained(folder)  # type: ignore[operator]
-    digits = Tokenizer(models.WordLevel({str(token): token for token in range(VOCABULARY)}, unk_token="0"))
-    PreTrainedTokenizerFast(tokenizer_object=digits, eos_token=str(EOS)).save_pretrained(folder)
-    rollout = RolloutSection(engine="vllm", sampling={"max_new_tokens": 3}, max_prompt_length=8)
-    return VllmEngine.from_pretrained(str(folder), str(folder), rollout, seed=0)
 
 
 def test_ppo_reaches_the_known_optimum(engine: RolloutEngine) -> None:

@@ -1,15 +1,17 @@
 """A tiny world for PPO: eight tokens, prompts of different lengths, a rule reward, everything in this process."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from copy import deepcopy
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from tokenizers import Tokenizer, models
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from raytrl.config.sections.ppo import PpoSection
-from raytrl.config.sections.rollout import SamplingSection
+from raytrl.config.sections.rollout import RolloutSection, SamplingSection
 from raytrl.loop.protocols import Rollout
 from raytrl.records.samples import Prompt, Response, Score, chunks
 from raytrl.roles.learner.build import assemble, build_backend
@@ -18,6 +20,9 @@ from raytrl.roles.models.adapters import add_policy_adapter
 from raytrl.roles.rollout.engine import RolloutEngine
 from raytrl.roles.rollout.transformers_engine import TransformersEngine
 from raytrl.roles.weights.buckets import Weights
+
+if TYPE_CHECKING:
+    from raytrl.roles.rollout.vllm.engine import VllmEngine
 
 VOCABULARY, EOS = 8, 7
 PROMPTS = [(1,), (2, 3), (4, 5, 6), (3, 1)]
@@ -52,14 +57,14 @@ def gpt2(seed: int = 0, *, width: int = 32, layers: int = 1, dropout: float = 0.
     return GPT2LMHeadModel(config)
 
 
-def llama(seed: int = 0) -> nn.Module:
+def llama(seed: int = 0, *, width: int = 32, heads: int = 4) -> nn.Module:
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=VOCABULARY,
-        hidden_size=32,
+        hidden_size=width,
         intermediate_size=48,
         num_hidden_layers=2,
-        num_attention_heads=4,
+        num_attention_heads=heads,
         num_key_value_heads=2,
         max_position_embeddings=32,
         initializer_range=0.3,
@@ -164,6 +169,19 @@ class Log:
 def config(**changes: Any) -> PpoSection:
     base: dict[str, Any] = {"steps": 4, "batch_size": 16, "minibatches": 2, "epochs": 2, "learning_rate": 1e-3}
     return PpoSection(**(base | changes))
+
+
+def vllm_engine(
+    model: nn.Module, folder: Path, *, lora: bool = False, dtype: torch.dtype = torch.float32
+) -> "VllmEngine":
+    from raytrl.roles.rollout.vllm.engine import VllmEngine
+
+    deepcopy(model).to(dtype).save_pretrained(folder)  # type: ignore[operator]
+    digits = Tokenizer(models.WordLevel({str(token): token for token in range(VOCABULARY)}, unk_token="0"))
+    PreTrainedTokenizerFast(tokenizer_object=digits, eos_token=str(EOS)).save_pretrained(folder)
+    rollout = RolloutSection(engine="vllm", sampling={"max_new_tokens": 3}, max_prompt_length=8)
+    adapter = LORA if lora else None
+    return VllmEngine.from_pretrained(str(folder), str(folder), rollout, seed=0, lora=adapter, dtype=dtype)
 
 
 def make_learner(

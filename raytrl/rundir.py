@@ -4,6 +4,7 @@ import errno
 import json
 import math
 import os
+import posixpath
 import shutil
 import tempfile
 import time
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import filelock
+import xxhash
 from pyarrow import fs
 
 from raytrl.errors import ConfigError
@@ -38,6 +40,11 @@ class RunDirectory:
             return self.uri.partition("?")[0]
         inside = self.path.startswith(os.getcwd() + os.sep)  # a job's working directory is a copy somewhere in /tmp
         return os.path.relpath(self.path) if inside else self.path
+
+    @property
+    def own_name(self) -> str:
+        """What it is called on a node's own disk, where runs of one name in several places meet."""
+        return f"raytrl-{posixpath.basename(self.path)}-{xxhash.xxh3_64_hexdigest(self.uri.encode())[:8]}"
 
     def at(self, name: str) -> str:
         """The path of a file within the run's filesystem."""
@@ -100,6 +107,11 @@ class RunDirectory:
         else:
             self.filesystem.create_dir(self.at(name), recursive=True)
             fs.copy_files(folder, self.at(name), destination_filesystem=self.filesystem, use_threads=False)
+
+    def mirror(self, folder: str, name: str) -> None:
+        """Puts the files of a local folder beside those that are there, in place of those of the same name."""
+        self.filesystem.create_dir(self.at(name), recursive=True)
+        fs.copy_files(folder, self.at(name), destination_filesystem=self.filesystem, use_threads=False)
 
     @contextmanager
     def local_copy(self, name: str) -> Iterator[str]:

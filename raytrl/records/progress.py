@@ -22,4 +22,5 @@ class Progress:
     metrics: Mapping[str, float] = field(default_factory=dict)
     details: str = ""  # failure: the traceback
     final: bool = False  # failure: a restart would fail the same way
+    follows: bool = False  # failure: most likely of another worker's
     samples: tuple[Mapping[str, Any], ...] = ()  # step: rows for samples.jsonl

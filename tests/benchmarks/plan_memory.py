@@ -40,8 +40,21 @@ MODEL = {
 SIZES = {
     "132m": MODEL,
     "300m": MODEL
-    | {"hidden_size": 1024, "intermediate_size": 2752, "num_hidden_layers": 20, "num_attention_heads": 16},
-    "1b": MODEL | {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 18, "num_attention_heads": 16},
+    | {
+        "hidden_size": 1024,
+        "intermediate_size": 2752,
+        "num_hidden_layers": 20,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+    },
+    "1b": MODEL
+    | {
+        "hidden_size": 2048,
+        "intermediate_size": 5632,
+        "num_hidden_layers": 18,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+    },
 }
 STEPS = 3
 PHASES = ("first", "steps", "end")

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from raytrl.errors import DataError, NonFiniteError
+from raytrl.roles.models.finite import not_finite
 from tests.plain import forget_engines, train_alone
 from tests.runs import pair_rows, run_file, sentence, text_rows, weights_hash, write_rows
 
@@ -196,6 +197,40 @@ def test_killed_between_the_last_checkpoint_and_the_model(tmp_path: Path, rows: 
 def test_a_loss_that_is_not_finite_ends_the_run(tmp_path: Path) -> None:
     with pytest.raises(NonFiniteError, match=r"step \d+: the loss or its gradient is not finite"):
         train_alone(one_worker(tmp_path, text_rows(32), training={"learning_rate": 1e30, "max_grad_norm": 0.0}))
+
+
+def test_weights_that_are_not_finite_are_never_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is logged before the last step; the good checkpoint is of the step before the first bad weight."""
+    adam = torch.optim.AdamW.step
+
+    def step(self: Any, *arguments: Any, **more: Any) -> Any:
+        loss = adam(self, *arguments, **more)
+        self.taken = getattr(self, "taken", 0) + 1
+        if self.taken == 3:
+            self.param_groups[0]["params"][1].data.flatten()[5] = float("nan")
+        return loss
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    training = {"logging_steps": 8, "max_steps": 8, "max_grad_norm": 0.0}
+    file = one_worker(tmp_path, text_rows(32), training=training, checkpoint={"every": 2})
+    with pytest.raises(
+        NonFiniteError, match=r"^step 4: not finite: model\..*weight.* and \d+ more; the checkpoint before"
+    ):
+        train_alone(file)
+    (kept,) = (tmp_path / "runs/run/plain-checkpoints").iterdir()
+    assert all(value.isfinite().all() for value in load_file(kept / "model.safetensors").values())
+
+
+def test_an_optimizer_whose_state_is_not_finite_is_never_a_checkpoint() -> None:
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    assert not_finite(model, optimizer) == []
+    optimizer.state[model.bias]["exp_avg"][1] = float("inf")
+    assert not_finite(model, optimizer) == ["the optimizer's state"]
+    model.weight.data[0, 1] = float("-inf")
+    assert not_finite(model, optimizer) == ["weight", "the optimizer's state"]
 
 
 @pytest.mark.parametrize(

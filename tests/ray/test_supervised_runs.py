@@ -161,7 +161,7 @@ def test_a_run_stored_on_s3(folder: Path, s3: str, monkeypatch: pytest.MonkeyPat
     ray_folder = tempfile.mkdtemp(prefix="r-", dir="/tmp")
     monkeypatch.setenv("RAY_TMPDIR", ray_folder)
     keys = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test"}
-    file = run_file(folder, "remote", output_dir=f"s3://runs/here{s3}")
+    file = run_file(folder, "remote", output_dir=f"s3://runs/here{s3}", report_to=["tensorboard"])
     for name, value in keys.items():
         monkeypatch.setenv(name, value)
     bucket, path = fs.FileSystem.from_uri(f"s3://runs/here/remote{s3}")
@@ -181,7 +181,9 @@ def test_a_run_stored_on_s3(folder: Path, s3: str, monkeypatch: pytest.MonkeyPat
     with bucket.open_input_stream(f"{path}/metrics.jsonl") as stream:
         steps = [json.loads(line)["step"] for line in stream.readall().decode().splitlines()]
     assert steps[-1] == 8
-    assert re.search(r"logs +raytrl-remote-\* in Ray's log folder of each node", output)
-    logs = Path(ray_folder).rglob("raytrl-remote-learner-1.log")  # one a start
+    curves = [info.size for info in bucket.get_file_info(fs.FileSelector(f"{path}/tensorboard"))]
+    assert len(curves) >= 2 and min(curves) > 100  # of both starts
+    assert re.search(r"logs +raytrl-remote-[0-9a-f]{8}-\* in Ray's log folder of each node", output)
+    logs = Path(ray_folder).rglob("raytrl-remote-*-learner-1.log")  # one a start
     assert "learner 1 v8 hands in the checkpoint of step 8" in "".join(log.read_text() for log in logs)
     shutil.rmtree(ray_folder)

@@ -25,6 +25,26 @@ def test_a_local_path_and_a_file_uri_are_one_place(tmp_path: Path) -> None:
     assert by_uri.uri == str(tmp_path / "a")
 
 
+def test_runs_of_one_name_in_two_places_share_nothing_on_a_node(tmp_path: Path) -> None:
+    places = [RunDirectory(f"s3://bucket/{who}?region=us-east-1", "ppo") for who in ("alice", "bob")]
+    names = {place.own_name for place in places}
+    assert len(names) == 2
+    assert all(name.startswith("raytrl-ppo-") for name in names)
+    assert RunDirectory("s3://bucket/bob?region=us-east-1", "ppo").own_name == places[1].own_name
+
+
+def test_a_mirrored_folder_keeps_what_was_there(tmp_path: Path) -> None:
+    run_dir = RunDirectory(str(tmp_path), "a")
+    run_dir.write("tensorboard/first", "1")
+    run_dir.write("tensorboard/second", "half")
+    (tmp_path / "events").mkdir()
+    (tmp_path / "events/second").write_text("whole")
+    run_dir.mirror(str(tmp_path / "events"), "tensorboard")
+    assert run_dir.read("tensorboard/first") == "1"
+    assert run_dir.read("tensorboard/second") == "whole"
+    assert (tmp_path / "events/second").exists()
+
+
 def test_shown_from_where_one_stands_or_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")

@@ -1,6 +1,5 @@
 """The frame of every run, of whatever kind: look where it stands, check, plan, start, finish."""
 
-import os
 import pkgutil
 import tempfile
 import time
@@ -213,7 +212,7 @@ def log_place(run_dir: RunDirectory) -> str:
     """Where the processes' log files are, in words; `logs.log_path` says it for each."""
     if run_dir.is_local:
         return f"{run_dir}/logs"
-    return f"raytrl-{os.path.basename(run_dir.path)}-* in Ray's log folder of each node (object stores cannot append)"
+    return f"{run_dir.own_name}-* in Ray's log folder of each node (object stores cannot append)"
 
 
 @contextmanager

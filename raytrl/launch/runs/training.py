@@ -66,7 +66,7 @@ def _trainer(run: TrainingRun, run_dir: RunDirectory, board: Any, worker: Worker
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    local = run_dir.path if run_dir.is_local else os.path.join(tempfile.gettempdir(), f"raytrl-{run.name}")
+    local = run_dir.path if run_dir.is_local else os.path.join(tempfile.gettempdir(), run_dir.own_name)
     return TorchTrainer(
         worker,
         train_loop_config={

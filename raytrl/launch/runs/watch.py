@@ -25,15 +25,18 @@ class Board:
 
     def __init__(self, run: TrainingRun) -> None:
         self._events: list[Progress] = []
+        self._forgotten = 0  # events that the driver has
         self._gauges = step_gauges(run)
 
     def post(self, event: Progress) -> None:
         self._events.append(event)
         self._gauges.take(event)
 
-    def take(self) -> list[Progress]:
-        events, self._events = self._events, []
-        return events
+    def after(self, taken: int) -> list[Progress]:
+        """All events but the first `taken`, which the driver has: an answer that came too late is given again."""
+        del self._events[: taken - self._forgotten]
+        self._forgotten = taken
+        return list(self._events)
 
 
 def start_board(run: TrainingRun) -> Any:
@@ -64,6 +67,8 @@ class Watch:
         self._workers = 0  # of the attempt that runs
         self._stepped = False
         self._failure: Progress | None = None
+        self._consequence: Progress | None = None  # a failure that most likely follows from another
+        self._taken = 0  # events of the board
 
     def until_done(self, trainer: Any) -> dict[str, float]:
         outcome: dict[str, Any] = {}
@@ -90,13 +95,14 @@ class Watch:
 
     def _take(self) -> None:
         try:
-            events = ray.get(self._board.take.remote(), timeout=30)
+            events = ray.get(self._board.after.remote(self._taken), timeout=30)
         except ray.exceptions.GetTimeoutError:
             return  # a busy machine; the next round asks again, and `_check_stall` bounds how often
         except ray.exceptions.RayActorError as error:
             raise RunError(
                 f"the driver's progress board is gone: {_first_line(error)}; start again to continue"
             ) from None
+        self._taken += len(events)
         for event in events:
             self._last_event, self._last = time.monotonic(), event
             self._handle(event)
@@ -116,6 +122,8 @@ class Watch:
                     self._samples.flush()
             case "failure":
                 self._note_failure(event)
+                if event.follows:
+                    return
             case "plan" | "phase" | "notice":
                 pass  # only shown
             case _:
@@ -127,7 +135,7 @@ class Watch:
         if self._attempts == 0:
             self._clock["workers_s"] = time.time() - self._began
         self._attempts += 1
-        self._failure = None
+        self._failure = self._consequence = None
         self._note_workers(event)
         self._log.rewind(event.step)
         self._samples.rewind(event.step)
@@ -159,10 +167,13 @@ class Watch:
         self._show(Progress("notice", text=text))
 
     def _note_failure(self, event: Progress) -> None:
-        self._failure = self._failure or event  # the first of an attempt; the others follow from it
+        if event.follows:
+            self._consequence = self._consequence or event
+        else:
+            self._failure = self._failure or event  # the first of an attempt; the others follow from it
         text = (self._run_dir.read("failures.log") or "") + f"{now()} {event.text}\n{event.details}\n"
         self._run_dir.write("failures.log", text)
-        if self._attempts == 0 or event.final:
+        if event.final or (self._attempts == 0 and not event.follows):
             # Nothing was trained yet, or the step itself fails: a restart would fail the same way.
             raise self._worker_error(event)
 
@@ -186,9 +197,12 @@ class Watch:
             return error
         if self._failure is not None:
             return self._worker_error(self._failure)
-        causes = getattr(error, "worker_failures", None)
+        causes = getattr(error, "worker_failures", None) or {}
+        died = {rank: cause for rank, cause in causes.items() if hasattr(cause, "health_check_failure")}
+        if not died and self._consequence is not None:
+            return self._worker_error(self._consequence)
         if causes:
-            rank, cause = next(iter(causes.items()))
+            rank, cause = next(iter((died or causes).items()))
             return WorkerError(f"worker {rank}: {_first_line(cause)}")
         cause = getattr(error, "controller_failure", error)
         return RunError(f"Ray Train: {_first_line(cause)}")

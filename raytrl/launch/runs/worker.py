@@ -25,7 +25,7 @@ from raytrl.launch.session.session import QUIET_LIBRARIES, work_in
 from raytrl.records.progress import Progress
 from raytrl.rundir import RunDirectory, is_disk_full
 
-# A peer's death seen from another rank: a consequence, not a cause, so never the message a user should read.
+# A peer's death seen from another rank: most likely a consequence, so the message for the user only where no other is.
 _PEER_DEATH = ("connection closed by peer", "connection reset", "nccl", "gloo", "broken pipe", "timed out waiting")
 # A restart from the last checkpoint would come to the same end.
 _SAME_AGAIN = (ConfigError, NonFiniteError, RewardError)
@@ -37,13 +37,17 @@ _PROGRESS, _KEPT = "progress.json", 256
 class RayWorkerContext:
     """`roles.context.WorkerContext` on Ray Train."""
 
-    def __init__(self, board: Any, scratch: str) -> None:
+    def __init__(self, board: Any, scratch: str, run_dir: RunDirectory, tensorboard: str) -> None:
+        """
+        Args:
+            tensorboard: where event files are written on this node.
+        """
         context = ray.train.get_context()
         self.rank: int = context.get_world_rank()
         self.local_rank: int = context.get_local_rank()
         self.world_size: int = context.get_world_size()
         self.scratch = f"{scratch}/node-{context.get_node_rank()}"  # nodes may share the run's disk
-        self._board = board
+        self._board, self._run_dir, self._tensorboard = board, run_dir, tensorboard
         self._latest: deque[Progress] = deque(maxlen=_KEPT)
         if self.local_rank == 0:
             shutil.rmtree(self.scratch, ignore_errors=True)  # of a killed attempt
@@ -66,6 +70,7 @@ class RayWorkerContext:
     def commit(self, step: int, folder: str | None) -> None:
         if self.rank == 0 and folder is not None:
             Path(folder, _PROGRESS).write_text(json.dumps([asdict(event) for event in self._latest]))
+        self.store_curves()
         set_version(step)
         LOG.info("hands in the checkpoint of step %d", step)
         ray.train.report(
@@ -74,6 +79,11 @@ class RayWorkerContext:
             checkpoint_upload_fn=_move if folder else None,
             delete_local_checkpoint_after_upload=True,
         )
+
+    def store_curves(self) -> None:
+        """Event files are appended to, which an object store cannot: they are put there with each checkpoint, and at the end."""
+        if self.rank == 0 and not self._run_dir.is_local and os.path.isdir(self._tensorboard):
+            self._run_dir.mirror(self._tensorboard, "tensorboard")
 
     def progress(self, event: Progress) -> None:
         if event.kind in ("step", "eval"):
@@ -122,20 +132,29 @@ def as_worker(config: dict[str, Any], work: Callable[[RayWorkerContext], dict[st
     os.environ["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", "")])
     os.environ.setdefault("TENSORBOARD_LOGGING_DIR", config["tensorboard"])
     _quiet()
-    context = RayWorkerContext(config["board"], config["scratch"])
-    start_log(RunDirectory(config["job"].run.output_dir, config["job"].run.name), "learner", context.rank)
+    run_dir = RunDirectory(config["job"].run.output_dir, config["job"].run.name)
+    context = RayWorkerContext(config["board"], config["scratch"], run_dir, config["tensorboard"])
+    start_log(run_dir, "learner", context.rank)
     try:
-        return work(context)
+        outcome = work(context)
+        context.store_curves()
+        return outcome
     except Exception as error:
         node = ray.util.get_node_ip_address()
         cause = str(error) if isinstance(error, RaytrlError) else f"{type(error).__name__}: {error}"
         text = f"worker {context.rank} on node {node}: {cause}"
         LOG.exception("failed: %s", cause)
-        if not any(word in str(error).lower() for word in _PEER_DEATH):
-            same_again = isinstance(error, _SAME_AGAIN) or is_disk_full(error)
-            failure = Progress("failure", text=text, details=traceback.format_exc(), final=same_again)
-            ray.get(config["board"].post.remote(failure), timeout=30)  # before this process may be ended
+        same_again = isinstance(error, _SAME_AGAIN) or is_disk_full(error)
+        failure = Progress(
+            "failure", text=text, details=traceback.format_exc(), final=same_again, follows=_follows(error)
+        )
+        ray.get(config["board"].post.remote(failure), timeout=30)  # before this process may be ended
         raise WorkerError(text) from None
+
+
+def _follows(error: Exception) -> bool:
+    """Whether it is most likely another worker's death; what raytrl says of itself is not, whatever words are in it."""
+    return not isinstance(error, RaytrlError) and any(word in str(error).lower() for word in _PEER_DEATH)
 
 
 def _quiet() -> None:

@@ -47,7 +47,7 @@ def log_path(run_dir: RunDirectory, role: str, rank: int) -> str:
     if run_dir.is_local:
         return run_dir.at(f"logs/{role}-{rank}.log")
     logs: str = ray._private.worker.global_worker.node.get_logs_dir_path()  # no public name in 2.60
-    return os.path.join(logs, f"raytrl-{os.path.basename(run_dir.path)}-{role}-{rank}.log")
+    return os.path.join(logs, f"{run_dir.own_name}-{role}-{rank}.log")
 
 
 def start_log(run_dir: RunDirectory, role: str, rank: int) -> None:

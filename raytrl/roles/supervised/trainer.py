@@ -23,10 +23,15 @@ from raytrl.roles.job import Job
 from raytrl.roles.models.adapters import merge_adapter
 from raytrl.roles.models.base import labels_of, make_base, needs_base, torch_dtype
 from raytrl.roles.models.card import write_model_card
+from raytrl.roles.models.finite import not_finite
 from raytrl.roles.models.loading import look_at
 from raytrl.roles.models.sharded import prepare_deepspeed
 from raytrl.roles.models.tokenizer import load_tokenizer
 from raytrl.rundir import RunDirectory
+
+_KEPT_BEFORE = (
+    "the checkpoint before it is kept; expected: a lower training.learning_rate, or rows without extreme values"
+)
 
 
 class TrainerReporter(TrainerCallback):  # type: ignore[misc]  # transformers' class is untyped
@@ -57,8 +62,7 @@ class TrainerReporter(TrainerCallback):  # type: ignore[misc]  # transformers' c
             if not all(map(_is_finite, (metrics["loss"], metrics.get("grad_norm", 0.0)))):
                 raise NonFiniteError(
                     f"step {state.global_step}: the loss or its gradient is not finite; found: loss {metrics['loss']}, "
-                    f"grad_norm {metrics.get('grad_norm')}; the checkpoint before it is kept; "
-                    f"expected: a lower training.learning_rate, or rows without extreme values"
+                    f"grad_norm {metrics.get('grad_norm')}; {_KEPT_BEFORE}"
                 )
             steps = max(1, state.global_step - self._since_step)
             metrics["time/step_s"] = (time.perf_counter() - self._since) / steps
@@ -74,7 +78,11 @@ class TrainerReporter(TrainerCallback):  # type: ignore[misc]  # transformers' c
         if self._context.rank == 0:
             self._context.progress(Progress(kind, state.global_step, state.max_steps, metrics=metrics))
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **has: Any) -> None:
+        # A loss is looked at where it is logged, which may be much later than a checkpoint.
+        if broken := not_finite(has["model"], has["optimizer"]):
+            more = f" and {len(broken) - 3} more" if len(broken) > 3 else ""
+            raise NonFiniteError(f"step {state.global_step}: not finite: {', '.join(broken[:3])}{more}; {_KEPT_BEFORE}")
         self._context.barrier()  # every rank's files of this step are on disk
         folder = os.path.join(str(args.output_dir), f"checkpoint-{state.global_step}")
         self._context.commit(state.global_step, folder if self._context.local_rank == 0 else None)
@@ -190,6 +198,7 @@ def training_arguments(run: SupervisedRun, context: WorkerContext, on_gpu: bool)
     """Keyword arguments of TRL's config class: the run file's `training`, and what raytrl owns."""
     computes_half = on_gpu or run.model.dtype == "bfloat16"
     values: dict[str, Any] = {"logging_steps": 1, "bf16": computes_half and not run.training.get("fp16", False)}
+    values["logging_nan_inf_filter"] = False  # transformers' default writes 0.0 in place of NaN
     if not on_gpu:
         values |= {"use_cpu": True, "dataloader_pin_memory": False}
     # Two names of one switch: TRL's default sets the old one, which newer transformers answer with a warning.

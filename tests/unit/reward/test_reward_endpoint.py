@@ -121,6 +121,59 @@ def test_dripping_costs_the_limit(server: _Server, pair: Any) -> None:
     assert time.monotonic() - begin < 1
 
 
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_a_redirect_is_no_answer_and_leads_nowhere(
+    server: _Server, pair: Any, status: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Followed, 302 would carry the secret header, but no prompts, to the other place; its answer would be the score."""
+    monkeypatch.setenv("JUDGE_TOKEN", "s3cret")
+    seen: list[str] = []
+
+    def answer(handler: BaseHTTPRequestHandler, _: Any, __: int) -> None:
+        seen.append(handler.path)
+        handler.send_response(status)
+        handler.send_header("Location", f"{server.url}/elsewhere")
+        handler.end_headers()
+
+    server.answer = answer
+    (outcome,) = ask(_source(server, retries=3, headers_env={"Authorization": "JUDGE_TOKEN"}), [pair("p", "x")])
+    reason = f"answered HTTP {status}, a redirect to {server.url}/elsewhere; expected: the url that answers"
+    assert outcome == Failure(reason, retry=False)
+    assert seen == ["/score"]
+
+
+def _endless(piece: bytes, pause_s: float, ended: threading.Event) -> Answer:
+    def answer(handler: BaseHTTPRequestHandler, _: Any, __: int) -> None:
+        handler.send_response(200)
+        handler.end_headers()
+        try:
+            while True:
+                handler.wfile.write(piece)
+                time.sleep(pause_s)
+        except OSError:  # nobody reads any more
+            ended.set()
+
+    return answer
+
+
+def test_an_answer_without_end_is_not_read_to_its_end(server: _Server, pair: Any) -> None:
+    ended = threading.Event()
+    server.answer = _endless(b" " * 65536, 0.0, ended)
+    (outcome,) = ask(_source(server, timeout_s=30, retries=3), [pair("p", "x")])
+    assert outcome == Failure(
+        f"answered more than {2**20 + 2**12} bytes; expected: a JSON object with a list `scores`", retry=False
+    )
+    assert server.calls == 1
+    assert ended.wait(5)
+
+
+def test_a_call_that_was_given_up_reads_no_more(server: _Server, pair: Any) -> None:
+    ended = threading.Event()
+    server.answer = _endless(b" " * 100, 0.02, ended)
+    assert ask(_source(server, timeout_s=0.3), [pair("p", "x")]) == [Failure("gave no answer within 0.3 s")]
+    assert ended.wait(5)
+
+
 def test_nobody_there(server: _Server, pair: Any) -> None:
     source = EndpointSource(SourceSection(name="judge", url="http://127.0.0.1:9/score", retries=0))
     (outcome,) = ask(source, [pair("p", "x")])

@@ -1,0 +1,67 @@
+"""The driver's eye on a run: which failure is told, and that no event is lost on its way."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from raytrl.errors import RewardError, WorkerError
+from raytrl.launch.runs import watch
+from raytrl.launch.runs.watch import Board, Watch
+from raytrl.launch.runs.worker import _follows
+from raytrl.records.progress import Progress
+from raytrl.rundir import RunDirectory
+
+
+@pytest.fixture
+def board(monkeypatch: pytest.MonkeyPatch) -> Board:
+    monkeypatch.setattr(watch, "step_gauges", lambda run: SimpleNamespace(take=lambda event: None))
+    run: Any = None
+    return Board(run)
+
+
+@pytest.fixture
+def eye(tmp_path: Path) -> Watch:
+    (tmp_path / "a").mkdir()
+    run: Any = None
+    return Watch(run, RunDirectory(str(tmp_path), "a"), None, {}, lambda event: None)
+
+
+def test_an_answer_that_came_too_late_is_given_again(board: Board) -> None:
+    steps = [Progress("step", step) for step in range(1, 6)]
+    for event in steps[:3]:
+        board.post(event)
+    assert board.after(0) == steps[:3]  # and the driver had given up waiting for it
+    board.post(steps[3])
+    assert board.after(0) == steps[:4]
+    board.post(steps[4])
+    assert board.after(4) == steps[4:]
+    assert board.after(5) == []
+
+
+def test_words_of_a_peers_death_in_our_own_error_are_a_cause() -> None:
+    assert not _follows(RewardError("judge: raised ConnectionError: connection reset by peer"))
+    assert _follows(RuntimeError("[../gloo/transport/tcp/pair.cc] Connection closed by peer [10.0.0.2]"))
+    assert not _follows(ValueError("a bad row"))
+
+
+def test_the_cause_is_told_whoever_speaks_first(eye: Watch, tmp_path: Path) -> None:
+    eye._handle(Progress("start", 0, 4))
+    eye._handle(Progress("failure", text="worker 1: closed by peer", details="trace 1", follows=True))
+    eye._handle(Progress("failure", text="worker 0: a bad row", details="trace 0"))
+    assert str(eye._readable(RuntimeError("training failed"))).startswith("worker 0: a bad row;")
+    log = (tmp_path / "a/failures.log").read_text()
+    assert "trace 1" in log and "trace 0" in log
+
+
+def test_a_failure_that_looks_like_a_peers_is_told_where_there_is_no_other(eye: Watch) -> None:
+    """As of the very rank whose NCCL broke; it ends nothing before the cause had time to come."""
+    eye._handle(Progress("failure", text="worker 1: NCCL error", follows=True))
+    error = RuntimeError("training failed")
+    error.worker_failures = {1: WorkerError("worker 1: NCCL error")}  # type: ignore[attr-defined]
+    assert str(eye._readable(error)).startswith("worker 1: NCCL error;")
+    died = RuntimeError("not healthy\nthe actor died")
+    died.health_check_failure = RuntimeError()  # type: ignore[attr-defined]
+    error.worker_failures[0] = died  # type: ignore[attr-defined]
+    assert str(eye._readable(error)) == "worker 0: RuntimeError: not healthy"

@@ -10,6 +10,7 @@
     │   ├── StalledError
     │   ├── RewardError
     │   ├── NonFiniteError
+    │   ├── ActorBrokenError
     │   ├── WeightsVersionError
     │   ├── WeightsGoneError
     │   ├── WeightGroupError
@@ -70,6 +71,10 @@ class RewardError(RunError):
 
 class NonFiniteError(RunError):
     """A loss, gradient or reward is NaN or infinite; the message names the rows."""
+
+
+class ActorBrokenError(RunError):
+    """An actor's work raised what nobody meant to raise (a CUDA error, a dead engine): the actor is to be started anew."""
 
 
 class WeightsVersionError(RunError):

@@ -29,5 +29,8 @@ class ThreadCalls:
     def wait(self, tickets: Collection["Future[Any]"], timeout_s: float) -> list["Future[Any]"]:
         return self._arrivals.wait(tickets, timeout_s)
 
+    def drop(self, ticket: "Future[Any]") -> None:
+        """Nothing is kept of it."""
+
     def result(self, ticket: "Future[Any]") -> Any:
         return ticket.result()

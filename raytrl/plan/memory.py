@@ -36,7 +36,7 @@ GIB = 2**30
 # TRL scores tokens and vocabulary in tiles of this size (trl/kernels/chunked_logprob.py), with these float32 copies.
 _TILE = (4096, 32768)
 _TILE_COPIES = 4
-_VLLM_BATCH = 2048  # tokens of a forward pass, vLLM's default on a CPU
+_VLLM_BATCH = {"cpu": 2048, "gpu": 16384}  # tokens of a forward pass: vLLM's defaults, on the largest GPUs
 
 
 @dataclass(frozen=True)
@@ -258,7 +258,7 @@ def _vllm_actor(run: RolloutRun, shape: ModelShape) -> Estimate:
     """One rollout actor with vLLM; on a GPU its cache takes what is left of its share."""
     on_gpu = run.rollout.uses_gpu
     size = _size(run.model.dtype, run.uses_gpu)
-    tokens = run.rollout.engine_args.get("max_num_batched_tokens") or _VLLM_BATCH
+    tokens = run.rollout.engine_args.get("max_num_batched_tokens") or _VLLM_BATCH["gpu" if on_gpu else "cpu"]
     weights = shape.parameters * float(size)
     parts = {"weights": weights, "activations": tokens * (2.0 * shape.hidden + 3 * shape.widest) * size}
     # With LoRA the base lies in mapped files, from which the merged layers are made one by one.

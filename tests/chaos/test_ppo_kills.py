@@ -129,6 +129,29 @@ def test_killed_in_every_phase(folder: Path, undisturbed: Any, victim: str) -> N
     assert [row["step"] for row in metrics(run)] == list(range(1, STEPS + 1))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("phase", ["generate", "sync", "score"])
+def test_an_actor_that_keeps_raising_is_started_anew(folder: Path, undisturbed: Any, phase: str) -> None:
+    """It lives, and so does its process: what broke in it (a CUDA context, an engine's core) does not come back by itself."""
+    name, places = f"broken-{phase}", folder / f"broken-{phase}"
+    file, run = written(folder, name, "full"), folder / "runs" / name
+    places.mkdir()
+    process = start("ppo", file, PYTHONPATH=PAUSED, RAYTRL_TEST_PAUSES=str(places))
+    wait_for("step 5", lambda: last_step(run) >= 5, process)
+    (places / "want").write_text(f"break {phase}")
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, output
+    assert list(places.glob("at-*"))
+    for model in ("model", "value_model"):
+        assert weights_hash(run / model) == weights_hash(undisturbed("full") / model)
+    role = "reward" if phase == "score" else "rollout"
+    logs = "".join(log.read_text() for log in (run / "logs").glob(f"{role}-*.log"))
+    assert logs.count(" starts on node ") == {"reward": 2, "rollout": 3}[role]
+    assert "RuntimeError: CUDA error: an illegal memory access was encountered" in logs
+    assert "starts on node" in (learner := (run / "logs/learner-0.log").read_text())
+    assert learner.count(" starts on node ") == 1  # nobody else had to start again
+
+
 def killed(
     process: subprocess.Popen[str], victim: str, paused: int, again: Callable[[], subprocess.Popen[str]]
 ) -> subprocess.Popen[str]:

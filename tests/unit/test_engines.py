@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -66,6 +67,22 @@ def test_another_cluster_has_the_engine_that_its_gpus_tell(
     assert isinstance(here, PpoRun)
     assert here.rollout.engine == ("vllm" if is_here else "transformers")
     assert here.assumed() == []
+
+
+@pytest.mark.parametrize(("device", "context"), [("cuda", "LLM_CLASS"), ("cpu", "ENGINE_CONTEXT")])
+def test_vllm_has_the_batch_of_its_own_llm_class_on_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, device: str, context: str
+) -> None:
+    """For another context vLLM's defaults are 128 sequences and 2,048 tokens."""
+    vllm = pytest.importorskip("vllm")
+    from raytrl.roles.rollout.vllm.engine import _maker
+
+    asked: list[str] = []
+    monkeypatch.setattr(vllm, "EngineArgs", lambda **arguments: arguments)
+    make = SimpleNamespace(from_engine_args=lambda arguments, usage_context: asked.append(usage_context.name))
+    monkeypatch.setattr(vllm, "LLMEngine", make)
+    _maker({}, device)()
+    assert asked == [context]
 
 
 def test_a_chosen_engine_stays(tmp_path: Path) -> None:

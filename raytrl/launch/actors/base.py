@@ -7,6 +7,7 @@ The driver imports these modules to start the actors, so nothing heavy is import
 """
 
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,7 +16,7 @@ from typing import Any, TypeVar, cast
 
 import ray
 
-from raytrl.errors import StaleAttemptError
+from raytrl.errors import ActorBrokenError, RaytrlError, StaleAttemptError
 from raytrl.launch.session.logs import LOG
 from raytrl.records.samples import Attempt
 
@@ -66,12 +67,19 @@ class Actor:
         self._newest: dict[str, int] = {}  # by run: a sweep's trials share reward actors
         self._gate = _Gate()  # before the engine or the sources
         self._doing: list[str] = []
+        self._broken = ""  # what it broke of: it does nothing more
 
     @in_group(STATUS)
     def doing(self) -> str:
         """What it is at, for messages; answers at any time."""
         doing = list(self._doing)
         return "nothing" if not doing else doing[0] + (f", and {len(doing) - 1} more" if len(doing) > 1 else "")
+
+    @in_group(CONTROL)
+    def end_if_broken(self) -> None:
+        """Ends a process that raised `ActorBrokenError`, so that Ray starts it anew; one that was has no need to."""
+        if self._broken:
+            os._exit(1)  # whatever its other threads hang in
 
     @in_group(CONTROL)
     def begin(self, attempt: Attempt) -> None:
@@ -87,6 +95,8 @@ class Actor:
     def _busy(self, text: str, concurrent: bool = False) -> Iterator[None]:
         """`concurrent`: beside other calls of that kind; else alone."""
         with self._gate.passed(concurrent):
+            if self._broken:
+                raise ActorBrokenError(self._broken)
             doing = f"{text}, since {time.strftime('%H:%M:%S')}"
             self._doing.append(doing)
             began = time.perf_counter()
@@ -94,7 +104,13 @@ class Actor:
                 yield
                 LOG.log(logging.DEBUG if concurrent else logging.INFO, "%s: %.3f s", text, time.perf_counter() - began)
             except Exception as error:
-                LOG.error("%s: failed after %.3f s: %s", text, time.perf_counter() - began, error)
-                raise
+                is_meant = isinstance(error, RaytrlError)
+                LOG.error(
+                    "%s: failed after %.3f s: %s", text, time.perf_counter() - began, error, exc_info=not is_meant
+                )
+                if is_meant:
+                    raise
+                self._broken = f"{text}: {type(error).__name__}: {error}"
+                raise ActorBrokenError(self._broken) from error
             finally:
                 self._doing.remove(doing)

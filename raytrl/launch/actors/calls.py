@@ -7,6 +7,7 @@ from typing import Any
 import ray
 import ray.exceptions
 
+from raytrl.errors import ActorBrokenError
 from raytrl.launch.actors.pool import ActorLostError, Arrivals
 from raytrl.launch.session.gauges import RoleGauges
 
@@ -40,6 +41,10 @@ class RayCalls:
     def wait(self, tickets: Collection["Future[Any]"], timeout_s: float) -> "list[Future[Any]]":
         return self._arrivals.wait(tickets, timeout_s)
 
+    def drop(self, ticket: "Future[Any]") -> None:
+        self._actor_of.pop(ticket, None)
+        self._gauges.waiting(len(self._actor_of))
+
     def result(self, ticket: "Future[Any]") -> Any:
         actor = self._actor_of.pop(ticket)
         self._gauges.waiting(len(self._actor_of))
@@ -47,6 +52,10 @@ class RayCalls:
             answer = ticket.result()
         except ray.exceptions.RayTaskError as error:
             self._deaths[actor] = 0
+            if isinstance(error.cause, ActorBrokenError):
+                self.tell(actor, "end_if_broken")
+                self._note_loss(actor)
+                raise ActorLostError(str(error.cause), broke=True) from None
             raise error.cause if isinstance(error.cause, Exception) else error from None
         except ray.exceptions.RayError as error:  # died, restarting, unreachable, its answer lost with its node
             self._deaths[actor] += isinstance(error, ray.exceptions.ActorDiedError)

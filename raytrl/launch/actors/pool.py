@@ -7,7 +7,7 @@ import math
 import threading
 import time
 from collections import ChainMap, deque
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -16,17 +16,19 @@ from raytrl.errors import RunError, StalledError, WeightsGoneError, WeightsVersi
 _REVIVE_PAUSE_S = 0.5
 # A request that was lost this often is taken for the cause of it.
 _MAX_LOSSES = 8
+# An actor that broke so often without an answer in between is left out.
+_MAX_BREAKS = 3
 # How long the others are waited for once the first actor is up to date: this, and so many times what the first took.
 _PATIENCE_S = 2.0
 _PATIENCE = 3.0
 
 
 class ActorLostError(Exception):
-    """The actor died, or cannot be reached; `final`: it does not come back."""
+    """The actor died, or cannot be reached; `final`: it does not come back; `broke`: it raised, and is started anew."""
 
-    def __init__(self, text: str, final: bool = False) -> None:
+    def __init__(self, text: str, final: bool = False, broke: bool = False) -> None:
         super().__init__(text)
-        self.final = final
+        self.final, self.broke = final, broke
 
 
 class Calls(Protocol):
@@ -49,6 +51,10 @@ class Calls(Protocol):
 
         Each is told once; one that is done and not among those that are asked for is not told later either.
         """
+        ...
+
+    def drop(self, ticket: Any) -> None:
+        """Nobody will ask for its result."""
         ...
 
     def result(self, ticket: Any) -> Any:
@@ -109,6 +115,8 @@ class Pool:
         self._preparing: dict[Any, int] = {}
         self._flying: dict[Any, tuple[Request, int]] = {}
         self._load = [0] * len(calls)  # requests that each actor has
+        self._breaks = [0] * len(calls)  # since its last answer
+        self._has_served = False
         self._unsent: deque[Request] = deque()
         self._last_loss = ""
 
@@ -163,21 +171,28 @@ class Pool:
         while waiting:
             done = self._calls.wait(waiting, max(0.01, deadline - time.monotonic()))
             if not done and time.monotonic() > deadline:
+                self._drop(waiting)
                 return False
             waiting.difference_update(done)
             try:
-                if any(self._calls.result(ticket) != expected for ticket in done):
-                    return False
+                as_expected = all(self._calls.result(ticket) == expected for ticket in done)
             except ActorLostError as loss:
-                self._last_loss = str(loss)
+                self._last_loss, as_expected = str(loss), False
+            if not as_expected:
+                self._drop([*done, *waiting])
                 return False
         return True
+
+    def _drop(self, tickets: Iterable[Any]) -> None:
+        for ticket in tickets:
+            self._calls.drop(ticket)
 
     def forget(self) -> None:
         """Until `prepare_all` no actor is up to date, and nothing is kept that it was brought up to date with."""
         assert not self._flying and not self._unsent, "requests are under way"
         self._prepare, self._expect = (), None
         self._up.clear()
+        self._drop(self._preparing)
         self._preparing.clear()
         self._next_try.clear()
 
@@ -247,13 +262,16 @@ class Pool:
                 f"{proof}; expected: {self._expect}"
             )
         self._up.add(actor)
+        self._has_served = True
         self._late.discard(actor)
 
     def _answered(self, ticket: Any) -> list[Any]:
         request, actor = self._flying.pop(ticket)
         self._load[actor] -= 1
         try:
-            return [(request, self._calls.result(ticket))]
+            answer = self._calls.result(ticket)
+            self._breaks[actor] = 0
+            return [(request, answer)]
         except ActorLostError as loss:
             self._lost(actor, loss)
         except WeightsVersionError as error:  # restarted behind our back: up again, but not up to date
@@ -272,7 +290,11 @@ class Pool:
     def _lost(self, actor: int, loss: ActorLostError) -> None:
         self._up.discard(actor)
         self._last_loss = f"actor {actor}: {loss}"
-        if loss.final:
+        if loss.broke:
+            self._breaks[actor] += 1
+            if not self._has_served and all(self._breaks):  # as with an engine that cannot load this model
+                raise RunError(f"{self._who}: no {self._what} can serve; last: {self._last_loss}") from None
+        if loss.final or self._breaks[actor] >= _MAX_BREAKS:
             self._gone[actor] = str(loss)
             self._next_try.pop(actor, None)
             if len(self._gone) == len(self._calls):

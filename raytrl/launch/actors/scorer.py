@@ -5,12 +5,11 @@ from typing import Any
 
 from raytrl.config.runs.rollout import RolloutRun
 from raytrl.config.sections.reward import RewardSection
-from raytrl.config.sections.rollout import RolloutSection
 from raytrl.launch.actors.calls import RayCalls
 from raytrl.launch.actors.pool import Pool, Request
 from raytrl.launch.session.gauges import RoleGauges
 from raytrl.records.samples import Attempt, Prompt, Response, Score
-from raytrl.roles.reward.call import Pair
+from raytrl.roles.reward.call import Pair, longest_call_s
 from raytrl.roles.reward.sources import check_dropped
 
 Gather = Callable[[Sequence[Score]], Sequence[Score]]
@@ -60,7 +59,7 @@ class PoolScorer:
 
 def scorer_on(handles: Sequence[Any], run: RolloutRun, *, who: str, attempt: Attempt, gather: Gather) -> PoolScorer:
     """The scorer of a learner worker, or of an evaluation, on these reward actors; `who` is it, for messages."""
-    limit_s = scoring_limit_s(run.rollout, run.reward, run.samples_a_prompt)
+    limit_s = scoring_limit_s(run)
     return PoolScorer(
         Pool(RayCalls(handles, RoleGauges(run.name, "reward")), "reward actors", who, limit_s),
         run.reward,
@@ -70,11 +69,11 @@ def scorer_on(handles: Sequence[Any], run: RolloutRun, *, who: str, attempt: Att
     )
 
 
-def scoring_limit_s(rollout: RolloutSection, reward: RewardSection, responses_per_prompt: int) -> float:
-    """A reward actor's sources have limits of their own; the pool's must not come before them."""
-    pairs = rollout.chunk_prompts * responses_per_prompt
-    slowest = 0.0
-    for source in reward.sources:
-        batches = -(-pairs // (source.batch_size or pairs))
-        slowest = max(slowest, batches * (source.retries + 1) * (source.timeout_s + 8.0))
-    return rollout.timeout_s + slowest
+def scoring_limit_s(run: RolloutRun) -> float:
+    """A reward actor's sources have limits of their own, and it may have other workers' chunks first: the pool's limit must
+    not come before them."""
+    responses = run.rollout.chunk_prompts * run.samples_a_prompt
+    slowest = max(longest_call_s(source, responses) for source in run.reward.sources)  # they are asked side by side
+    at_a_time = run.prompts_at_a_time or run.rollout.chunk_prompts
+    chunks = -(-at_a_time // run.rollout.chunk_prompts)
+    return run.rollout.timeout_s + slowest * -(-chunks // run.reward.actors)

@@ -69,19 +69,34 @@ def ask(source: RewardSource, pairs: Sequence[Pair]) -> list[Outcome]:
 
     At most `retries + 1` calls a batch, each at most `timeout_s` long, with pauses of 0.25 s, 0.5 s, ... 8 s between.
     """
-    whole = _MODEL_BATCH_SIZE if source.section.kind == "model" else max(len(pairs), 1)
-    size = source.section.batch_size or whole
+    size = batch_size(source.section, len(pairs))
     outcomes: list[Outcome] = []
     for start in range(0, len(pairs), size):
         outcomes += _ask_batch(source, pairs[start : start + size])
     return outcomes
 
 
+def batch_size(section: SourceSection, count: int) -> int:
+    """Of so many responses, how many a call is about."""
+    return section.batch_size or (_MODEL_BATCH_SIZE if section.kind == "model" else max(count, 1))
+
+
+def longest_call_s(section: SourceSection, count: int) -> float:
+    """What `ask` takes at most for so many responses: every call and pause of it."""
+    pauses = sum(_pause_s(attempt) for attempt in range(1, section.retries + 1))
+    return -(-count // batch_size(section, count)) * ((section.retries + 1) * section.timeout_s + pauses)
+
+
+def _pause_s(attempt: int) -> float:
+    """Before a call that is made again."""
+    return min(_FIRST_PAUSE_S * 2.0 ** (attempt - 1), _LONGEST_PAUSE_S)
+
+
 def _ask_batch(source: RewardSource, pairs: Sequence[Pair]) -> list[Outcome]:
     outcomes: list[Outcome] = []
     for attempt in range(source.section.retries + 1):
         if attempt:
-            time.sleep(min(_FIRST_PAUSE_S * 2 ** (attempt - 1), _LONGEST_PAUSE_S))
+            time.sleep(_pause_s(attempt))
         outcomes = _ask_once(source, pairs)
         if not any(isinstance(outcome, Failure) and outcome.retry for outcome in outcomes):
             break

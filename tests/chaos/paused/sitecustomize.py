@@ -1,7 +1,8 @@
 """On the path of a run's processes, this makes one of them stop for a moment where a test wants it to be killed.
 
 A test writes the name of a phase into `want`; the first process that gets there renames the file to `at`, adds its pid,
-and sleeps. Python imports `sitecustomize` by itself at the start of every process.
+and sleeps. With `break` before the name it raises in place of that, then and ever after. Python imports `sitecustomize`
+by itself at the start of every process.
 """
 
 import importlib.abc
@@ -15,6 +16,7 @@ from typing import Any
 
 FOLDER = Path(os.environ.get("RAYTRL_TEST_PAUSES", "/nonexistent"))
 PAUSE_S = 2.0
+BROKEN: set[str] = set()  # phases that this process raises in
 # Module, class, method, phase, whether the pause comes after the method has done its work.
 PLACES = [
     ("raytrl.roles.rollout.transformers_engine", "TransformersEngine", "_sample", "generate", False),
@@ -26,14 +28,20 @@ PLACES = [
 
 
 def pause(phase: str) -> None:
-    want = FOLDER / "want"
-    try:
-        if want.read_text() != phase:
+    if phase not in BROKEN:
+        want = FOLDER / "want"
+        try:
+            wanted = want.read_text()
+            if wanted.removeprefix("break ") != phase:
+                return
+            want.rename(FOLDER / f"at-{os.getpid()}")
+        except FileNotFoundError:  # nobody wants it, or another process was first
             return
-        want.rename(FOLDER / f"at-{os.getpid()}")
-    except FileNotFoundError:  # nobody wants it, or another process was first
-        return
-    time.sleep(PAUSE_S)
+        if wanted == phase:
+            time.sleep(PAUSE_S)
+            return
+        BROKEN.add(phase)
+    raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
 
 def paused(method: Callable[..., Any], phase: str, after: bool) -> Callable[..., Any]:

@@ -3,8 +3,10 @@
 import threading
 from collections.abc import Sequence
 from itertools import islice
+from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 from test_pools import all_of, engines
 from toy import gpt2, prompt_batch
@@ -17,6 +19,7 @@ from raytrl.launch.actors.transport import send
 from raytrl.records.samples import Attempt, Prompt, Response
 from raytrl.roles.models.adapters import policy_parameters
 from raytrl.roles.rollout.engine import RolloutEngine
+from raytrl.roles.rollout.vllm.batch import ContinuousBatch
 from raytrl.roles.weights.buckets import Bucket, Weights
 
 ATTEMPT = Attempt("run", 1)
@@ -51,6 +54,45 @@ def test_chunks_come_whole_in_any_order() -> None:
     assert sum(method == "generate" for _, method in calls.ran) == 4
     rows = sorted([(r.row, r.sample) for r in chunk] for chunk in made)
     assert rows == [[(row, s) for row in range(k, min(k + 4, 14)) for s in range(2)] for k in (0, 4, 8, 12)]
+
+
+class Fickle:
+    """An engine that answers something unknown, as after an error inside of it."""
+
+    def add_request(self, name: str, prompt: Any, params: Any) -> None: ...
+
+    def step(self) -> list[Any]:
+        return [SimpleNamespace(request_id="nobody's", finished=True)]
+
+
+def test_no_future_stays_open_when_the_engines_thread_ends() -> None:
+    batch = ContinuousBatch(Fickle)
+    first = batch.submit([1], None)
+    with pytest.raises(KeyError, match="nobody's"):
+        first.result(timeout=10)
+    with pytest.raises(KeyError, match="nobody's"):
+        batch.submit([1], None).result(timeout=10)
+    with pytest.raises(KeyError, match="nobody's"):
+        batch.call(lambda engine: engine)
+    batch.close()
+
+
+class Failing(Fickle):
+    """An engine whose step fails, and which then cannot let go of its requests either."""
+
+    def step(self) -> list[Any]:
+        raise RuntimeError("CUDA error")
+
+    def abort_request(self, names: list[str]) -> None:
+        raise RuntimeError("CUDA error again")
+
+
+def test_a_failed_step_is_told_though_the_engine_cannot_clean_up() -> None:
+    batch = ContinuousBatch(Failing)
+    with pytest.raises(RuntimeError, match=r"^CUDA error$"):
+        batch.submit([1], None).result(timeout=10)
+    with pytest.raises(RuntimeError, match="CUDA error"):
+        batch.submit([1], None).result(timeout=10)
 
 
 def test_how_much_an_actor_has_at_a_time() -> None:

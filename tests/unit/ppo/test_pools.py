@@ -6,25 +6,29 @@ import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from toy import gpt2, make_engine, prompt_batch
 
+from raytrl.config.load import load_run
+from raytrl.config.runs.ppo import PpoRun
 from raytrl.config.sections.reward import RewardSection
 from raytrl.config.sections.rollout import RolloutSection
-from raytrl.errors import RewardError, RunError, StaleAttemptError, StalledError, WeightsVersionError
+from raytrl.errors import ActorBrokenError, RewardError, RunError, StaleAttemptError, StalledError, WeightsVersionError
 from raytrl.launch.actors.generator import PoolGenerator
 from raytrl.launch.actors.pool import ActorLostError, Arrivals, Pool, Request
 from raytrl.launch.actors.reward import RewardActor
 from raytrl.launch.actors.rollout import RolloutActor
-from raytrl.launch.actors.scorer import PoolScorer
+from raytrl.launch.actors.scorer import PoolScorer, scoring_limit_s
 from raytrl.launch.actors.transport import Receivers, send
 from raytrl.records.samples import Attempt, Prompt, Response, Score
 from raytrl.roles.models.adapters import policy_parameters
 from raytrl.roles.weights.buckets import Bucket, Weights
 from raytrl.roles.weights.packed import PackedBucket, pack, unpack
+from tests.ppo_files import ppo_file
 
 ROLLOUT = RolloutSection(chunk_prompts=4)
 
@@ -82,9 +86,16 @@ class LocalCalls:
             time.sleep(min(timeout_s, 0.02))
         return ready
 
+    def drop(self, ticket: int) -> None:
+        self._calls.pop(ticket, None)
+        self._results.pop(ticket, None)
+
     def result(self, ticket: int) -> Any:
-        del self._calls[ticket]
+        actor, _, _ = self._calls.pop(ticket)
         found = self._results.pop(ticket)
+        if isinstance(found, ActorBrokenError):  # as `RayCalls`, which has it started anew
+            self.kill(actor)
+            raise ActorLostError(str(found), broke=True)
         if isinstance(found, Exception):
             raise found
         return found
@@ -146,6 +157,75 @@ def test_a_death_in_the_middle_changes_no_response() -> None:
     calls.deaths = once((1, "generate"))
     assert responses(pool, 0) == expected(0)
     assert pool.num_up == 2
+
+
+class Breaks:
+    """An engine whose `generate` raises, as of a CUDA error, in its lives up to `lives`."""
+
+    def __init__(self, lives: int) -> None:
+        self.lives, self.born = lives, 0
+
+    def engine(self) -> Any:
+        engine = make_engine(gpt2(width=16), chunk=4)
+        self.born += 1
+        if self.born <= self.lives:
+            engine.generate = self._raise  # type: ignore[method-assign]
+        return engine
+
+    @staticmethod
+    def _raise(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+
+@pytest.mark.parametrize("lives", [1, 2, 100], ids=["once", "twice", "for good"])
+def test_an_engine_that_raises_is_started_anew_and_its_requests_go_to_others(lives: int) -> None:
+    breaks, sound = Breaks(lives), engines(1).actors[0]
+    calls = LocalCalls(lambda: RolloutActor(breaks.engine), 2)
+    calls.actors[1] = sound
+    pool = pool_on(calls)
+    pool.load_weights(weights(0))
+    for step in range(6):
+        assert responses(pool, 0, step) == expected(0, step=step)
+        pool.load_weights(weights(0))
+    assert pool.num_up == (1 if lives == 100 else 2)
+    assert breaks.born == min(lives + 1, 3)  # three times in a row, and it is left out
+
+
+def test_engines_that_all_raise_end_the_run_with_what_they_raised() -> None:
+    breaks = Breaks(100)
+    pool = pool_on(LocalCalls(lambda: RolloutActor(breaks.engine), 2))
+    pool.load_weights(weights(0))
+    gone = r"all rollout actors are gone for good; last: actor \d: generating for rows .* RuntimeError: CUDA error"
+    with pytest.raises(RunError, match=gone):
+        responses(pool, 0)
+    assert breaks.born <= 6
+
+
+def test_engines_that_cannot_be_made_are_not_tried_for_long() -> None:
+    made: list[int] = []
+
+    def engine() -> Any:
+        made.append(1)
+        raise ValueError("no kernel for this head size")
+
+    pool = pool_on(LocalCalls(lambda: RolloutActor(engine), 2))
+    with pytest.raises(
+        RunError, match=r"no rollout actors can serve; last: actor \d: .*ValueError: no kernel for this head"
+    ):
+        pool.load_weights(weights(0))
+    assert len(made) <= 3
+
+
+def test_nothing_is_kept_of_calls_that_nobody_waits_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("raytrl.launch.actors.pool._PATIENCE_S", 0.05)
+    monkeypatch.setattr("raytrl.launch.actors.pool._PATIENCE", 0.0)
+    calls = engines(2)
+    pool = pool_on(calls)
+    pool.load_weights(weights(0))
+    calls.silent = {1}
+    for version in range(1, 5):  # each leaves a call that the silent actor has not answered
+        pool.load_weights(weights(version))
+    assert len(calls._calls) <= 1
 
 
 def test_a_reborn_actor_serves_only_after_it_took_the_current_weights() -> None:
@@ -325,6 +405,36 @@ def test_weights_of_an_earlier_attempt_do_not_serve_a_new_one() -> None:
     assert len(actor.generate(Attempt("run", 1), prompt_batch(3, [0]), 3, 1, True)) == 1
     with pytest.raises(WeightsVersionError, match="asked for attempt 2, version 3"):
         actor.generate(Attempt("run", 2), prompt_batch(3, [0]), 3, 1, True)
+
+
+@pytest.mark.parametrize(
+    ("settings", "longest"),
+    [
+        ({}, 20.0),  # a call and no other: 8 responses are fewer than the 32 of a model's call
+        ({"batch_size": 2}, 4 * 20.0),
+        ({"retries": 2}, 3 * 20.0 + 0.25 + 0.5),
+        ({"rows": 32}, 2 * 20.0),  # 64 responses: two calls of 32, whoever set no batch_size
+        ({"actors": 2, "batch": 64}, 4 * 20.0),  # 32 prompts in 8 chunks of 4 over 2 actors: one may have 4
+    ],
+)
+def test_the_limit_of_scores_is_beyond_all_that_its_actor_may_have_to_do(
+    tmp_path: Path, settings: dict[str, Any], longest: float
+) -> None:
+    source = {"name": "judge", "model": "/a/judge", "timeout_s": 20, "retries": settings.get("retries", 0)}
+    if "batch_size" in settings:
+        source["batch_size"] = settings["batch_size"]
+    rows = settings.get("rows", 4)
+    file = ppo_file(
+        tmp_path,
+        "run",
+        ppo={"batch_size": settings.get("batch", 2 * rows), "responses_per_prompt": 2, "minibatches": 1},
+        learner={"workers": 1},
+        rollout={"chunk_prompts": rows, "timeout_s": 600},
+        reward={"actors": settings.get("actors", 1), "sources": [source]},
+    )
+    run = load_run(file, [], "ppo").run
+    assert isinstance(run, PpoRun)
+    assert scoring_limit_s(run) == 600 + longest
 
 
 def test_a_silent_actor_is_named_with_what_it_does() -> None:

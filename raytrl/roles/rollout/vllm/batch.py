@@ -37,6 +37,7 @@ class ContinuousBatch:
         self._inbox: queue.SimpleQueue[_Request | _Work | None] = queue.SimpleQueue()
         self._running: dict[str, _Request] = {}
         self._numbers = itertools.count()
+        self._broken: BaseException | None = None  # what ended the thread
         made: Future[None] = Future()
         self._thread = threading.Thread(target=self._run, args=(make_engine, made), name="vllm", daemon=True)
         self._thread.start()
@@ -51,13 +52,13 @@ class ContinuousBatch:
             ends: called with the tokens sampled so far; where it is true, the response ends. Needs cumulative outputs.
         """
         request = _Request(token_ids, params, ends)
-        self._inbox.put(request)
+        self._put(request)
         return request.future
 
     def call(self, function: Callable[[Any], T]) -> T:
         """What the function returns for the engine, between two steps of it."""
         work = _Work(function)
-        self._inbox.put(work)
+        self._put(work)
         result: T = work.future.result()
         return result
 
@@ -73,9 +74,32 @@ class ContinuousBatch:
             made.set_exception(error)
             return
         made.set_result(None)
-        while self._take_in(engine):
-            if self._running:
-                self._step(engine)
+        try:
+            while self._take_in(engine):
+                if self._running:
+                    self._step(engine)
+        except BaseException as error:  # nobody steps the engine any more: no future may stay open
+            self._broken = error
+            for request in self._running.values():
+                request.future.set_exception(error)
+            self._running = {}
+            self._refuse()
+
+    def _refuse(self) -> None:
+        """Whatever still comes is answered with what ended the thread."""
+        assert self._broken is not None
+        while True:
+            try:
+                item = self._inbox.get_nowait()
+            except queue.Empty:
+                return
+            if item is not None:
+                item.future.set_exception(self._broken)
+
+    def _put(self, item: "_Request | _Work") -> None:
+        self._inbox.put(item)
+        if self._broken is not None:
+            self._refuse()
 
     def _take_in(self, engine: Any) -> bool:
         """Start what has come; waits for something while there is nothing to step. False: closed."""
@@ -99,15 +123,20 @@ class ContinuousBatch:
             outputs = engine.step()
         except Exception as error:  # every request was part of the step that failed
             running, self._running = self._running, {}
-            for name, request in running.items():
-                engine.abort_request([name])
+            for request in running.values():
                 request.future.set_exception(error)
+            engine.abort_request(list(running))
             return
         for output in outputs:
             request = self._running[output.request_id]
-            stopped = request.ends is not None and not output.finished and request.ends(output.outputs[0].token_ids)
+            try:
+                stopped = request.ends is not None and not output.finished and request.ends(output.outputs[0].token_ids)
+            except Exception as error:
+                request.future.set_exception(error)
+                stopped = True
             if stopped:
                 engine.abort_request([output.request_id])
             if stopped or output.finished:
                 del self._running[output.request_id]
-                request.future.set_result(output)
+                if not request.future.done():
+                    request.future.set_result(output)

@@ -82,7 +82,7 @@ class VllmEngine(RolloutEngine):
         if not os.path.isdir(model_path):  # of the hub: it was not here before the start, and vLLM asks less
             look_at(model_path, "causal", "rollout", trust_remote_code=trust_remote_code)
         return cls(
-            ContinuousBatch(_maker(arguments)),
+            ContinuousBatch(_maker(arguments, device)),
             tokenizer,
             rollout.sampling,
             seed=seed,
@@ -228,15 +228,18 @@ def _chosen_arguments(rollout: RolloutSection, config: Any, dtype: torch.dtype, 
     return chosen
 
 
-def _maker(arguments: Mapping[str, Any]) -> Callable[[], Any]:
+def _maker(arguments: Mapping[str, Any], device: str) -> Callable[[], Any]:
     def make() -> Any:
         for name, value in _ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         # In one process there are no children that could outlive the actor, and weights need not be sent to any.
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         from vllm import EngineArgs, LLMEngine
+        from vllm.usage.usage_lib import UsageContext
 
-        return LLMEngine.from_engine_args(EngineArgs(**arguments))
+        # vLLM has a batch for its `LLM` and for its server; for whoever makes an engine it is an eighth of that on a GPU.
+        context = UsageContext.ENGINE_CONTEXT if device == "cpu" else UsageContext.LLM_CLASS
+        return LLMEngine.from_engine_args(EngineArgs(**arguments), usage_context=context)
 
     return make
 

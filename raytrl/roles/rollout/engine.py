@@ -183,6 +183,30 @@ def continued_text(tokenizer: Tokenizer, prompt: Prompt, token_ids: Sequence[int
     return both[len(before) :] if before and both.startswith(before) else alone
 
 
+class StopStrings:
+    """Looks for stop strings after each token of a response, at a cost that does not grow with it."""
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] | None) -> None:
+        self._tokenizer, self._stop = tokenizer, tuple(stop or ())
+        # A token has a byte or more of the text; the others are for those that have none, and for the text's first space.
+        self.window = max((len(word.encode()) for word in self._stop), default=0) + _TAIL_TOKENS
+
+    def __bool__(self) -> bool:
+        return bool(self._stop)
+
+    def may_end(self, tail: Sequence[int]) -> bool:
+        """Whether a response that had none may have one since its last token; `tail`: its last `window` tokens."""
+        if len(tail) < self.window:  # the response begins in it, with a space that decoding alone may drop
+            return True
+        text = str(self._tokenizer.decode(list(tail), skip_special_tokens=True))
+        return any(word in text for word in self._stop)
+
+    def are_in(self, prompt: Prompt, token_ids: Sequence[int]) -> bool:
+        """Whether one is in the response: the whole of it is decoded."""
+        text = continued_text(self._tokenizer, prompt, token_ids) if self._stop else ""
+        return any(word in text for word in self._stop)
+
+
 def is_chat(prompt: Prompt) -> bool:
     """Whether the prompt is a conversation, so that the response is a turn of it."""
     return not isinstance(prompt.text, str)

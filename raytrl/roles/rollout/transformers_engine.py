@@ -14,7 +14,7 @@ from raytrl.errors import NonFiniteError
 from raytrl.records.samples import Prompt, Response, chunks
 from raytrl.roles.models.adapters import add_policy_adapter
 from raytrl.roles.models.loading import load_model
-from raytrl.roles.rollout.engine import Endings, RolloutEngine, Tokenizer, continued_text, response_seed, response_text
+from raytrl.roles.rollout.engine import Endings, RolloutEngine, StopStrings, Tokenizer, response_seed, response_text
 from raytrl.roles.weights.buckets import Bucket, PolicyCopy
 
 
@@ -38,7 +38,7 @@ class TransformersEngine(RolloutEngine):
         self._tokenizer = tokenizer
         self._sampling = sampling
         self._seed = seed
-        self._endings = Endings(tokenizer, stop_token_ids)
+        self._endings, self._stop = Endings(tokenizer, stop_token_ids), StopStrings(tokenizer, sampling.stop)
         self._chunk_prompts = chunk_prompts
 
     @classmethod
@@ -156,13 +156,13 @@ class TransformersEngine(RolloutEngine):
     def _ends(self, prompts: Sequence[Prompt], drawn: "_Drawn", tokens_B: Tensor, t: int) -> Tensor:
         """True where this token, the t-th, ends its row."""
         ends_B = torch.tensor([int(token) in self._endings.of(p) for p, token in zip(prompts, tokens_B, strict=True)])
-        if self._sampling.stop:
+        if self._stop:
+            first = max(0, t + 1 - self._stop.window)
             for i in range(len(tokens_B)):
                 if drawn.lengths_B[i] == 0 and not ends_B[i]:
-                    text = continued_text(
-                        self._tokenizer, prompts[i], [*drawn.tokens_BR[i, :t].tolist(), int(tokens_B[i])]
-                    )
-                    ends_B[i] = any(stop in text for stop in self._sampling.stop)
+                    last = int(tokens_B[i])
+                    may_end = self._stop.may_end([*drawn.tokens_BR[i, first:t].tolist(), last])
+                    ends_B[i] = may_end and self._stop.are_in(prompts[i], [*drawn.tokens_BR[i, :t].tolist(), last])
         return ends_B
 
     def _response(self, prompt: Prompt, sample: int, drawn: "_Drawn", i: int, version: int) -> Response:

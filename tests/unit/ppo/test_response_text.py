@@ -1,20 +1,24 @@
 """What reward sources read of a response, and which tokens end it, with the tokenizers that people have."""
 
+import random
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from raytrl.records.samples import Prompt, PromptText
 from raytrl.roles.models.tokenizer import turn_end
-from raytrl.roles.rollout.engine import Endings, response_text
+from raytrl.roles.rollout.engine import Endings, StopStrings, continued_text, response_text
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 WORDS = ["▁The", "▁film", "▁was", "▁good", "ness", "▁"]
+BYTES = bytes_to_unicode()
 SPECIAL = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
 
 
@@ -123,3 +127,43 @@ def test_every_end_ends_a_turn_and_a_text_knows_none_of_turns() -> None:
     endings = Endings(tokenizer, [unk])
     assert endings.of(Prompt(0, 0, "text", (1,))) == [unk, end]
     assert endings.of(Prompt(0, 0, [{"role": "user", "content": "hi"}], (1,))) == [unk, end, turn]
+
+
+@pytest.mark.parametrize("stop", [" good", "é", " film was", "m good"])
+@pytest.mark.parametrize("makes", [metaspace, byte_level])
+def test_a_stop_string_is_seen_at_the_very_token_that_ends_it(makes: Any, stop: str) -> None:
+    """As by decoding the whole response after each token, however long it is, and with characters of several tokens."""
+    tokenizer, draw = makes(), random.Random(stop)
+    of = tokenizer.convert_tokens_to_ids
+    pieces = [
+        t
+        for t in (*WORDS, "Ġfilm", "Ġgood", "Ġwas", "n", "e", "s", "d", "<|im_end|>")
+        if of(t) not in (None, of("<unk>"))
+    ]
+    letters = "<0x{:02X}>".format if makes is metaspace else (lambda byte: BYTES[byte])
+    pieces += [letters(byte) for byte in "é☂".encode()] * 2
+    strings = StopStrings(tokenizer, ["never there", stop])
+    prompt, seen = Prompt(0, 0, "…", tuple(of(["<s>", pieces[0]]))), 0
+    for _ in range(40):
+        ids = of(draw.choices(pieces, k=120))
+        ends = next((n for n in range(1, 121) if stop in continued_text(tokenizer, prompt, ids[:n])), None)
+        found = (n for n in range(1, 121) if strings.may_end(ids[max(0, n - strings.window) : n]))
+        assert next((n for n in found if strings.are_in(prompt, ids[:n])), None) == ends
+        seen += ends is not None and ends > strings.window
+    assert seen or stop == " good"  # which comes early
+
+
+def test_looking_for_stop_strings_costs_the_same_at_every_token() -> None:
+    tokenizer = metaspace()
+    ids, decoded = [tokenizer.convert_tokens_to_ids("▁film")] * 4000, 0
+    decode = tokenizer.decode
+
+    def counted(token_ids: list[int], **more: Any) -> Any:
+        nonlocal decoded
+        decoded += len(token_ids)
+        return decode(token_ids, **more)
+
+    strings = StopStrings(SimpleNamespace(decode=counted), ["good"])
+    for n in range(strings.window, 4001):
+        assert not strings.may_end(ids[n - strings.window : n])
+    assert decoded <= 4000 * strings.window

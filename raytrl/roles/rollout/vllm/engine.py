@@ -15,7 +15,7 @@ from raytrl.config.sections.rollout import RolloutSection, SamplingSection
 from raytrl.errors import NonFiniteError, RunError
 from raytrl.records.samples import Prompt, Response
 from raytrl.roles.models.loading import look_at
-from raytrl.roles.rollout.engine import Endings, RolloutEngine, Tokenizer, continued_text, response_seed, response_text
+from raytrl.roles.rollout.engine import Endings, RolloutEngine, StopStrings, Tokenizer, response_seed, response_text
 from raytrl.roles.rollout.lora_merge import LoraMerge
 from raytrl.roles.rollout.vllm.batch import ContinuousBatch
 from raytrl.roles.weights.buckets import Bucket, grouped
@@ -49,7 +49,7 @@ class VllmEngine(RolloutEngine):
         """`stop_token_ids` are the model's own, see `Endings`; `seed` is the run's; `merge`: adapters arrive."""
         super().__init__()
         self._batch, self._tokenizer, self._sampling, self._seed = batch, tokenizer, sampling, seed
-        self._endings = Endings(tokenizer, stop_token_ids)
+        self._endings, self._stop = Endings(tokenizer, stop_token_ids), StopStrings(tokenizer, sampling.stop)
         self._merge = merge
 
     @classmethod
@@ -132,7 +132,7 @@ class VllmEngine(RolloutEngine):
 
         asked = []
         for prompt in sorted(prompts, key=lambda prompt: prompt.row):
-            stop = partial(self._has_stopped, prompt) if self._sampling.stop else None
+            stop = partial(self._stops, prompt) if self._stop else None
             for sample in range(samples):
                 params = SamplingParams(
                     max_tokens=self._sampling.max_new_tokens,
@@ -163,17 +163,14 @@ class VllmEngine(RolloutEngine):
             sample=sample,
             token_ids=token_ids,
             text=response_text(self._tokenizer, prompt, token_ids, self._endings.of(prompt), self._sampling.stop),
-            ended=made.finish_reason != "length" or self._has_stopped(prompt, token_ids),
+            ended=made.finish_reason != "length" or self._stop.are_in(prompt, token_ids),
             sampling_logprobs=logprobs,
             policy_version=version,
         )
 
-    def _has_stopped(self, prompt: Prompt, token_ids: Sequence[int]) -> bool:
+    def _stops(self, prompt: Prompt, token_ids: Sequence[int]) -> bool:
         """By a stop string; looked for here, since vLLM's own search can take in the prompt's last characters."""
-        if not self._sampling.stop:
-            return False
-        text = continued_text(self._tokenizer, prompt, token_ids)
-        return any(word in text for word in self._sampling.stop)
+        return self._stop.may_end(token_ids[-self._stop.window :]) and self._stop.are_in(prompt, token_ids)
 
     def _logprobs(self, prompts: Sequence[Prompt], responses: Sequence[Response]) -> list[float]:
         from vllm import SamplingParams

@@ -213,9 +213,10 @@ def ppo_worker(
     tokens = run.microbatch_tokens(token_bytes)
     responses = tokens * run.rollout.sampling.max_new_tokens / run.longest_row
     parts["activations"] = tokens * token_bytes + _head(policy, responses, on_gpu, trained=run.lora is None)
-    if not on_gpu:  # what is saved is made whole in RAM, when gradients and activations are gone
-        saved = max(policy.parameters, value_numbers) * float(size)
-        parts["saving"] = max(0.0, saved - parts["activations"] - parts["gradients"])
+    if (
+        not on_gpu
+    ):  # what is saved is made whole in RAM; activations are gone then, but malloc has not given back their pages
+        parts["saving"] = max(policy.parameters, value_numbers) * float(size)
     # DeepSpeed writes to all weights when it starts, so none of them stay pages of a file.
     files = [shape.file_size for shape in (policy, reference) if shape is not None]
     is_mapped = not on_gpu and run.learner.deepspeed is None and all(size == of_file for of_file in files)

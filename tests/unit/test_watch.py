@@ -43,6 +43,7 @@ def test_an_answer_that_came_too_late_is_given_again(board: Board) -> None:
 def test_words_of_a_peers_death_in_our_own_error_are_a_cause() -> None:
     assert not _follows(RewardError("judge: raised ConnectionError: connection reset by peer"))
     assert _follows(RuntimeError("[../gloo/transport/tcp/pair.cc] Connection closed by peer [10.0.0.2]"))
+    assert _follows(AssertionError("DeepSpeed backend not set, please initialize it using init_process_group()"))
     assert not _follows(ValueError("a bad row"))
 
 

@@ -26,7 +26,10 @@ from raytrl.records.progress import Progress
 from raytrl.rundir import RunDirectory, is_disk_full
 
 # A peer's death seen from another rank: most likely a consequence, so the message for the user only where no other is.
-_PEER_DEATH = ("connection closed by peer", "connection reset", "nccl", "gloo", "broken pipe", "timed out waiting")
+_PEER_DEATH = (
+    *("connection closed by peer", "connection reset", "nccl", "gloo", "broken pipe", "timed out waiting"),
+    "backend not set",  # DeepSpeed's, when Ray Train has ended the group under it
+)
 # A restart from the last checkpoint would come to the same end.
 _SAME_AGAIN = (ConfigError, NonFiniteError, RewardError)
 # Workers outlive a killed driver by seconds and may commit checkpoints in them. So a checkpoint holds the latest

@@ -40,6 +40,12 @@ def test_an_answer_that_came_too_late_is_given_again(board: Board) -> None:
     assert board.after(5) == []
 
 
+def test_attempts_count_up_whatever_the_clock_does(board: Board, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([2_000, 1_000, 5_000])
+    monkeypatch.setattr(watch.time, "time_ns", lambda: next(clock))
+    assert [board.new_attempt() for _ in range(3)] == [2_000, 2_001, 5_000]
+
+
 def test_words_of_a_peers_death_in_our_own_error_are_a_cause() -> None:
     assert not _follows(RewardError("judge: raised ConnectionError: connection reset by peer"))
     assert _follows(RuntimeError("[../gloo/transport/tcp/pair.cc] Connection closed by peer [10.0.0.2]"))

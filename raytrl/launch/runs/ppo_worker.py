@@ -1,6 +1,5 @@
 """The Ray Train side of a PPO learner worker."""
 
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -50,7 +49,8 @@ def train_ppo(
             LOG.info("goes on from the checkpoint of step %d", learner.step)
         context.barrier()  # a downloaded checkpoint is deleted when the first rank leaves
     say("waiting for rollout and reward actors")
-    attempt = Attempt(run.name, broadcast_from_rank_zero(time.time_ns()))
+    number = context.new_attempt() if context.rank == 0 else 0
+    attempt = Attempt(run.name, broadcast_from_rank_zero(number))
     who = f"learner worker {context.rank}"
     sender = WeightSender(context, backend.device, broadcasts=run.rollout.weight_transfer == "broadcast")
     generator = generator_on(rollout_actors, run, who=who, attempt=attempt, send_weights=sender)

@@ -26,11 +26,17 @@ class Board:
     def __init__(self, run: TrainingRun) -> None:
         self._events: list[Progress] = []
         self._forgotten = 0  # events that the driver has
+        self._attempt = 0
         self._gauges = step_gauges(run)
 
     def post(self, event: Progress) -> None:
         self._events.append(event)
         self._gauges.take(event)
+
+    def new_attempt(self) -> int:
+        """A number above all that came before, also of an earlier start: learners move between nodes, whose clocks differ."""
+        self._attempt = max(self._attempt + 1, time.time_ns())
+        return self._attempt
 
     def after(self, taken: int) -> list[Progress]:
         """All events but the first `taken`, which the driver has: an answer that came too late is given again."""

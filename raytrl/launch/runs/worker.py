@@ -30,6 +30,7 @@ _PEER_DEATH = (
     *("connection closed by peer", "connection reset", "nccl", "gloo", "broken pipe", "timed out waiting"),
     "backend not set",  # DeepSpeed's, when Ray Train has ended the group under it
 )
+_BOARD_LIMIT_S = 30
 # A restart from the last checkpoint would come to the same end.
 _SAME_AGAIN = (ConfigError, NonFiniteError, RewardError)
 # Workers outlive a killed driver by seconds and may commit checkpoints in them. So a checkpoint holds the latest
@@ -87,6 +88,10 @@ class RayWorkerContext:
         """Event files are appended to, which an object store cannot: they are put there with each checkpoint, and at the end."""
         if self.rank == 0 and not self._run_dir.is_local and os.path.isdir(self._tensorboard):
             self._run_dir.mirror(self._tensorboard, "tensorboard")
+
+    def new_attempt(self) -> int:
+        """The number of this life of the learner group; on rank 0."""
+        return int(ray.get(self._board.new_attempt.remote(), timeout=_BOARD_LIMIT_S))
 
     def progress(self, event: Progress) -> None:
         if event.kind in ("step", "eval"):
@@ -151,7 +156,7 @@ def as_worker(config: dict[str, Any], work: Callable[[RayWorkerContext], dict[st
         failure = Progress(
             "failure", text=text, details=traceback.format_exc(), final=same_again, follows=_follows(error)
         )
-        ray.get(config["board"].post.remote(failure), timeout=30)  # before this process may be ended
+        ray.get(config["board"].post.remote(failure), timeout=_BOARD_LIMIT_S)  # before this process may be ended
         raise WorkerError(text) from None
 
 

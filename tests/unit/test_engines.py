@@ -69,6 +69,21 @@ def test_another_cluster_has_the_engine_that_its_gpus_tell(
     assert here.assumed() == []
 
 
+def test_a_build_for_gpus_is_not_taken_where_none_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would compute on the node's first GPU, which the learner has."""
+    monkeypatch.setattr(engines.importlib.metadata, "version", lambda name: {"vllm": "0.33.0"}[name])
+    run = ppo_run(tmp_path)
+    assert run.rollout.engine == "transformers"
+    assert "this build computes on GPUs alone" in engine_words(run.asked)
+    assert ppo_run(tmp_path, "rollout.resources={GPU: 1}").rollout.engine == "vllm"
+    with pytest.raises(
+        ConfigError, match=r"vllm cannot be taken: this build computes on GPUs alone.*found: vllm 0\.33\.0"
+    ):
+        ppo_run(tmp_path, "rollout.engine=vllm")
+    monkeypatch.setattr(engines.importlib.metadata, "version", lambda name: {"vllm": "0.33.0+cpu"}[name])
+    assert ppo_run(tmp_path).rollout.engine == "vllm"
+
+
 @pytest.mark.parametrize(("device", "context"), [("cuda", "LLM_CLASS"), ("cpu", "ENGINE_CONTEXT")])
 def test_vllm_has_the_batch_of_its_own_llm_class_on_a_gpu(
     monkeypatch: pytest.MonkeyPatch, device: str, context: str

@@ -1,8 +1,11 @@
 """Which rollout engine a run takes, and whether that engine can do what the run file asks. Imports neither engine."""
 
 import ast
+import importlib.metadata
 import importlib.util
 import json
+import os
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +38,16 @@ _INSTALL = "pip install 'raytrl[vllm]' on GPUs; on CPUs see README.md"
 def vllm_is_installed() -> bool:
     """Whether `import vllm` would find a package: vLLM's own, or its CPU build."""
     return importlib.util.find_spec("vllm") is not None
+
+
+def vllm_computes_on_cpus() -> bool:
+    """Whether the installed build does, by vLLM's own signs of it; one for GPUs takes the first GPU that it finds."""
+    if sys.platform == "darwin" or os.environ.get("VLLM_TARGET_DEVICE") == "cpu":
+        return True
+    try:
+        return "cpu" in importlib.metadata.version("vllm")
+    except importlib.metadata.PackageNotFoundError:  # the build for CPUs has a name of its own
+        return True
 
 
 @dataclass(frozen=True)
@@ -99,6 +112,11 @@ def vllm_obstacles(asked: Asked) -> list[str]:
             f"{asked.rollout.sampling.temperature:g}; set engine: transformers"
         )
     if not asked.rollout.uses_gpu:
+        if not asked.elsewhere and not vllm_computes_on_cpus():
+            obstacles.append(
+                f"this build computes on GPUs alone, and would take one that rollout.resources does not ask for; found: vllm "
+                f"{importlib.metadata.version('vllm')}; ask for a GPU, or set engine: transformers"
+            )
         sizes = _cpu_head_sizes()
         for path in asked.model_paths:
             size = _head_size(path)

@@ -108,6 +108,7 @@ class Sharding:
         # The buffer is allocated whole; of what was never written to, a CPU holds no page.
         buckets = (self.buckets if self.on_gpu else min(self.buckets, trainable)) * size
         if self.stage == 3:
+            buckets *= 2  # reduce_scatter_coalesced makes one tensor of all gradients in the bucket
             weights = weights / n
             if self.offloads_parameters:
                 weights, offloaded = 0.0, offloaded + weights

@@ -57,13 +57,18 @@ def rollout(step: int) -> Rollout:
     return Rollout(prompts, responses, scores)
 
 
+def hidden(model: Any, given: dict[str, Any]) -> Tensor:
+    found: Tensor = getattr(model, model.base_model_prefix)(**given).last_hidden_state[0]
+    return found
+
+
 def bare(networks: Any, batches: list[Sequences]) -> None:
     for batch in batches:
         given, at = inputs(batch), predicting(batch)
-        logprobs = torch.log_softmax(networks.policy(**given).logits[0, at].float(), -1)
+        logits = networks.policy.get_output_embeddings()(hidden(networks.policy, given)[at])
+        logprobs = torch.log_softmax(logits.float(), -1)
         tokens = batch.input_ids_BT[:, batch.prompt_width :][batch.response_mask_BR]
-        body = getattr(networks.value, networks.value.base_model_prefix)
-        values = networks.value.score(body(**given).last_hidden_state[0, at].float())
+        values = networks.value.score(hidden(networks.value, given)[at].float())
         (logprobs.gather(-1, tokens.unsqueeze(-1)).sum() + values.sum()).backward()
 
 

@@ -38,7 +38,7 @@ MODEL = {
 }
 # The same family at other sizes; in the name of a case behind `@`: `ppo-lora@300m`.
 SIZES = {
-    "132m": MODEL,
+    "70m": MODEL,
     "300m": MODEL
     | {
         "hidden_size": 1024,
@@ -223,8 +223,8 @@ def main(folder: Path, names: list[str]) -> int:
     )
     for name in names or list(CASES):
         case, _, size = name.partition("@")
-        home = folder / (size or "132m")
-        make_files(home, SIZES[size or "132m"])
+        home = folder / (size or "70m")
+        make_files(home, SIZES[size or "70m"])
         file = CASES[case](home)
         run = load_run(file, []).run
         said = estimates(run, read_shapes(run)[0])

@@ -25,9 +25,9 @@ def log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def test_every_line_names_role_rank_and_version(log: Path) -> None:
-    """Of a table (as transformers logs of what it loaded) and of a traceback, too; empty lines are left out."""
+    """Of a table, as transformers logs of what it loaded, and of a traceback, too; empty lines are left out."""
     logs.set_version(7)
-    logging.getLogger("transformers.utils").warning("LOAD REPORT\nKey   | Status  |\n\nscore | MISSING |\n")
+    logging.getLogger("a.library").warning("LOAD REPORT\nKey   | Status  |\n\nscore | MISSING |\n")
     try:
         raise ValueError("no\nnumber")
     except ValueError:

@@ -105,8 +105,7 @@ class RunDirectory:
             os.makedirs(os.path.dirname(self.at(name)), exist_ok=True)
             shutil.move(folder, self.at(name))
         else:
-            self.filesystem.create_dir(self.at(name), recursive=True)
-            fs.copy_files(folder, self.at(name), destination_filesystem=self.filesystem, use_threads=False)
+            self.mirror(folder, name)
 
     def mirror(self, folder: str, name: str) -> None:
         """Puts the files of a local folder beside those that are there, in place of those of the same name."""

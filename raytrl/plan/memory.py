@@ -214,9 +214,8 @@ def ppo_worker(
     tokens = run.microbatch_tokens(token_bytes)
     responses = tokens * run.rollout.sampling.max_new_tokens / run.longest_row
     parts["activations"] = tokens * token_bytes + _head(policy, responses, on_gpu, trained=run.lora is None)
-    if (
-        not on_gpu
-    ):  # what is saved is made whole in RAM; activations are gone then, but malloc has not given back their pages
+    if not on_gpu:
+        # What is saved is made whole in RAM; activations are gone then, but malloc has not given back their pages.
         parts["saving"] = max(policy.parameters, value_numbers) * float(size)
     # DeepSpeed writes to all weights when it starts, so none of them stay pages of a file.
     files = [shape.file_size for shape in (policy, reference) if shape is not None]

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import ClassVar, Literal
 
-from pydantic import PositiveInt, ValidationInfo, model_validator
+from pydantic import PositiveInt, model_validator
 
 from raytrl.config.runs.base import ModelUse, or_raise
 from raytrl.config.runs.rollout import RolloutRun
@@ -89,8 +89,7 @@ class EvalRun(RolloutRun):
         return self._idle_actors()
 
     @model_validator(mode="after")
-    def _agreement(self, info: ValidationInfo) -> "EvalRun":
-        self._elsewhere = bool((info.context or {}).get("elsewhere"))
+    def _agreement(self) -> "EvalRun":
         # auto becomes a name here, so that the run file in the run directory says what a run was made with.
         self.__dict__["rollout"] = self.rollout.chosen(engine=chosen_engine(self.asked))
         model, rollout, problems = self.model, self.rollout, []

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Literal
 
-from pydantic import ValidationInfo, model_validator
+from pydantic import model_validator
 
 from raytrl.config.foreign.deepspeed import check_for_ppo
 from raytrl.config.runs.base import ModelUse, Processes, TrainingRun, or_raise
@@ -153,8 +153,7 @@ class PpoRun(TrainingRun, RolloutRun):
         return values
 
     @model_validator(mode="after")
-    def _agreement(self, info: ValidationInfo) -> "PpoRun":
-        self._elsewhere = bool((info.context or {}).get("elsewhere"))
+    def _agreement(self) -> "PpoRun":
         # auto becomes a name here, so that the run file in the run directory says what a run was made with.
         transfer = chosen_transfer(self.rollout, self.learner, self.lora)
         self.__dict__["rollout"] = self.rollout.chosen(engine=chosen_engine(self.asked), weight_transfer=transfer)

@@ -58,9 +58,7 @@ class Asked:
     model_paths: Sequence[str]
     lora: Mapping[str, Any] | None = None
     logprobs: bool = False  # of responses that another model sampled
-    elsewhere: bool = (
-        False  # on machines that are not this one, whose engines GPUs tell: raytrl's image for them has vLLM
-    )
+    elsewhere: bool = False  # on machines that are not this one: raytrl's image for GPUs has vLLM
 
     @property
     def has_vllm(self) -> bool:
@@ -131,14 +129,14 @@ def vllm_obstacles(asked: Asked) -> list[str]:
 def _argument_problems(rollout: RolloutSection) -> list[str]:
     where, given = "rollout.engine_args", rollout.engine_args
     problems = [f"{where}.{key}: is set by {_OWNED[key]}" for key in given if key in _OWNED]
-    if not vllm_is_installed():  # and so its names are not known here
-        return problems
-    known = native_fields(VLLM_ARGS)
-    problems += [unknown_key(where, key, known.keys() - _OWNED.keys()) for key in given if key not in known]
     if given.get("enforce_eager") is False and not rollout.uses_gpu:
         problems.append(
             f"{where}.enforce_eager: code that vLLM compiled for a CPU may keep old weights; found: false; leave it out"
         )
+    if not vllm_is_installed():  # and so its names are not known here
+        return problems
+    known = native_fields(VLLM_ARGS)
+    problems += [unknown_key(where, key, known.keys() - _OWNED.keys()) for key in given if key not in known]
     return problems + check_values(where, VLLM_ARGS, dict(given))
 
 

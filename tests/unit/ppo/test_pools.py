@@ -159,6 +159,13 @@ def test_a_death_in_the_middle_changes_no_response() -> None:
     assert pool.num_up == 2
 
 
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody is waited for once the first actor is up to date."""
+    monkeypatch.setattr("raytrl.launch.actors.pool._PATIENCE_S", 0.05)
+    monkeypatch.setattr("raytrl.launch.actors.pool._PATIENCE", 0.0)
+
+
 class Breaks:
     """An engine whose `generate` raises, as of a CUDA error, in its lives up to `lives`."""
 
@@ -216,9 +223,8 @@ def test_engines_that_cannot_be_made_are_not_tried_for_long() -> None:
     assert len(made) <= 3
 
 
-def test_nothing_is_kept_of_calls_that_nobody_waits_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("raytrl.launch.actors.pool._PATIENCE_S", 0.05)
-    monkeypatch.setattr("raytrl.launch.actors.pool._PATIENCE", 0.0)
+@pytest.mark.usefixtures("impatient")
+def test_nothing_is_kept_of_calls_that_nobody_waits_for() -> None:
     calls = engines(2)
     pool = pool_on(calls)
     pool.load_weights(weights(0))
@@ -239,9 +245,8 @@ def test_a_reborn_actor_serves_only_after_it_took_the_current_weights() -> None:
     assert pool.num_up >= 1
 
 
+@pytest.mark.usefixtures("impatient")
 def test_an_actor_that_is_far_behind_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("raytrl.launch.actors.pool._PATIENCE_S", 0.05)
-    monkeypatch.setattr("raytrl.launch.actors.pool._PATIENCE", 0.0)
     calls = engines(2)
     pool = pool_on(calls)
     pool.load_weights(weights(0))

@@ -129,14 +129,9 @@ class ContinuousBatch:
             return
         for output in outputs:
             request = self._running[output.request_id]
-            try:
-                stopped = request.ends is not None and not output.finished and request.ends(output.outputs[0].token_ids)
-            except Exception as error:
-                request.future.set_exception(error)
-                stopped = True
+            stopped = request.ends is not None and not output.finished and request.ends(output.outputs[0].token_ids)
             if stopped:
                 engine.abort_request([output.request_id])
             if stopped or output.finished:
                 del self._running[output.request_id]
-                if not request.future.done():
-                    request.future.set_result(output)
+                request.future.set_result(output)

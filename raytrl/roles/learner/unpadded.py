@@ -48,6 +48,10 @@ class Layout:
         return self._attend_padded(query, key, value, **arguments)
 
     def _attend_padded(self, query: Tensor, key: Tensor, value: Tensor, **arguments: Any) -> Tensor:
+        if arguments.get("enable_gqa") and query.dtype == torch.float32:
+            # torch's only kernel on a GPU for grouped heads of float32 holds a number for each pair of tokens.
+            key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
+            arguments["enable_gqa"] = False
         q, k, v = self._padded(query), self._padded(key), self._padded(value)
         found_BHLD = scaled_dot_product_attention(q, k, v, is_causal=True, **arguments)
         return found_BHLD.transpose(1, 2).flatten(0, 1).index_select(0, self.back_T).unsqueeze(0)

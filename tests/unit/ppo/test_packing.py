@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import (
     AutoModelForCausalLM,
     FalconH1Config,
@@ -84,14 +85,26 @@ def test_packed_rows_give_the_numbers_of_padded_ones(
         )
 
 
-def test_attention_as_on_a_gpu_gives_the_numbers_of_attention_as_on_a_cpu() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_as_on_a_gpu_gives_the_numbers_of_attention_as_on_a_cpu(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     torch.manual_seed(0)
     lengths = torch.tensor([3, 1, 5])
-    query, key, value = (torch.randn(1, heads, 9, 8) for heads in (4, 2, 2))
+    query, key, value = (torch.randn(1, heads, 9, 8, dtype=dtype) for heads in (4, 2, 2))
     layout = Layout.of(lengths)
     expected = layout.attend(query, key, value, enable_gqa=True)
+    grouped = []
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, **arguments: Any) -> Tensor:
+        grouped.append(arguments["enable_gqa"])
+        return scaled_dot_product_attention(q, k, v, **arguments)
+
+    monkeypatch.setattr("raytrl.roles.learner.unpadded.scaled_dot_product_attention", attention)
     found = layout._attend_padded(query, key, value, enable_gqa=True)
     torch.testing.assert_close(found, expected)
+    # torch's fused kernels on GPUs take grouped heads in half precision only.
+    assert grouped == [dtype == torch.bfloat16]
 
 
 def test_windows_capped_logits_and_states_stay_padded() -> None:

@@ -29,6 +29,7 @@ class PlainContext:
         self.world_size = world_size
         self.scratch = str(folder / "scratch")
         self.events: list[Progress] = []
+        self.beats = 0
         self._checkpoints = folder / "plain-checkpoints"
         self._die_after = die_after
         os.makedirs(self.scratch, exist_ok=True)
@@ -47,6 +48,14 @@ class PlainContext:
 
     def progress(self, event: Progress) -> None:
         self.events.append(event)
+
+    def beat(self) -> None:
+        self.beats += 1
+
+    @contextlib.contextmanager
+    def beating(self) -> Iterator[None]:
+        yield
+        self.beats += 1
 
     def barrier(self) -> None:
         if self.world_size > 1:

@@ -96,6 +96,10 @@ def value_loss(
 
 
 def truncated_importance(old_logprobs_BR: Tensor, sampling_logprobs_BR: Tensor, mask_BR: Tensor, cap: float) -> Tensor:
-    """min(π_old / π_sampling, cap) a token, detached; 1 on padding (Espeholt et al. 2018, ρ-bar of V-trace)."""
-    log_ratio_BR = torch.where(mask_BR, old_logprobs_BR - sampling_logprobs_BR, torch.zeros_like(old_logprobs_BR))
+    """min(π_old / π_sampling, cap) a token, detached (Espeholt et al. 2018, ρ-bar of V-trace).
+
+    1 on padding, and where the sampler's log-prob is NaN: it is not known, so nothing is corrected.
+    """
+    known_BR = mask_BR & sampling_logprobs_BR.isfinite()
+    log_ratio_BR = torch.where(known_BR, old_logprobs_BR - sampling_logprobs_BR, torch.zeros_like(old_logprobs_BR))
     return log_ratio_BR.detach().clamp(max=MAX_LOG_RATIO).exp().clamp(max=cap)

@@ -50,6 +50,7 @@ _PPO = (
     Metric("val/explained_variance", "", "share of the returns' variance that the values explain"),
     Metric("rollout/logprob_gap_max", "nats a token", "largest difference of an engine's log-prob from the learner's"),
     Metric(GAP, "nats a token", "mean difference of the engines' log-probs from the learner's"),
+    Metric("rollout/logprobs_missing", "", "tokens for which an engine gave no log-prob: they are not corrected"),
     Metric("rollout/actors", "", "rollout actors that serve"),
     Metric("loss/policy_avg", "", "policy loss, mean over optimizer steps"),
     Metric("loss/value_avg", "", "value loss, mean over optimizer steps"),

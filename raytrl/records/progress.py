@@ -4,10 +4,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-# plan: what is about to start; phase: what is being done, and how far it is; notice: what to know; earlier: of a step before
-# this start.
+# plan: what is about to start; phase: what is being done, and how far it is; notice: what to know; beat: nothing to tell, but
+# work was done; earlier: of a step before this start.
 # Who takes events lists every kind and ends in `assert_never`, so that mypy names each of them when one is added here.
-ProgressKind = Literal["plan", "phase", "notice", "start", "step", "eval", "checkpoint", "failure", "earlier"]
+ProgressKind = Literal["plan", "phase", "notice", "start", "step", "eval", "checkpoint", "beat", "failure", "earlier"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -43,7 +43,7 @@ class Response:
     token_ids: tuple[int, ...]
     text: str  # decoded, special tokens and a stop string removed: what reward sources read
     ended: bool  # an end token or a stop string was sampled; False: cut at max_new_tokens
-    sampling_logprobs: tuple[float, ...]  # the engine's own, one a token
+    sampling_logprobs: tuple[float, ...]  # the engine's own, one a token; NaN where it gave none
     policy_version: int  # updates done when it was sampled
 
 

@@ -88,7 +88,7 @@ class Display:
                 self._on_eval(event)
             case "failure":
                 self._on_failure(event)
-            case "checkpoint" | "earlier":
+            case "checkpoint" | "beat" | "earlier":
                 pass
             case _:
                 assert_never(event.kind)

@@ -45,7 +45,7 @@ class SweepDisplay:
                 self._console.print(f"[yellow]note:[/] {escape(event.text)}", highlight=False)
             case "failure":
                 self._console.print(f"[yellow]failed:[/] {escape(event.text)}", highlight=False, soft_wrap=True)
-            case "phase" | "start" | "step" | "eval" | "checkpoint" | "earlier":
+            case "phase" | "start" | "step" | "eval" | "checkpoint" | "beat" | "earlier":
                 pass  # of one trial; the table shows them
             case _:
                 assert_never(event.kind)

@@ -5,6 +5,10 @@ from typing import Protocol
 
 from raytrl.records.progress import Progress
 
+# Workers wait for each other this long, and for one call of a library. That one of them hangs is seen sooner: by the driver,
+# in `learner.stall_timeout_s` without any work.
+EXCHANGE_LIMIT_S = 24 * 3600
+
 
 class WorkerContext(Protocol):
     """One rank's view of its run."""
@@ -26,6 +30,14 @@ class WorkerContext(Protocol):
         """Tells the driver; never blocks, never fails the run."""
         ...
 
+    def beat(self) -> None:
+        """Work was done: a run whose workers neither say so nor tell anything for long has stalled. As often as one likes."""
+        ...
+
+    def beating(self) -> AbstractContextManager[None]:
+        """Beats while the block runs: one long call that cannot, of a library that reads, writes or prepares."""
+        ...
+
     def barrier(self) -> None:
-        """Returns when all ranks have called it."""
+        """Returns when all ranks have called it; raises after EXCHANGE_LIMIT_S."""
         ...

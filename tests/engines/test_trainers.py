@@ -194,6 +194,17 @@ def test_killed_between_the_last_checkpoint_and_the_model(tmp_path: Path, rows: 
     assert weights_hash(run / "model") == weights_hash(whole / "model")
 
 
+def test_steps_that_are_not_logged_are_work(tmp_path: Path) -> None:
+    """So that the driver does not take the run for stalled: steps, parts of them, and batches of an evaluation."""
+    training = {"max_steps": 3, "logging_steps": 50, "gradient_accumulation_steps": 2, "per_device_eval_batch_size": 4}
+    write_rows(tmp_path / "eval.jsonl", text_rows(8))
+    file = one_worker(tmp_path, text_rows(32), training=training, data={"eval": str(tmp_path / "eval.jsonl")})
+    context, _ = train_alone(file)
+    assert not context.losses
+    # 3 steps of 2 parts, 2 batches at the end; and two whole calls: preparing and saving
+    assert context.beats == 3 * 2 + 2 + 2
+
+
 def test_a_loss_that_is_not_finite_ends_the_run(tmp_path: Path) -> None:
     with pytest.raises(NonFiniteError, match=r"step \d+: the loss or its gradient is not finite"):
         train_alone(one_worker(tmp_path, text_rows(32), training={"learning_rate": 1e30, "max_grad_norm": 0.0}))

@@ -1,8 +1,10 @@
 """vLLM's real engine on this machine's CPU, held against transformers: the same weights, the same log-probs."""
 
+import itertools
+import math
 import os
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from raytrl.algo.logprobs import token_logprobs
 from raytrl.config.sections.rollout import RolloutSection
-from raytrl.errors import NonFiniteError, WeightsVersionError
+from raytrl.errors import NonFiniteError, StaleAttemptError, WeightsVersionError
 from raytrl.records.samples import Prompt, Response
 from raytrl.roles.models.adapters import add_policy_adapter, policy_parameters
 from raytrl.roles.rollout.folder import FolderEngine
@@ -266,6 +268,42 @@ def test_broken_weights_do_not_sample_nonsense(case: Callable[..., Case]) -> Non
     one.engine.load_weights(Weights.of(19, broken.items(), torch.float32))
     with pytest.raises(NonFiniteError):
         one.engine.generate(some_prompts(1), 19)
+
+
+def test_a_log_prob_that_vllm_could_not_tell_is_not_told(
+    case: Callable[..., Case], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = case("llama")
+    one.load(20)
+    expected = one.engine.generate(some_prompts(2), 20)
+    submit = one.engine._batch.submit
+
+    def broken(*asked: Any) -> Any:
+        """As of a kernel that fails at the first token of each response."""
+        future: Future[Any] = Future()
+        output = submit(*asked).result()
+        for entry in output.outputs[0].logprobs[0].values():
+            entry.logprob = -math.inf
+        future.set_result(output)
+        return future
+
+    monkeypatch.setattr(one.engine._batch, "submit", broken)
+    for response, whole in zip(one.engine.generate(some_prompts(2), 20), expected, strict=True):
+        assert response.token_ids == whole.token_ids
+        assert math.isnan(response.sampling_logprobs[0])
+        assert response.sampling_logprobs[1:] == whole.sampling_logprobs[1:]
+
+
+def test_what_is_not_wanted_any_more_is_not_sampled_to_its_end(case: Callable[..., Case]) -> None:
+    one = case("llama")
+    one.load(21)
+    asked = itertools.count()
+    with pytest.raises(StaleAttemptError):
+        one.engine.generate(some_prompts(4), 21, samples=2, wanted=lambda: next(asked) < 4 * 8)  # 4 steps
+    assert next(asked) < 6 * 8
+    assert one.engine._batch.call(lambda engine: engine.has_unfinished_requests()) is False
+    one.load(22)  # which a request under way would not let
+    one.check(some_prompts(4), one.engine.generate(some_prompts(4), 22))
 
 
 def test_an_evaluation_goes_from_model_to_model(folders: dict[str, str]) -> None:

@@ -1,15 +1,16 @@
 """The driver's eye on a run: which failure is told, and that no event is lost on its way."""
 
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from raytrl.errors import RewardError, WorkerError
+from raytrl.errors import RewardError, StalledError, WorkerError
 from raytrl.launch.runs import watch
 from raytrl.launch.runs.watch import Board, Watch
-from raytrl.launch.runs.worker import _follows
+from raytrl.launch.runs.worker import Heart, _follows
 from raytrl.records.progress import Progress
 from raytrl.rundir import RunDirectory
 
@@ -72,3 +73,48 @@ def test_a_failure_that_looks_like_a_peers_is_told_where_there_is_no_other(eye: 
     died.health_check_failure = RuntimeError()  # type: ignore[attr-defined]
     error.worker_failures[0] = died  # type: ignore[attr-defined]
     assert str(eye._readable(error)) == "worker 0: RuntimeError: not healthy"
+
+
+def test_work_that_goes_on_is_told_once_in_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 0.0, 1.0, 4.9, 5.0, 5.0, 6.0])
+    monkeypatch.setattr("raytrl.launch.runs.worker.time", SimpleNamespace(monotonic=lambda: next(clock)))
+    told: list[Progress] = []
+    heart = Heart(told.append, 5.0)
+    for _ in range(5):
+        heart.beat()
+    assert told == [Progress("beat")] * 2
+
+
+def test_a_long_call_beats_until_it_ends() -> None:
+    enough = threading.Event()
+    told: list[Progress] = []
+
+    def post(event: Progress) -> None:
+        told.append(event)
+        if len(told) == 3:
+            enough.set()
+
+    with pytest.raises(ValueError, match="of the call"), Heart(post, 0.001).beating():
+        assert enough.wait(30)
+        raise ValueError("of the call")
+    count = len(told)
+    assert not [thread for thread in threading.enumerate() if thread.name == "heart"]
+    assert len(told) == count
+
+
+def test_a_run_without_any_work_has_stalled(eye: Watch, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever was told before: a beat puts the end off, and is not what was told last."""
+    now, events = 100.0, [Progress("step", 3, 9)]
+    monkeypatch.setattr(watch, "time", SimpleNamespace(monotonic=lambda: now, time=lambda: 0.0))
+    board = SimpleNamespace(after=SimpleNamespace(remote=lambda taken: events))
+    monkeypatch.setattr(watch, "ray", SimpleNamespace(get=lambda answer, timeout: answer))
+    eye._board, eye._run = board, SimpleNamespace(learner=SimpleNamespace(stall_timeout_s=20.0))  # type: ignore[assignment]
+    eye._take()
+    now, events = 115.0, [Progress("beat")]
+    eye._take()
+    now, events = 134.0, []
+    eye._take()
+    eye._check_stall()
+    now = 136.0
+    with pytest.raises(StalledError, match=r"waited 20 s \(learner.stall_timeout_s\).*last told: step 3"):
+        eye._check_stall()

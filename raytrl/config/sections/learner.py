@@ -20,7 +20,7 @@ class LearnerSection(ProcessSection):
     start_timeout_s: float = Field(default=120, gt=0)
     """Seconds for all workers to be placed and started."""
     stall_timeout_s: float = Field(default=1800, gt=0)
-    """Seconds without any progress before the run fails; also the limit of one exchange between the workers."""
+    """Seconds in which no worker does anything, not a micro-batch nor a part of an upload, before the run fails."""
 
     @field_validator("deepspeed", mode="before")
     @classmethod

@@ -83,12 +83,15 @@ class Actor:
 
     @in_group(CONTROL)
     def begin(self, attempt: Attempt) -> None:
-        """Requests of earlier attempts that still wait here are refused from now on."""
+        """Requests of earlier attempts, also those at work, are not served from now on."""
         self._newest[attempt.run] = max(self._newest.get(attempt.run, attempt.number), attempt.number)
 
+    def _is_newest(self, attempt: Attempt) -> bool:
+        return attempt.number >= self._newest.get(attempt.run, attempt.number)
+
     def _refuse_if_old(self, attempt: Attempt) -> None:
-        newest = self._newest.get(attempt.run, attempt.number)
-        if attempt.number < newest:
+        if not self._is_newest(attempt):
+            newest = self._newest[attempt.run]
             raise StaleAttemptError(f"{attempt.run}: request of attempt {attempt.number}; this actor serves {newest}")
 
     @contextmanager

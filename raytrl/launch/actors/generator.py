@@ -117,15 +117,23 @@ class PoolGenerator:
 
 
 def generator_on(
-    handles: Sequence[Any], run: RolloutRun, *, who: str, attempt: Attempt, send_weights: SendWeights
+    handles: Sequence[Any],
+    run: RolloutRun,
+    *,
+    who: str,
+    attempt: Attempt,
+    send_weights: SendWeights,
+    beat: Callable[[], None] = lambda: None,
 ) -> PoolGenerator:
-    """The generator of a learner worker, or of an evaluation, on these rollout actors; `who` is it, for messages."""
+    """The generator of a learner worker, or of an evaluation, on these rollout actors; `who` is it, for messages; `beat`:
+    see `Pool`."""
     pool = Pool(
         RayCalls(handles, RoleGauges(run.name, "rollout")),
         "rollout actors",
         who,
         run.rollout.timeout_s,
         window=requests_in_flight(run.rollout, run.samples_a_prompt),
+        beat=beat,
     )
     return PoolGenerator(pool, run.rollout, samples=run.samples_a_prompt, attempt=attempt, send_weights=send_weights)
 

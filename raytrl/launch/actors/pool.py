@@ -7,13 +7,14 @@ import math
 import threading
 import time
 from collections import ChainMap, deque
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from raytrl.errors import RunError, StalledError, WeightsGoneError, WeightsVersionError
 
 _REVIVE_PAUSE_S = 0.5
+_BEAT_S = 1.0
 # A request that was lost this often is taken for the cause of it.
 _MAX_LOSSES = 8
 # An actor that broke so often without an answer in between is left out.
@@ -95,7 +96,15 @@ class Request:
 class Pool:
     """Sends requests, takes answers in any order, and brings reborn actors up to date before they serve."""
 
-    def __init__(self, calls: Calls, what: str, who: str, timeout_s: float, window: int | None = None) -> None:
+    def __init__(
+        self,
+        calls: Calls,
+        what: str,
+        who: str,
+        timeout_s: float,
+        window: int | None = None,
+        beat: Callable[[], None] = lambda: None,
+    ) -> None:
         """
         Args:
             what: the actors, in the plural, for messages: "rollout actors".
@@ -103,9 +112,11 @@ class Pool:
             timeout_s: without any answer before StalledError.
             window: requests that an actor has at a time; the others wait here, for whichever actor is done first.
                 None: requests are shared out at once.
+            beat: is called every few seconds while it waits: a wait within its limit is no standstill.
         """
         self._calls, self._what, self._who, self._timeout_s = calls, what, who, timeout_s
         self._window = math.inf if window is None else window
+        self._beat = beat
         self._prepare: tuple[Any, ...] = ()  # the call that brings an actor up to date: method, then arguments
         self._expect: Any = None
         self._up: set[int] = set()
@@ -169,7 +180,8 @@ class Pool:
         waiting = {self._calls.call(actor, method, *arguments) for actor in range(len(self._calls))}
         deadline = time.monotonic() + timeout_s
         while waiting:
-            done = self._calls.wait(waiting, max(0.01, deadline - time.monotonic()))
+            self._beat()
+            done = self._calls.wait(waiting, max(0.01, min(_BEAT_S, deadline - time.monotonic())))
             if not done and time.monotonic() > deadline:
                 self._drop(waiting)
                 return False
@@ -228,7 +240,8 @@ class Pool:
     ) -> list[tuple[Request, Any]]:
         """Wait for whatever comes next: answers (returned), an actor that is up to date, a loss, the end of patience."""
         self._start_preparing()
-        pause = min((due - time.monotonic() for due in self._next_try.values()), default=limit_s)
+        self._beat()
+        pause = min(_BEAT_S, min((due - time.monotonic() for due in self._next_try.values()), default=limit_s))
         tickets = ChainMap[Any, Any](self._preparing, self._flying)  # a view: nothing is copied
         ready = self._calls.wait(tickets, max(0.01, min(pause, min(deadline, patience_ends) - time.monotonic())))
         if not ready and time.monotonic() > deadline:

@@ -85,12 +85,14 @@ class RolloutActor(Actor):
 
         Raises:
             WeightsVersionError: it holds others, or none since it was restarted.
-            StaleAttemptError: a newer attempt has begun.
+            StaleAttemptError: a newer attempt has begun, before or while it samples.
         """
         rows = f"rows {prompts[0].row} to {prompts[-1].row} of step {prompts[0].step}"
         with self._busy(f"generating for {rows}", self._concurrent):
             self._check(attempt, version)
-            return self._loaded().generate(prompts, version, samples=samples, greedy=greedy)
+            return self._loaded().generate(
+                prompts, version, samples=samples, greedy=greedy, wanted=lambda: self._is_newest(attempt)
+            )
 
     @in_group(WORK)
     def logprobs(

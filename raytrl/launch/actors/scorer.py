@@ -57,11 +57,20 @@ class PoolScorer:
         return scores
 
 
-def scorer_on(handles: Sequence[Any], run: RolloutRun, *, who: str, attempt: Attempt, gather: Gather) -> PoolScorer:
-    """The scorer of a learner worker, or of an evaluation, on these reward actors; `who` is it, for messages."""
+def scorer_on(
+    handles: Sequence[Any],
+    run: RolloutRun,
+    *,
+    who: str,
+    attempt: Attempt,
+    gather: Gather,
+    beat: Callable[[], None] = lambda: None,
+) -> PoolScorer:
+    """The scorer of a learner worker, or of an evaluation, on these reward actors; `who` is it, for messages; `beat`: see
+    `Pool`."""
     limit_s = scoring_limit_s(run)
     return PoolScorer(
-        Pool(RayCalls(handles, RoleGauges(run.name, "reward")), "reward actors", who, limit_s),
+        Pool(RayCalls(handles, RoleGauges(run.name, "reward")), "reward actors", who, limit_s, beat=beat),
         run.reward,
         attempt=attempt,
         start_timeout_s=run.rollout.start_timeout_s,

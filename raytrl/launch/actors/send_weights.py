@@ -82,6 +82,10 @@ class WeightSender:
         invite = partial(receivers.tell, "join_group", version)
         host = ray.util.get_node_ip_address()
         group = WeightGroup.lead(version, host, receivers.count + 1, self._device, self._limit_s, invite)
+        # With NCCL nobody has met anybody yet: who cannot join must not be waited for in the first message.
+        if not receivers.agree("can_receive", version, version):
+            group.close()
+            raise WeightGroupError("weights by broadcast: a rollout actor could not join")
         LOG.info("weights go by broadcast from version %d on, to %d rollout actors", version, receivers.count)
         return group
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from raytrl.config.runs.evaluation import EvalRun
+from raytrl.errors import NonFiniteError
 from raytrl.launch.runs.resume import Standing
 from raytrl.launch.runs.run import Kind, Start
 from raytrl.launch.session.session import ray_session
@@ -88,6 +89,8 @@ def _on_actors(run: EvalRun, show: Callable[[Progress], None]) -> dict[str, Answ
             for found in answers.values():
                 reference = generator.logprobs(found.prompts, found.responses, version)
                 found.kls = [sum(r.sampling_logprobs) - reference[r.row, r.sample] for r in found.responses]
+                if missing := [r.row for r, kl in zip(found.responses, found.kls, strict=True) if kl != kl]:
+                    raise NonFiniteError(f"rollout engine: row {missing[0]}: gave no log-prob for a token")
         return answers
 
 

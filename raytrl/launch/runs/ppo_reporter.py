@@ -97,7 +97,8 @@ class PpoReporter:
 
     def _checkpoint(self, step: int, save: Callable[[Path], None]) -> None:
         folder = os.path.join(self._context.scratch, f"checkpoint-{step}")
-        save(Path(folder))
+        with self._context.beating():
+            save(Path(folder))
         self._context.barrier()  # every rank's files are on disk
         self._context.commit(step, folder if self._context.local_rank == 0 else None)
         if self._context.rank == 0:

@@ -40,9 +40,10 @@ def train_ppo(
     run = job.run
     say = _Phases(context)
     say("loading models")
-    learner, backend = _learner(run)
-    tokenizer = load_tokenizer(run.tokenizer_path, None, run.model.trust_remote_code)
-    with context.restored() as folder:
+    with context.beating():
+        learner, backend = _learner(run, context)
+        tokenizer = load_tokenizer(run.tokenizer_path, None, run.model.trust_remote_code)
+    with context.beating(), context.restored() as folder:
         if folder is not None:
             learner.load(Path(folder))
             set_version(learner.step)
@@ -53,18 +54,19 @@ def train_ppo(
     attempt = Attempt(run.name, broadcast_from_rank_zero(number))
     who = f"learner worker {context.rank}"
     sender = WeightSender(context, backend.device, broadcasts=run.rollout.weight_transfer == "broadcast")
-    generator = generator_on(rollout_actors, run, who=who, attempt=attempt, send_weights=sender)
-    scorer = scorer_on(reward_actors, run, who=who, attempt=attempt, gather=gather_over_workers)
+    generator = generator_on(rollout_actors, run, who=who, attempt=attempt, send_weights=sender, beat=context.beat)
+    scorer = scorer_on(reward_actors, run, who=who, attempt=attempt, gather=gather_over_workers, beat=context.beat)
     reporter = PpoReporter(run, context, tensorboard, learner, backend.networks.policy, lambda: generator.num_up)
     loop.run(_schedule(run), _prompts(run, tokenizer, context), generator, scorer, learner, reporter)
     reporter.close()
     say("saving model")
-    _save_models(job, backend, tokenizer, learner.step, reporter.last, context)
+    with context.beating():
+        _save_models(job, backend, tokenizer, learner.step, reporter.last, context)
     context.barrier()  # no rank leaves before the model is in place
     return {key: value for key, value in reporter.last.items() if value - value == 0.0}
 
 
-def _learner(run: PpoRun) -> tuple[PpoLearner, Backend]:
+def _learner(run: PpoRun, context: RayWorkerContext) -> tuple[PpoLearner, Backend]:
     deepspeed = run.learner.deepspeed
     deepspeed = None if deepspeed is None else without_auto(deepspeed)
     networks = _networks(run, deepspeed)
@@ -75,6 +77,7 @@ def _learner(run: PpoRun) -> tuple[PpoLearner, Backend]:
         temperature=run.rollout.sampling.temperature,
         seed=run.seed,
         reference_is_start=run.reference.path is None,
+        beat=context.beat,
     )
     return learner, backend
 

@@ -15,6 +15,7 @@ from raytrl.launch.runs.run import Kind, Start
 from raytrl.launch.session.session import ray_session
 from raytrl.records.outcome import Trained
 from raytrl.records.progress import Progress
+from raytrl.roles.context import EXCHANGE_LIMIT_S
 from raytrl.rundir import RunDirectory
 
 _RESIZE_CHECK_S = 20.0  # an elastic run looks this often for a node that could take another worker
@@ -32,7 +33,7 @@ class TrainingKind(Kind[T, Trained]):
     def work(self, start: Start) -> dict[str, Any]:
         run, run_dir = self.run, start.run_dir
         os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(run.learner.start_timeout_s)
-        os.environ["RAY_TRAIN_COLLECTIVE_TIMEOUT_S"] = str(run.learner.stall_timeout_s)
+        os.environ["RAY_TRAIN_COLLECTIVE_TIMEOUT_S"] = str(EXCHANGE_LIMIT_S)
         start.show(Progress("phase", text="starting Ray"))
         # The driver needs Ray Train's torch backend, whose import takes as long as Ray's own start: do both at once.
         importer = threading.Thread(target=_import_train, daemon=True)
@@ -76,7 +77,7 @@ def _trainer(run: TrainingRun, run_dir: RunDirectory, board: Any, worker: Worker
             "tensorboard": os.path.join(local, "tensorboard"),
             **config,
         },
-        torch_config=TorchConfig(timeout_s=int(run.learner.stall_timeout_s)),
+        torch_config=TorchConfig(timeout_s=EXCHANGE_LIMIT_S),
         scaling_config=ScalingConfig(
             num_workers=run.learner.workers,
             use_gpu=run.learner.uses_gpu,

@@ -110,11 +110,15 @@ class Watch:
             ) from None
         self._taken += len(events)
         for event in events:
-            self._last_event, self._last = time.monotonic(), event
+            self._last_event = time.monotonic()
+            if event.kind != "beat":
+                self._last = event
             self._handle(event)
 
     def _handle(self, event: Progress) -> None:
         match event.kind:
+            case "beat":
+                return
             case "earlier":
                 self._catch_up(event)
                 return
@@ -195,7 +199,7 @@ class Watch:
                 else "none: no worker has started"
             )
             raise StalledError(
-                f"the driver has waited {limit:g} s (learner.stall_timeout_s) for progress of worker 0; last: {last}"
+                f"the driver has waited {limit:g} s (learner.stall_timeout_s) for the workers to do anything; last told: {last}"
             )
 
     def _readable(self, error: BaseException) -> BaseException:

@@ -7,6 +7,8 @@ import os
 import posixpath
 import shutil
 import sys
+import threading
+import time
 import traceback
 import warnings
 from collections import deque
@@ -23,6 +25,7 @@ from raytrl.errors import ConfigError, NonFiniteError, RaytrlError, RewardError,
 from raytrl.launch.session.logs import LOG, set_version, start_log
 from raytrl.launch.session.session import QUIET_LIBRARIES, work_in
 from raytrl.records.progress import Progress
+from raytrl.roles.context import EXCHANGE_LIMIT_S
 from raytrl.rundir import RunDirectory, is_disk_full
 
 # A peer's death seen from another rank: most likely a consequence, so the message for the user only where no other is.
@@ -31,6 +34,7 @@ _PEER_DEATH = (
     "backend not set",  # DeepSpeed's, when Ray Train has ended the group under it
 )
 _BOARD_LIMIT_S = 30
+_BEAT_S = 5.0
 # A restart from the last checkpoint would come to the same end.
 _SAME_AGAIN = (ConfigError, NonFiniteError, RewardError)
 # Workers outlive a killed driver by seconds and may commit checkpoints in them. So a checkpoint holds the latest
@@ -38,13 +42,45 @@ _SAME_AGAIN = (ConfigError, NonFiniteError, RewardError)
 _PROGRESS, _KEPT = "progress.json", 256
 
 
+class Heart:
+    """Tells of work that goes on, and not too often."""
+
+    def __init__(self, post: Callable[[Progress], object], every_s: float) -> None:
+        self._post, self._every_s, self._due = post, every_s, 0.0
+
+    def beat(self) -> None:
+        if time.monotonic() >= self._due:
+            self._due = time.monotonic() + self._every_s
+            self._post(Progress("beat"))
+
+    @contextlib.contextmanager
+    def beating(self) -> Iterator[None]:
+        """Beats while the block runs, and no longer than EXCHANGE_LIMIT_S."""
+        done = threading.Event()
+
+        def beat_on() -> None:
+            for _ in range(int(EXCHANGE_LIMIT_S / self._every_s)):
+                if done.wait(self._every_s):
+                    return
+                self.beat()
+
+        thread = threading.Thread(target=beat_on, name="heart", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
+
+
 class RayWorkerContext:
     """`roles.context.WorkerContext` on Ray Train."""
 
-    def __init__(self, board: Any, scratch: str, run_dir: RunDirectory, tensorboard: str) -> None:
+    def __init__(self, board: Any, scratch: str, run_dir: RunDirectory, tensorboard: str, beat_s: float) -> None:
         """
         Args:
             tensorboard: where event files are written on this node.
+            beat_s: the driver is told of work that goes on so often.
         """
         context = ray.train.get_context()
         self.rank: int = context.get_world_rank()
@@ -53,6 +89,7 @@ class RayWorkerContext:
         self.scratch = f"{scratch}/node-{context.get_node_rank()}"  # nodes may share the run's disk
         self._board, self._run_dir, self._tensorboard = board, run_dir, tensorboard
         self._latest: deque[Progress] = deque(maxlen=_KEPT)
+        self._heart = Heart(board.post.remote, beat_s)
         if self.local_rank == 0:
             shutil.rmtree(self.scratch, ignore_errors=True)  # of a killed attempt
             os.makedirs(self.scratch)
@@ -77,17 +114,23 @@ class RayWorkerContext:
         self.store_curves()
         set_version(step)
         LOG.info("hands in the checkpoint of step %d", step)
+
+        def move(checkpoint: Any, name: str) -> Any:
+            with self.beating():
+                return _move(checkpoint, name)
+
         ray.train.report(
             {"step": step, "world_size": self.world_size},
             checkpoint=ray.train.Checkpoint.from_directory(folder) if folder else None,
-            checkpoint_upload_fn=_move if folder else None,
+            checkpoint_upload_fn=move if folder else None,
             delete_local_checkpoint_after_upload=True,
         )
 
     def store_curves(self) -> None:
         """Event files are appended to, which an object store cannot: they are put there with each checkpoint, and at the end."""
         if self.rank == 0 and not self._run_dir.is_local and os.path.isdir(self._tensorboard):
-            self._run_dir.mirror(self._tensorboard, "tensorboard")
+            with self.beating():
+                self._run_dir.mirror(self._tensorboard, "tensorboard")
 
     def new_attempt(self) -> int:
         """The number of this life of the learner group; on rank 0."""
@@ -101,6 +144,12 @@ class RayWorkerContext:
         shown = " ".join(f"{key} {value:.4g}" for key, value in event.metrics.items())
         LOG.info("%s", " ".join(filter(None, (event.kind, event.text or f"{event.step}/{event.total_steps}", shown))))
         self._board.post.remote(event)
+
+    def beat(self) -> None:
+        self._heart.beat()
+
+    def beating(self) -> contextlib.AbstractContextManager[None]:
+        return self._heart.beating()
 
     def barrier(self) -> None:
         ray.train.collective.barrier()
@@ -140,8 +189,10 @@ def as_worker(config: dict[str, Any], work: Callable[[RayWorkerContext], dict[st
     os.environ["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", "")])
     os.environ.setdefault("TENSORBOARD_LOGGING_DIR", config["tensorboard"])
     _quiet()
-    run_dir = RunDirectory(config["job"].run.output_dir, config["job"].run.name)
-    context = RayWorkerContext(config["board"], config["scratch"], run_dir, config["tensorboard"])
+    run = config["job"].run
+    run_dir = RunDirectory(run.output_dir, run.name)
+    beat_s = min(_BEAT_S, run.learner.stall_timeout_s / 4)
+    context = RayWorkerContext(config["board"], config["scratch"], run_dir, config["tensorboard"], beat_s)
     start_log(run_dir, "learner", context.rank)
     try:
         outcome = work(context)

@@ -72,7 +72,7 @@ class StepGauges:
             case "step":
                 self._set_step(event)
                 self._take_metrics(event.step, event.metrics)
-            case "plan" | "phase" | "notice" | "eval" | "checkpoint" | "failure" | "earlier":
+            case "plan" | "phase" | "notice" | "eval" | "checkpoint" | "beat" | "failure" | "earlier":
                 pass
             case _:
                 assert_never(event.kind)

@@ -104,7 +104,7 @@ class TrialReports:
                 self._take(event.step, event.total_steps, event.metrics)
             case "eval":
                 self._take(event.step, event.total_steps, event.metrics)
-            case "plan" | "phase" | "notice" | "checkpoint" | "failure" | "earlier":
+            case "plan" | "phase" | "notice" | "checkpoint" | "beat" | "failure" | "earlier":
                 pass  # no metrics; how a trial ends says `run_trial`
             case _:
                 assert_never(event.kind)

@@ -68,7 +68,9 @@ def advantages_of(
     shaped = mean(shaped_B)
     unexplained, total = explained_variance(returns_BR, values_BR, mask_BR)
     left, whole = Moments.of(sum_over_workers(unexplained)), Moments.of(sum_over_workers(total))
-    gap_BR = torch.where(mask_BR, (old_BR - samples.sampling_logprobs_BR).abs(), torch.zeros_like(old_BR))
+    known_BR = mask_BR & samples.sampling_logprobs_BR.isfinite()
+    gap_BR = torch.where(known_BR, (old_BR - samples.sampling_logprobs_BR).abs(), torch.zeros_like(old_BR))
+    known = mean(known_BR.sum(-1))
     ended, length = mean(samples.ended_B), mean(samples.sequences.response_lengths_B)
     metrics = {
         "objective/kl": kl,
@@ -86,7 +88,8 @@ def advantages_of(
         "response/ended_fraction": ended,
         "response/length": length,
         "rollout/logprob_gap_max": _largest(gap_BR),
-        "rollout/logprob_gap_mean": mean(total_B(gap_BR)) / length,
+        "rollout/logprob_gap_mean": mean(total_B(gap_BR)) / known if known else math.nan,
+        "rollout/logprobs_missing": (length - known) * num_responses,
     }
     return Advantages(advantages_BR, returns_BR, kl, num_responses, metrics)
 

@@ -21,7 +21,7 @@ class Samples:
     global_rows: list[int]  # row · responses_per_prompt + sample: the place in the step's global batch
     scores_B: Tensor  # float32
     ended_B: Tensor  # bool
-    sampling_logprobs_BR: Tensor  # float32, 0 on padding
+    sampling_logprobs_BR: Tensor  # float32, 0 on padding, NaN where the engine gave none
     num_dropped: int
 
 

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -49,19 +49,28 @@ class PpoLearner:
     """One learner worker. Every public method but `step` is collective: all workers call it, each with its share."""
 
     def __init__(
-        self, backend: Backend, config: PpoSection, *, temperature: float, seed: int, reference_is_start: bool = True
+        self,
+        backend: Backend,
+        config: PpoSection,
+        *,
+        temperature: float,
+        seed: int,
+        reference_is_start: bool = True,
+        beat: Callable[[], None] = lambda: None,
     ) -> None:
         """
         Args:
             temperature: the one that responses are sampled with.
             seed: the run's; minibatches follow from (seed, step, epoch), so there is no random state to lose.
             reference_is_start: the reference is the starting policy, so the first KL must be 0.
+            beat: is called with every micro-batch.
         """
         self._backend = backend
         self._config = config
         self._temperature = temperature
         self._seed = seed
         self._reference_is_start = reference_is_start
+        self._beat = beat
         self._step = 0
         self._episodes = 0
         self._controller = KlController(config.kl.coef, config.kl.target, config.kl.horizon)
@@ -92,6 +101,7 @@ class PpoLearner:
             )
         old_BR, ref_BR, values_BR = (torch.zeros_like(samples.sampling_logprobs_BR) for _ in range(3))
         for rows_B, batch in self._microbatches(samples.sequences, range(len(samples.sequences))):
+            self._beat()
             old_N, _ = self._backend.logprobs("policy", batch, self._temperature)
             ref_N, _ = self._backend.logprobs("reference", batch, self._temperature)
             values_N = self._backend.values(batch)
@@ -207,6 +217,7 @@ class PpoLearner:
         problems: list[str] = []
         microbatches = list(self._microbatches(experience.samples.sequences, rows))
         for i, (rows_B, batch) in enumerate(microbatches):
+            self._beat()
             last = i == len(microbatches) - 1
             logprobs_N, entropies_N = self._backend.logprobs("policy", batch, self._temperature)
             values_N = self._backend.values(batch)

@@ -5,15 +5,14 @@ TRL), or a `Failure` with the reason. Nothing here turns a failure into a number
 """
 
 import math
-import queue
-import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 from raytrl.config.sections.reward import SourceSection
 from raytrl.records.samples import Prompt, PromptText, Response
+from raytrl.within import NotInTimeError
 
 _FIRST_PAUSE_S = 0.25  # before the first retry; doubles with each
 _LONGEST_PAUSE_S = 8.0
@@ -106,7 +105,7 @@ def _ask_batch(source: RewardSource, pairs: Sequence[Pair]) -> list[Outcome]:
 def _ask_once(source: RewardSource, pairs: Sequence[Pair]) -> list[Outcome]:
     try:
         values = source.call(pairs)
-    except CallError as error:
+    except (CallError, NotInTimeError) as error:
         return [Failure(str(error), retry=not isinstance(error, FinalError))] * len(pairs)
     except Exception as error:
         return [Failure(f"raised {type(error).__name__}: {error}")] * len(pairs)
@@ -126,28 +125,3 @@ def check_value(value: object) -> Outcome:
     except OverflowError:
         return Failure("returned an integer too large for a float")
     return number if math.isfinite(number) else Failure(f"returned {number}, not a finite number")
-
-
-def within(timeout_s: float, work: Callable[[], Answer]) -> Answer:
-    """The result of `work()`, or CallError after `timeout_s` seconds; what `work` raises, it raises.
-
-    A thread cannot be stopped: after a timeout `work` goes on in the background and its result is thrown away. So this
-    is for waits that end by themselves (a socket with its own timeout, a forward pass), not for a user's code.
-    """
-    results: queue.SimpleQueue[tuple[bool, Answer | Exception]] = queue.SimpleQueue()
-
-    def run() -> None:
-        try:
-            results.put((True, work()))
-        except Exception as error:
-            results.put((False, error))
-
-    threading.Thread(target=run, name="reward-call", daemon=True).start()
-    try:
-        done, result = results.get(timeout=timeout_s)
-    except queue.Empty:
-        raise CallError(f"gave no answer within {timeout_s:g} s") from None
-    if not done:
-        assert isinstance(result, Exception)
-        raise result
-    return result  # type: ignore[return-value]  # done: it is an Answer

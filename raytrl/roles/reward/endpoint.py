@@ -13,7 +13,8 @@ from collections.abc import Sequence
 
 from raytrl.config.sections.reward import SourceSection
 from raytrl.errors import ConfigError
-from raytrl.roles.reward.call import CallError, FinalError, Pair, completion_of, within
+from raytrl.roles.reward.call import CallError, FinalError, Pair, completion_of
+from raytrl.within import within
 
 # Of the 4xx answers, those that another try may change: timeout, too early, too many requests.
 _TRANSIENT = frozenset({408, 425, 429})

@@ -10,7 +10,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from raytrl.config.sections.reward import SourceSection
 from raytrl.errors import ConfigError
 from raytrl.roles.models.positions import positions_of
-from raytrl.roles.reward.call import Failure, Pair, completion_of, within
+from raytrl.roles.reward.call import Failure, Pair, completion_of
+from raytrl.within import within
 
 _CUT_HERE = "\ue0c7cut\ue0c7"  # of the private use area: no text has it
 

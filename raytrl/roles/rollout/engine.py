@@ -2,13 +2,15 @@
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from raytrl.errors import WeightsVersionError
 from raytrl.records.samples import Prompt, Response
 from raytrl.roles.models.tokenizer import turn_end
 from raytrl.roles.weights.buckets import Bucket, Weights, combined
+
+Wanted = Callable[[], bool]
 
 _TAIL_TOKENS = 16  # of a prompt: enough for whole characters and a word
 
@@ -91,7 +93,13 @@ class RolloutEngine(ABC):
         return combined(self._checksums)
 
     def generate(
-        self, prompts: Sequence[Prompt], version: int, *, samples: int = 1, greedy: bool = False
+        self,
+        prompts: Sequence[Prompt],
+        version: int,
+        *,
+        samples: int = 1,
+        greedy: bool = False,
+        wanted: Wanted = lambda: True,
     ) -> list[Response]:
         """`samples` responses to each prompt, ordered by (row, sample).
 
@@ -100,11 +108,15 @@ class RolloutEngine(ABC):
         of processor and thread count; elsewhere logits differ in the last bits, and a sampled token changes only when
         its draw falls within that distance of a border (about 1e-6 a token in float32).
 
+        Args:
+            wanted: is asked between tokens; sampling ends as soon as it says no.
+
         Raises:
             WeightsVersionError: the engine holds another version than `version`.
+            StaleAttemptError: the responses are not wanted any more.
         """
         self._check_version(version)
-        return self._generate(prompts, version, samples, greedy)
+        return self._generate(prompts, version, samples, greedy, wanted)
 
     def logprobs(self, prompts: Sequence[Prompt], responses: Sequence[Response], version: int) -> list[float]:
         """The log-probability of each whole response at the sampling temperature, in nats.
@@ -140,7 +152,9 @@ class RolloutEngine(ABC):
     def _finish(self) -> None: ...
 
     @abstractmethod
-    def _generate(self, prompts: Sequence[Prompt], version: int, samples: int, greedy: bool) -> list[Response]: ...
+    def _generate(
+        self, prompts: Sequence[Prompt], version: int, samples: int, greedy: bool, wanted: Wanted
+    ) -> list[Response]: ...
 
     @abstractmethod
     def _logprobs(self, prompts: Sequence[Prompt], responses: Sequence[Response]) -> list[float]: ...

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 from raytrl.errors import WeightsVersionError
 from raytrl.records.samples import Prompt, Response
-from raytrl.roles.rollout.engine import RolloutEngine
+from raytrl.roles.rollout.engine import RolloutEngine, Wanted
 from raytrl.roles.weights.buckets import Bucket, checksum, weights_on_disk
 
 
@@ -48,8 +48,10 @@ class FolderEngine(RolloutEngine):
     def _finish(self) -> None:
         pass
 
-    def _generate(self, prompts: Sequence[Prompt], version: int, samples: int, greedy: bool) -> list[Response]:
-        return self._held()._generate(prompts, version, samples, greedy)
+    def _generate(
+        self, prompts: Sequence[Prompt], version: int, samples: int, greedy: bool, wanted: Wanted
+    ) -> list[Response]:
+        return self._held()._generate(prompts, version, samples, greedy, wanted)
 
     def _logprobs(self, prompts: Sequence[Prompt], responses: Sequence[Response]) -> list[float]:
         return self._held()._logprobs(prompts, responses)

@@ -10,11 +10,19 @@ from transformers import AutoTokenizer
 
 from raytrl.algo.logprobs import token_logprobs
 from raytrl.config.sections.rollout import RolloutSection, SamplingSection
-from raytrl.errors import NonFiniteError
+from raytrl.errors import NonFiniteError, StaleAttemptError
 from raytrl.records.samples import Prompt, Response, chunks
 from raytrl.roles.models.adapters import add_policy_adapter
 from raytrl.roles.models.loading import load_model
-from raytrl.roles.rollout.engine import Endings, RolloutEngine, StopStrings, Tokenizer, response_seed, response_text
+from raytrl.roles.rollout.engine import (
+    Endings,
+    RolloutEngine,
+    StopStrings,
+    Tokenizer,
+    Wanted,
+    response_seed,
+    response_text,
+)
 from raytrl.roles.weights.buckets import Bucket, PolicyCopy
 
 
@@ -83,11 +91,13 @@ class TransformersEngine(RolloutEngine):
     def _finish(self) -> None:
         self._copy.finish()
 
-    def _generate(self, prompts: Sequence[Prompt], version: int, samples: int, greedy: bool) -> list[Response]:
+    def _generate(
+        self, prompts: Sequence[Prompt], version: int, samples: int, greedy: bool, wanted: Wanted
+    ) -> list[Response]:
         responses: list[Response] = []
         for chunk in chunks(prompts, self._chunk_prompts):
             rows = [(prompt, sample) for prompt in chunk for sample in range(samples)]
-            drawn = self._sample([prompt for prompt, _ in rows], self._draws(rows, greedy))
+            drawn = self._sample([prompt for prompt, _ in rows], self._draws(rows, greedy), wanted)
             for i, (prompt, sample) in enumerate(rows):
                 responses.append(self._response(prompt, sample, drawn, i, version))
         return responses
@@ -124,14 +134,17 @@ class TransformersEngine(RolloutEngine):
         return torch.stack(draws)
 
     @torch.inference_mode()
-    def _sample(self, prompts: Sequence[Prompt], draws_BR: Tensor | None) -> "_Drawn":
+    def _sample(self, prompts: Sequence[Prompt], draws_BR: Tensor | None, wanted: Wanted) -> "_Drawn":
         """Sample until every row has ended or is full. Rows that ended go on in the batch and are cut afterwards."""
         device = next(self._model.parameters()).device
+        draws_BR = None if draws_BR is None else draws_BR.to(device)
         input_ids, mask = _left_padded([prompt.token_ids for prompt in prompts], device)
         drawn = _Drawn.empty(len(prompts), self._sampling.max_new_tokens)
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
         cache: Any = None
         for t in range(self._sampling.max_new_tokens):
+            if not wanted():
+                raise StaleAttemptError("rollout engine: not wanted any more")
             out = self._model(
                 input_ids=input_ids,
                 attention_mask=mask,
@@ -141,14 +154,15 @@ class TransformersEngine(RolloutEngine):
                 logits_to_keep=1,
             )
             cache = out.past_key_values
-            logits_BV = out.logits[:, -1].float().cpu()
+            logits_BV = out.logits[:, -1].float()
             draws_B = None if draws_BR is None else draws_BR[:, t]
             tokens_B = _pick(logits_BV, draws_B, self._sampling.temperature)
             logprobs_B = token_logprobs(logits_BV.unsqueeze(1), tokens_B.unsqueeze(1), self._sampling.temperature)
-            drawn.append(t, tokens_B, logprobs_B.squeeze(1), self._ends(prompts, drawn, tokens_B, t))
+            input_ids = tokens_B.unsqueeze(-1)
+            tokens_B = tokens_B.cpu()  # with the log-probs all that leaves the device
+            drawn.append(t, tokens_B, logprobs_B.squeeze(1).cpu(), self._ends(prompts, drawn, tokens_B, t))
             if bool((drawn.lengths_B > 0).all()):
                 break
-            input_ids = tokens_B.to(device).unsqueeze(-1)
             mask = torch.cat([mask, mask.new_ones(len(prompts), 1)], dim=-1)
             positions = positions[:, -1:] + 1
         return drawn

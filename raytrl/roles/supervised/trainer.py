@@ -37,8 +37,9 @@ _KEPT_BEFORE = (
 class TrainerReporter(TrainerCallback):  # type: ignore[misc]  # transformers' class is untyped
     """Sends each logged step to the driver, and hands each checkpoint to the context as soon as all ranks wrote it."""
 
-    def __init__(self, context: WorkerContext) -> None:
-        self._context = context
+    def __init__(self, context: WorkerContext, preparing: ExitStack) -> None:
+        """`preparing`: is closed when the first step begins."""
+        self._context, self._preparing = context, preparing
         self._since = 0.0
         self._since_step = 0
         self.last_loss = float("nan")
@@ -50,6 +51,20 @@ class TrainerReporter(TrainerCallback):  # type: ignore[misc]  # transformers' c
         last_step = max(state.max_steps, state.global_step)
         self._context.progress(Progress("start", state.global_step, last_step, metrics=workers))
         self._restart_clock(state)
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._preparing.close()
+
+    def on_substep_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._context.beat()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._context.beat()
+
+    def on_prediction_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        self._context.beat()
 
     def _restart_clock(self, state: TrainerState) -> None:
         self._since, self._since_step = time.perf_counter(), state.global_step
@@ -110,6 +125,8 @@ def train(job: Job[SupervisedRun], context: WorkerContext) -> dict[str, float]:
         prepare_deepspeed(on_gpu)
     _phase(context, "loading model and data")
     with ExitStack() as stack:
+        preparing = stack.enter_context(ExitStack())
+        preparing.enter_context(context.beating())  # rows are tokenised in one call
         tokenizer = _tokenizer(job, run_dir, stack)
         base = _base(job, run_dir, tokenizer, context, stack)
         if not os.path.isdir(base):  # of the hub: it was not here before the start, and TRL asks nothing
@@ -118,7 +135,7 @@ def train(job: Job[SupervisedRun], context: WorkerContext) -> dict[str, float]:
         # After the base model is made: under ZeRO-3 the arguments switch on partitioned construction for all models.
         arguments = config_class(**training_arguments(run, context, on_gpu))
         arguments.model_init_kwargs = _model_init(run, base, on_gpu)
-        reporter = TrainerReporter(context)
+        reporter = TrainerReporter(context, preparing)
         rows = {"data.train": _chosen(run, run.data.train, "data.train")}
         if run.data.eval is not None:
             rows["data.eval"] = _chosen(run, run.data.eval, "data.eval")
@@ -147,7 +164,8 @@ def train(job: Job[SupervisedRun], context: WorkerContext) -> dict[str, float]:
         metrics = {"loss": reporter.last_loss}
         if run.data.eval is not None:
             metrics |= {k: float(v) for k, v in trainer.evaluate().items() if not k.endswith("_per_second")}
-        _save(job, run_dir, trainer, base, metrics, context)
+        with context.beating():
+            _save(job, run_dir, trainer, base, metrics, context)
         context.barrier()  # no rank leaves before the model is in place
     return {key: value for key, value in metrics.items() if _is_finite(value)}
 

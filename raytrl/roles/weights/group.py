@@ -13,6 +13,7 @@ from torch import Tensor
 
 from raytrl.errors import WeightGroupError
 from raytrl.roles.weights.buckets import Bucket, as_bytes
+from raytrl.within import NotInTimeError, within
 
 LEADER = 0  # rank 0 of the learner; the engines are the ranks from 1 on
 _POLL_S = 2e-4
@@ -53,8 +54,9 @@ class WeightGroup:
     """
 
     def __init__(self, store: Any, rank: int, invitation: Invitation, device: torch.device) -> None:
-        """With gloo it returns when all members are there; with NCCL they meet at the first message."""
+        """With gloo it returns when all members are there; with NCCL they meet at the first message, see `_started`."""
         self.first_version = invitation.first_version
+        self._has_met = False
         self._store, self._device, self._timeout_s = store, device, invitation.timeout_s  # the store lives as long
         limit = timedelta(seconds=invitation.timeout_s)
         with _failures("a member did not come"):
@@ -101,7 +103,8 @@ class WeightGroup:
 
     def send(self, tensors: Mapping[str, Tensor]) -> None:
         """The leader's: one message that all members receive; raises WeightGroupError."""
-        self._broadcast(torch.cat([as_bytes(tensor.to(self._device)) for tensor in tensors.values()]))
+        parts = [as_bytes(tensor.to(self._device)) for tensor in tensors.values()]
+        self._broadcast(parts[0] if len(parts) == 1 else torch.cat(parts))  # a huge one is not copied
 
     def receive(self, announced: Announcement) -> Bucket:
         """A member's; raises WeightGroupError."""
@@ -117,14 +120,13 @@ class WeightGroup:
 
     def close(self) -> None:
         """Messages under way fail."""
-        with contextlib.suppress(RuntimeError):  # what is left of a group that has failed
-            self._group.abort()
+        if self._group is not None:
+            with contextlib.suppress(RuntimeError):  # what is left of a group that has failed
+                self._group.abort()
 
     def _broadcast(self, message: Tensor) -> None:
-        options = dist.BroadcastOptions()
-        options.rootRank = LEADER
         with _failures("a member was lost"):
-            work = self._group.broadcast([message], options)
+            work = self._started(message)
             deadline = time.monotonic() + self._timeout_s
             while not work.is_completed():
                 if time.monotonic() > deadline:
@@ -132,6 +134,28 @@ class WeightGroup:
                     raise WeightGroupError(f"weights by broadcast: no end within {self._timeout_s:g} s")
                 time.sleep(_POLL_S)
             work.wait()  # raises what it failed of
+
+    def _started(self, message: Tensor) -> Any:
+        """The message on its way. NCCL's members meet in the first one's call, which waits for all of them without limit."""
+        options = dist.BroadcastOptions()
+        options.rootRank = LEADER
+
+        def start() -> Any:
+            if self._device.type == "cuda":
+                torch.cuda.set_device(self._device)  # a thread's own
+            return self._group.broadcast([message], options)
+
+        if self._has_met:
+            return start()
+        try:
+            work = within(self._timeout_s, start)
+        except NotInTimeError:
+            self._group = None  # a thread hangs in it: to end it would hang as well
+            raise WeightGroupError(
+                f"weights by broadcast: the members did not meet within {self._timeout_s:g} s"
+            ) from None
+        self._has_met = True
+        return work
 
 
 def _store(host: str, port: int, timeout_s: float, *, is_master: bool) -> Any:

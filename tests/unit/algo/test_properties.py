@@ -204,3 +204,9 @@ def test_importance_is_cut_at_its_cap() -> None:
     mask = torch.tensor([[True, True, False]])
     weights = truncated_importance(torch.tensor([[0.0, -1.0, 5.0]]), torch.tensor([[-3.0, 0.0, 0.0]]), mask, 2.0)
     torch.testing.assert_close(weights, torch.tensor([[2.0, math.exp(-1.0), 1.0]]))
+
+
+def test_a_token_whose_sampler_is_not_known_is_not_corrected() -> None:
+    sampling = torch.tensor([[math.nan, -2.0, -math.inf]])
+    weights = truncated_importance(torch.tensor([[-1.0, -1.0, -1.0]]), sampling, torch.ones(1, 3).bool(), 5.0)
+    torch.testing.assert_close(weights, torch.tensor([[1.0, math.e, 1.0]]))

@@ -18,7 +18,7 @@ from raytrl.launch.actors.rollout import RolloutActor
 from raytrl.launch.actors.transport import send
 from raytrl.records.samples import Attempt, Prompt, Response
 from raytrl.roles.models.adapters import policy_parameters
-from raytrl.roles.rollout.engine import RolloutEngine
+from raytrl.roles.rollout.engine import RolloutEngine, Wanted
 from raytrl.roles.rollout.vllm.batch import ContinuousBatch
 from raytrl.roles.weights.buckets import Bucket, Weights
 
@@ -121,7 +121,9 @@ class Meeting(RolloutEngine):
     def _finish(self) -> None:
         assert self.inside == 0
 
-    def _generate(self, prompts: Sequence[Prompt], version: int, samples: int, greedy: bool) -> list[Response]:
+    def _generate(
+        self, prompts: Sequence[Prompt], version: int, samples: int, greedy: bool, wanted: Wanted
+    ) -> list[Response]:
         self.inside += 1
         self.barrier.wait(timeout=10)
         self.inside -= 1

@@ -105,6 +105,17 @@ def test_a_checkpoint_of_another_seed_is_refused(tmp_path: Path) -> None:
         make_learner(gpt2(width=16), config(), seed=1).load(tmp_path / "1")
 
 
+def test_every_microbatch_is_told() -> None:
+    beats: list[int] = []
+    ppo = config(max_tokens_per_microbatch=1)  # a row each
+    whole = make_learner(gpt2(width=16), ppo)
+    learner = PpoLearner(whole._backend, ppo, temperature=1.0, seed=0, beat=lambda: beats.append(1))
+    learner.experience(a_rollout())
+    assert len(beats) == ppo.batch_size
+    learner.update(learner.experience(a_rollout()))
+    assert len(beats) == (1 + 1 + ppo.epochs) * ppo.batch_size
+
+
 @pytest.mark.parametrize("max_tokens", [1, 11, 40])
 def test_microbatches_change_nothing(max_tokens: int) -> None:
     # Plain-ish Adam divides by the gradient's size, so rounding shows up times the learning rate at worst.
@@ -219,6 +230,22 @@ def test_non_finite_scores_and_weights_name_their_rows() -> None:
         learner._backend.networks.value.score.weight.fill_(math.nan)  # type: ignore[union-attr, operator]
     with pytest.raises(NonFiniteError, match="values not finite in rows"):
         learner.experience(rollout)
+
+
+def test_log_probs_that_an_engine_could_not_tell_are_counted_and_hide_no_gap() -> None:
+    rollout = a_rollout()
+    apart = [replace(r, sampling_logprobs=tuple(x - 0.5 for x in r.sampling_logprobs)) for r in rollout.responses]
+    length = sum(len(r.token_ids) for r in apart)
+    untold = [replace(r, sampling_logprobs=(math.nan, *r.sampling_logprobs[1:])) for r in apart]
+    learner = make_learner(gpt2(width=16), config(max_lag=1))
+    experience = learner.experience(Rollout(rollout.prompts, untold, rollout.scores))
+    assert experience.metrics["rollout/logprobs_missing"] == pytest.approx(len(apart))
+    assert experience.metrics["rollout/logprob_gap_mean"] == pytest.approx(0.5 if length > len(apart) else math.nan)
+    mask = experience.samples.sequences.response_mask_BR
+    expected = torch.where(mask, math.exp(0.5), 1.0)
+    expected[:, 0] = 1.0
+    torch.testing.assert_close(experience.importance_BR, expected, rtol=1e-4, atol=0)
+    assert all(math.isfinite(value) for value in learner.update(experience).values())
 
 
 def test_dropped_samples_are_left_out_and_counted() -> None:

@@ -385,6 +385,25 @@ def test_a_new_attempt_replaces_the_weights_of_the_old_one_and_refuses_its_reque
     assert responses(new, 3, step=3) == expected(3, step=3)
 
 
+def test_what_a_dead_learner_asked_for_is_not_sampled_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its successor's weights would wait for the whole of it."""
+    model = gpt2(width=16)
+    actor = RolloutActor(lambda: make_engine(model, chunk=4))
+    actor.load_weights(Attempt("run", 1), *all_of(weights(0)))
+    passes, forward = [], model.forward
+
+    def counted(*given: Any, **named: Any) -> Any:
+        passes.append(1)
+        if len(passes) == 2:
+            actor.begin(Attempt("run", 2))  # in a thread of its own, in a run
+        return forward(*given, **named)
+
+    monkeypatch.setattr(model, "forward", counted)
+    with pytest.raises(StaleAttemptError):
+        actor.generate(Attempt("run", 1), prompt_batch(0, range(8)), 0, 1, False)
+    assert len(passes) == 2
+
+
 def test_corrupt_weights_are_refused() -> None:
     def flipped(bucket: PackedBucket) -> PackedBucket:
         changed = {name: replace(tensor, data=tensor.data ^ 1) for name, tensor in bucket.tensors.items()}
@@ -449,6 +468,22 @@ def test_a_silent_actor_is_named_with_what_it_does() -> None:
     calls.silent = {1}
     with pytest.raises(StalledError, match=r"worker 0 has waited 0\.2 s .*rows 4 to 7 of step 0.*actor 1: nothing"):
         responses(pool, 0)
+
+
+def test_who_waits_within_the_limit_is_not_idle(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("raytrl.launch.actors.pool._BEAT_S", 0.05)
+    calls, beats = engines(1), []
+    pool = Pool(calls, "rollout actors", "worker 0", 0.5, beat=lambda: beats.append(1))
+    pool.prepare_all("begin", Attempt("run", 1))
+    monkeypatch.setattr(calls, "wait", Arrivals().wait)  # nothing arrives
+    beats.clear()
+    pool.send(Request("a request", 0, "generate", ()))
+    with pytest.raises(StalledError, match=r"waited 0\.5 s"):
+        list(pool.answers())
+    assert 5 <= len(beats) <= 11
+    beats.clear()
+    assert not pool.all_answer(True, "has_received", timeout_s=0.3)
+    assert 3 <= len(beats) <= 7
 
 
 def test_a_request_that_kills_every_actor_ends_the_run() -> None:

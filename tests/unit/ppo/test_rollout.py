@@ -1,5 +1,6 @@
 """The transformers engine: padding, seeds, stopping, versions."""
 
+import itertools
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
@@ -10,7 +11,7 @@ from torch import nn
 from toy import EOS, PROMPTS, LocalGenerator, gpt2, llama, make_engine, prompt_batch
 
 from raytrl.algo.logprobs import token_logprobs
-from raytrl.errors import NonFiniteError, WeightsVersionError
+from raytrl.errors import NonFiniteError, StaleAttemptError, WeightsVersionError
 from raytrl.records.samples import chunks
 from raytrl.roles.models.adapters import policy_parameters
 from raytrl.roles.rollout.engine import response_seed
@@ -172,6 +173,30 @@ def test_broken_weights_do_not_sample_nonsense() -> None:
         next(model.parameters()).fill_(torch.nan)
     with pytest.raises(NonFiniteError):
         loaded_engine(model).generate(prompt_batch(0, [0]), 0)
+
+
+def test_logits_stay_where_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a large vocabulary they are much to copy from a GPU, and slow to sample from on a CPU."""
+    copied: list[int] = []
+    cpu = torch.Tensor.cpu
+
+    def counted(tensor: torch.Tensor) -> torch.Tensor:
+        copied.append(tensor.numel())
+        return cpu(tensor)
+
+    engine = loaded_engine(gpt2(), chunk=4, max_new_tokens=6)
+    monkeypatch.setattr(torch.Tensor, "cpu", counted)
+    engine.generate(prompt_batch(0, range(4)), 0, samples=2)
+    assert copied and max(copied) == 8  # a token and a log-prob of each row
+
+
+def test_what_is_not_wanted_any_more_is_not_sampled_to_its_end() -> None:
+    engine = loaded_engine(gpt2(spread=0.0), max_new_tokens=20)
+    asked = itertools.count(1)
+    with pytest.raises(StaleAttemptError):
+        engine.generate(prompt_batch(0, range(4)), 0, wanted=lambda: next(asked) < 3)
+    assert next(asked) == 4
+    assert engine.generate(prompt_batch(0, range(4)), 0)
 
 
 def test_chunks_follow_from_rows_alone() -> None:

@@ -1,5 +1,6 @@
 """Weights by broadcast, over real gloo: actors in threads of this process, deaths, rebirths, limits."""
 
+import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
@@ -7,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.multiprocessing as mp
 from test_pools import ROLLOUT, expected, responses, weights
 from toy import gpt2, make_engine
@@ -185,3 +187,41 @@ def test_a_bucket_that_does_not_fit_is_an_error(sharing: NotedSharing) -> None:
     calls.actors[1].receive_bucket = wrong
     with pytest.raises(WeightsVersionError, match="are not what the learner sent"):
         pool.load_weights(weights(1))
+
+
+class Lazy:
+    """As NCCL's group: made without anybody else, and its first message waits for all members without limit."""
+
+    def __init__(self, *made_of: Any) -> None:
+        self.aborted = False
+
+    def broadcast(self, message: list[torch.Tensor], options: Any) -> Any:
+        threading.Event().wait()
+
+    def abort(self) -> None:
+        self.aborted = True
+
+
+@alone
+def test_who_could_not_join_is_not_waited_for_in_the_first_message(sharing: NotedSharing) -> None:
+    dist.ProcessGroupGloo = Lazy
+    calls = Actors(2)
+    pool = pool_on(calls, sharing)
+    pool.load_weights(weights(0))
+    calls.actors[1].join_group = lambda *invited: None  # the port is behind a firewall
+    pool.load_weights(weights(1, seed=1))
+    assert responses(pool, 1) == expected(1, seed=1)
+    (way,) = sharing.ways
+    assert "a rollout actor could not join" in way
+
+
+@alone
+def test_members_that_do_not_meet_are_given_up(sharing: NotedSharing) -> None:
+    dist.ProcessGroupGloo = Lazy
+    calls = Actors(2)
+    pool = pool_on(calls, sharing)
+    for version in range(2):
+        pool.load_weights(weights(version, seed=version))
+    assert responses(pool, 1) == expected(1, seed=1)
+    (way,) = sharing.ways
+    assert "the members did not meet within 3 s" in way

@@ -8,6 +8,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from raytrl.errors import StaleAttemptError
+
 T = TypeVar("T")
 
 
@@ -16,6 +18,7 @@ class _Request:
     token_ids: Sequence[int]
     params: Any  # vllm.SamplingParams
     ends: Callable[[Sequence[int]], bool] | None
+    wanted: Callable[[], bool]
     future: "Future[Any]" = field(default_factory=Future)
 
 
@@ -44,14 +47,19 @@ class ContinuousBatch:
         made.result()
 
     def submit(
-        self, token_ids: Sequence[int], params: Any, ends: Callable[[Sequence[int]], bool] | None = None
+        self,
+        token_ids: Sequence[int],
+        params: Any,
+        ends: Callable[[Sequence[int]], bool] | None = None,
+        wanted: Callable[[], bool] = lambda: True,
     ) -> "Future[Any]":
-        """The finished `RequestOutput`, in time.
+        """The finished `RequestOutput`, in time; StaleAttemptError where it is not wanted any more.
 
         Args:
             ends: called with the tokens sampled so far; where it is true, the response ends. Needs cumulative outputs.
+            wanted: asked between two steps of the engine.
         """
-        request = _Request(token_ids, params, ends)
+        request = _Request(token_ids, params, ends, wanted)
         self._put(request)
         return request.future
 
@@ -84,6 +92,14 @@ class ContinuousBatch:
                 request.future.set_exception(error)
             self._running = {}
             self._refuse()
+
+    def _let_go(self, engine: Any) -> None:
+        """Of what nobody waits for."""
+        unwanted = [name for name, request in self._running.items() if not request.wanted()]
+        if unwanted:
+            engine.abort_request(unwanted)
+        for name in unwanted:
+            self._running.pop(name).future.set_exception(StaleAttemptError("rollout engine: not wanted any more"))
 
     def _refuse(self) -> None:
         """Whatever still comes is answered with what ended the thread."""
@@ -119,6 +135,7 @@ class ContinuousBatch:
         return True
 
     def _step(self, engine: Any) -> None:
+        self._let_go(engine)
         try:
             outputs = engine.step()
         except Exception as error:  # every request was part of the step that failed

@@ -15,7 +15,15 @@ from raytrl.config.sections.rollout import RolloutSection, SamplingSection
 from raytrl.errors import NonFiniteError, RunError
 from raytrl.records.samples import Prompt, Response
 from raytrl.roles.models.loading import look_at
-from raytrl.roles.rollout.engine import Endings, RolloutEngine, StopStrings, Tokenizer, response_seed, response_text
+from raytrl.roles.rollout.engine import (
+    Endings,
+    RolloutEngine,
+    StopStrings,
+    Tokenizer,
+    Wanted,
+    response_seed,
+    response_text,
+)
 from raytrl.roles.rollout.lora_merge import LoraMerge
 from raytrl.roles.rollout.vllm.batch import ContinuousBatch
 from raytrl.roles.weights.buckets import Bucket, grouped
@@ -126,7 +134,9 @@ class VllmEngine(RolloutEngine):
         if not engine.reset_prefix_cache():
             raise RunError("rollout engine: vLLM's prefix cache could not be emptied for new weights")
 
-    def _generate(self, prompts: Sequence[Prompt], version: int, samples: int, greedy: bool) -> list[Response]:
+    def _generate(
+        self, prompts: Sequence[Prompt], version: int, samples: int, greedy: bool, wanted: Wanted
+    ) -> list[Response]:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -143,18 +153,18 @@ class VllmEngine(RolloutEngine):
                     detokenize=False,
                     output_kind=RequestOutputKind.CUMULATIVE if stop else RequestOutputKind.FINAL_ONLY,
                 )
-                asked.append((prompt, sample, self._batch.submit(prompt.token_ids, params, stop)))
-        return [self._response(prompt, sample, future.result(), version) for prompt, sample, future in asked]
+                asked.append((prompt, sample, self._batch.submit(prompt.token_ids, params, stop, wanted)))
+        found = [self._response(prompt, sample, future.result(), version) for prompt, sample, future in asked]
+        # A fault at one token costs its correction; at all of them it is the weights'.
+        if all(math.isnan(logprob) for response in found for logprob in response.sampling_logprobs):
+            rows = f"rows {found[0].row} to {found[-1].row} of step {found[0].step}"
+            raise NonFiniteError(f"rollout engine: {rows}: no log-probability is finite; the weights are broken")
+        return found
 
     def _response(self, prompt: Prompt, sample: int, output: Any, version: int) -> Response:
         (made,) = output.outputs
         token_ids = tuple(int(token) for token in made.token_ids)
-        logprobs = tuple(float(place[token].logprob) for place, token in zip(made.logprobs, token_ids, strict=True))
-        if not all(math.isfinite(logprob) for logprob in logprobs):
-            raise NonFiniteError(
-                f"rollout engine: step {prompt.step}, row {prompt.row}: a log-probability is not finite; the weights are "
-                f"broken"
-            )
+        given = [float(place[token].logprob) for place, token in zip(made.logprobs, token_ids, strict=True)]
         if made.finish_reason not in (None, "stop", "length"):  # None: ended here, by a stop string
             raise RunError(f"rollout engine: row {prompt.row}: vLLM ended the response with {made.finish_reason!r}")
         return Response(
@@ -164,7 +174,7 @@ class VllmEngine(RolloutEngine):
             token_ids=token_ids,
             text=response_text(self._tokenizer, prompt, token_ids, self._endings.of(prompt), self._sampling.stop),
             ended=made.finish_reason != "length" or self._stop.are_in(prompt, token_ids),
-            sampling_logprobs=logprobs,
+            sampling_logprobs=tuple(logprob if math.isfinite(logprob) else math.nan for logprob in given),
             policy_version=version,
         )
 

@@ -337,3 +337,23 @@ def test_unknown_weights_are_named(case: Callable[..., Case], tmp_path: Path) ->
     with pytest.raises(Exception, match="odd"):
         one.engine.load_weights(Weights.of(30, tensors.items(), torch.float32))
     one.load(31)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["llama", "llama-lora"])
+def test_an_engine_of_two_processes(folders: dict[str, str], kind: str) -> None:
+    """Tensor parallelism, as on two GPUs: each process takes its part of what is sent once."""
+    split = rollout().model_copy(
+        update={"engine_args": {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}}
+    )
+    one = Case(folders["llama"], kind.endswith("lora"), split)
+    try:
+        for version in range(1, 3):
+            one.change(version)
+            one.load(version)
+            one.check(some_prompts(4), one.engine.generate(some_prompts(4), version))
+        # vLLM's processes answer out of turn after an error: not one of ours, so that the actor is started anew.
+        with pytest.raises(RuntimeError, match="nobody's"):
+            one.engine.load_weights(Weights(3, [{"nobody's": torch.zeros(2)}]))
+    finally:
+        one.engine.close()

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 from raytrl.config.runs.rollout import RolloutRun
 from raytrl.config.sections.engines import CPU_SEQUENCES
@@ -19,20 +19,39 @@ from raytrl.roles.weights.buckets import Weights
 SendWeights = Callable[[Weights, Receivers], SentWeights]
 
 
+class Team(Protocol):
+    """The workers of a learner, as one of them sees them."""
+
+    @property
+    def rank(self) -> int: ...
+
+    def from_rank_zero(self, value: frozenset[int]) -> frozenset[int]:
+        """The first worker's, on every worker; collective."""
+        ...
+
+
 class PoolGenerator:
     """`loop.protocols.Generator` on rollout actors."""
 
     def __init__(
-        self, pool: Pool, rollout: RolloutSection, *, samples: int, attempt: Attempt, send_weights: SendWeights
+        self,
+        pool: Pool,
+        rollout: RolloutSection,
+        *,
+        samples: int,
+        attempt: Attempt,
+        send_weights: SendWeights,
+        team: Team | None = None,
     ) -> None:
         """
         Args:
             samples: responses per prompt.
             attempt: of the learner group; the actors refuse requests of earlier ones.
             send_weights: gets them, once for all workers, to the actors, or where they can take them. Collective.
+            team: of the learner's workers; None: there is one.
         """
         self._pool, self._rollout, self._samples = pool, rollout, samples
-        self._attempt, self._send_weights = attempt, send_weights
+        self._attempt, self._send_weights, self._team = attempt, send_weights, team
         self._version: int | None = None
 
     @property
@@ -51,16 +70,16 @@ class PoolGenerator:
             self._pool.tell_all("begin", self._attempt)  # what an earlier attempt still asks for need not be waited for
         self._pool.forget()  # the last version's buckets, so that the object store does not hold two
         sent = self._send_weights(weights, Receivers(self._tell, self._agree, self._pool.size, complete))
-        self._pool.prepare_all(
-            "load_weights",
-            self._attempt,
-            sent.version,
-            sent.checksum,
-            sent.num_buckets,
-            *sent.buckets,
-            expect=(sent.version, sent.checksum),
-            timeout_s=self._rollout.start_timeout_s if first else None,  # the models are still being loaded
-        )
+        call = ("load_weights", self._attempt, sent.version, sent.checksum, sent.num_buckets, sent.buckets)
+        proof = (sent.version, sent.checksum)
+        if self._team is None or self._team.rank == 0:  # one of the workers asks, and tells the others
+            # At first the models are still being loaded.
+            limit_s = self._rollout.start_timeout_s if first else None
+            self._pool.prepare_all(*call, expect=proof, timeout_s=limit_s)
+        if self._team is not None:
+            up = self._team.from_rank_zero(self._pool.up)
+            if self._team.rank != 0:
+                self._pool.take_over(up, *call, expect=proof)
         self._version = sent.version
 
     def _tell(self, method: str, version: int, *arguments: Any) -> None:
@@ -123,6 +142,7 @@ def generator_on(
     who: str,
     attempt: Attempt,
     send_weights: SendWeights,
+    team: Team | None = None,
     beat: Callable[[], None] = lambda: None,
 ) -> PoolGenerator:
     """The generator of a learner worker, or of an evaluation, on these rollout actors; `who` is it, for messages; `beat`:
@@ -135,7 +155,9 @@ def generator_on(
         window=requests_in_flight(run.rollout, run.samples_a_prompt),
         beat=beat,
     )
-    return PoolGenerator(pool, run.rollout, samples=run.samples_a_prompt, attempt=attempt, send_weights=send_weights)
+    return PoolGenerator(
+        pool, run.rollout, samples=run.samples_a_prompt, attempt=attempt, send_weights=send_weights, team=team
+    )
 
 
 def requests_in_flight(rollout: RolloutSection, samples: int) -> int:

@@ -169,6 +169,16 @@ class Pool:
                 patience_ends = now + _PATIENCE_S + _PATIENCE * (now - began)
         self._late |= {self._preparing[ticket] for ticket in awaited & self._preparing.keys()}
 
+    def take_over(self, up: Collection[int], method: str, *arguments: Any, expect: Any = None) -> None:
+        """As `prepare_all`, which another worker's pool of the same actors has done; these it has found up to date."""
+        self.forget()
+        self._prepare, self._expect = (method, *arguments), expect
+        self._up, self._has_served = set(up) - self._gone.keys(), True
+        due = time.monotonic() + _REVIVE_PAUSE_S
+        self._next_try = {
+            actor: due for actor in range(len(self._calls)) if actor not in self._up and actor not in self._gone
+        }
+
     def tell_all(self, method: str, *arguments: Any) -> None:
         """Start a call of every actor that nobody waits for: what it does must be made up for by `prepare_all`."""
         for actor in range(len(self._calls)):

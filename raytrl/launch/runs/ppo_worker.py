@@ -54,7 +54,15 @@ def train_ppo(
     attempt = Attempt(run.name, broadcast_from_rank_zero(number))
     who = f"learner worker {context.rank}"
     sender = WeightSender(context, backend.device, broadcasts=run.rollout.weight_transfer == "broadcast")
-    generator = generator_on(rollout_actors, run, who=who, attempt=attempt, send_weights=sender, beat=context.beat)
+    generator = generator_on(
+        rollout_actors,
+        run,
+        who=who,
+        attempt=attempt,
+        send_weights=sender,
+        team=context if context.world_size > 1 else None,
+        beat=context.beat,
+    )
     scorer = scorer_on(reward_actors, run, who=who, attempt=attempt, gather=gather_over_workers, beat=context.beat)
     reporter = PpoReporter(run, context, tensorboard, learner, backend.networks.policy, lambda: generator.num_up)
     loop.run(_schedule(run), _prompts(run, tokenizer, context), generator, scorer, learner, reporter)

@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 import ray.train
@@ -33,6 +33,7 @@ _PEER_DEATH = (
     *("connection closed by peer", "connection reset", "nccl", "gloo", "broken pipe", "timed out waiting"),
     "backend not set",  # DeepSpeed's, when Ray Train has ended the group under it
 )
+T = TypeVar("T")
 _BOARD_LIMIT_S = 30
 _BEAT_S = 5.0
 # A restart from the last checkpoint would come to the same end.
@@ -144,6 +145,11 @@ class RayWorkerContext:
         shown = " ".join(f"{key} {value:.4g}" for key, value in event.metrics.items())
         LOG.info("%s", " ".join(filter(None, (event.kind, event.text or f"{event.step}/{event.total_steps}", shown))))
         self._board.post.remote(event)
+
+    def from_rank_zero(self, value: T) -> T:
+        """The first worker's, on every worker; collective."""
+        found: T = ray.train.collective.broadcast_from_rank_zero(value)
+        return found
 
     def beat(self) -> None:
         self._heart.beat()

@@ -7,7 +7,7 @@ import torch
 from peft.tuners.lora import Linear, LoraLayer
 from torch import Tensor
 
-from raytrl.roles.models.adapters import POLICY_ADAPTER, add_policy_adapter
+from raytrl.roles.models.adapters import POLICY_ADAPTER, add_policy_adapter, policy_parameters
 from raytrl.roles.models.loading import load_model
 from raytrl.roles.weights.buckets import PolicyCopy
 
@@ -16,12 +16,24 @@ class LoraMerge:
     """The base weights as they lie on disk, and the adapter that arrived last."""
 
     def __init__(
-        self, model_path: str, lora: Mapping[str, Any], dtype: torch.dtype, trust_remote_code: bool = False
+        self,
+        model_path: str,
+        lora: Mapping[str, Any],
+        dtype: torch.dtype,
+        trust_remote_code: bool = False,
+        device: torch.device | str = "cpu",
     ) -> None:
-        """`dtype` is the rollout engine's. Safetensors in that dtype are mapped, not read into memory."""
+        """
+        Args:
+            dtype: the rollout engine's. Safetensors in that dtype are mapped, not read into memory.
+            device: where the two are added; the base stays where it is mapped, and goes there a weight at a time.
+        """
         base = load_model(model_path, "causal", "rollout", dtype=dtype, trust_remote_code=trust_remote_code)
         self._policy = add_policy_adapter(base, lora)
         self._policy.requires_grad_(False)
+        for parameter in policy_parameters(self._policy).values():
+            parameter.data = parameter.data.to(device)
+        self._device = device
         self._copy = PolicyCopy(self._policy)
 
     def begin(self) -> None:
@@ -57,14 +69,13 @@ class LoraMerge:
                 yield f"{layer}.{leaf}", self._merged(layers[layer])
             elif layer in layers and leaf == "bias" and layers[layer].lora_bias[POLICY_ADAPTER]:
                 added = layers[layer].lora_B[POLICY_ADAPTER].bias.data * layers[layer].scaling[POLICY_ADAPTER]
-                yield f"{layer}.{leaf}", parameter.data + added
+                yield f"{layer}.{leaf}", parameter.data.to(self._device) + added
             elif layer.rpartition(".")[0] in blocks:
                 yield f"{layer}.{leaf}", parameter.data
 
-    @staticmethod
     @torch.no_grad()
-    def _merged(layer: LoraLayer) -> Tensor:
-        base: Tensor = layer.get_base_layer().weight.data
+    def _merged(self, layer: LoraLayer) -> Tensor:
+        base: Tensor = layer.get_base_layer().weight.data.to(self._device)
         if type(layer) is Linear and layer.lora_A[POLICY_ADAPTER].weight.dtype == base.dtype:
             a, b = layer.lora_A[POLICY_ADAPTER].weight.data, layer.lora_B[POLICY_ADAPTER].weight.data
             factors = (a.t(), b.t()) if layer.fan_in_fan_out else (b, a)

@@ -1,5 +1,6 @@
 """Versioned weights on their way from the learner to the rollout engines, in buckets, and the proof of what arrived."""
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -16,6 +17,8 @@ from raytrl.roles.models.adapters import policy_parameters
 BUCKET_BYTES = 16 * 2**20
 
 
+_COLUMNS = 4096
+_PART = 2**6 * _COLUMNS  # words that are looked at together; what is made of them stays in a processor's cache
 T = TypeVar("T", bound=Tensor)
 
 
@@ -92,13 +95,53 @@ def grouped(named: Iterable[tuple[str, T]], bucket_bytes: int = BUCKET_BYTES) ->
 
 
 def checksum(tensors: Mapping[str, Tensor]) -> str:
-    """Digest of names, dtypes, shapes and bytes, whatever the order and the device."""
-    digest = xxhash.xxh3_128()  # against faults, not fraud; as fast as memory, where a cryptographic one is not
-    for name in sorted(tensors):
-        value = tensors[name].detach().cpu().contiguous()
-        digest.update(f"{name}|{value.dtype}|{tuple(value.shape)}|".encode())
-        digest.update(as_bytes(value).numpy().data)
-    return digest.hexdigest()
+    """Digest of names, dtypes, shapes and bytes, whatever the order and the device; against faults, not fraud.
+
+    Computed where the tensors lie: a single number leaves a GPU.
+    """
+    named = sorted((name, tensor.detach()) for name, tensor in tensors.items())
+    words = [_words(tensor) for _, tensor in named]
+    number = int(weighted_sum(words[0] if len(words) == 1 else torch.cat(words))) if words else 0
+    told = [f"{name}|{tensor.dtype}|{tuple(tensor.shape)}" for name, tensor in named]
+    return xxhash.xxh3_128("\n".join([*told, str(number)]).encode()).hexdigest()
+
+
+def weighted_sum(words: Tensor) -> Tensor:
+    """Of one row of int64, each times an odd number of its place; int64, one number.
+
+    Sums of integers wrap around and have no rounding, so that the order of adding, which a GPU does not keep, changes
+    nothing. An odd factor keeps every bit, so one wrong number is always seen, and several, or some that changed places, all
+    but always. The highest bits, a number's sign, would count for little: they are spread over the lower half first.
+    """
+    factors = _odd_numbers(words.device)
+    total = torch.zeros((), dtype=torch.int64, device=words.device)
+    for start in range(0, len(words), _PART):
+        spread = words[start : start + _PART] >> 32
+        spread ^= words[start : start + _PART]
+        whole = len(spread) // _COLUMNS * _COLUMNS
+        rows = spread[:whole].view(-1, _COLUMNS)
+        rows *= factors
+        last = spread[whole:]
+        last *= factors[: len(last)]
+        sums = torch.cat([rows.sum(1), last.sum().unsqueeze(0)])
+        first = start // _COLUMNS
+        total += (sums * torch.arange(2 * first + 1, 2 * (first + len(sums)) + 1, 2, device=sums.device)).sum()
+    return total
+
+
+def _words(tensor: Tensor) -> Tensor:
+    """The tensor's bytes as one row of int64, filled up with zeros."""
+    data = as_bytes(tensor.contiguous())
+    if missing := -len(data) % 8:
+        data = torch.cat([data, data.new_zeros(missing)])
+    if data.storage_offset() % 8:  # a part of a message, between two words
+        data = data.clone()
+    return data.view(torch.int64)
+
+
+@functools.cache
+def _odd_numbers(device: torch.device) -> Tensor:
+    return (torch.randint(-(2**62), 2**62, (_COLUMNS,), generator=torch.Generator().manual_seed(0)) * 2 + 1).to(device)
 
 
 def as_bytes(tensor: Tensor) -> Tensor:

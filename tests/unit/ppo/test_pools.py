@@ -23,7 +23,7 @@ from raytrl.launch.actors.pool import ActorLostError, Arrivals, Pool, Request
 from raytrl.launch.actors.reward import RewardActor
 from raytrl.launch.actors.rollout import RolloutActor
 from raytrl.launch.actors.scorer import PoolScorer, scoring_limit_s
-from raytrl.launch.actors.transport import Receivers, send
+from raytrl.launch.actors.transport import Receivers, SentWeights, send
 from raytrl.records.samples import Attempt, Prompt, Response, Score
 from raytrl.roles.models.adapters import policy_parameters
 from raytrl.roles.weights.buckets import Bucket, Weights
@@ -106,10 +106,10 @@ def weights(version: int, seed: int = 0) -> Weights:
     return Weights.of(version, policy_parameters(gpt2(seed, width=16)).items(), torch.float32, bucket_bytes=4096)
 
 
-def all_of(sent: Weights) -> tuple[int, str, int, *tuple[PackedBucket, ...]]:
+def all_of(sent: Weights) -> tuple[int, str, int, tuple[PackedBucket, ...]]:
     """The arguments of `RolloutActor.load_weights` after the attempt."""
     packed = send(sent, Receivers(lambda *told: None, lambda *told: True, 1, False))
-    return packed.version, packed.checksum, packed.num_buckets, *packed.buckets
+    return packed.version, packed.checksum, packed.num_buckets, packed.buckets
 
 
 def engines(size: int) -> LocalCalls:
@@ -278,7 +278,7 @@ def test_death_while_weights_are_loaded() -> None:
 
 
 def parts(version: int, seed: int = 0) -> list[PackedBucket]:
-    _, _, _, *buckets = all_of(weights(version, seed))
+    *_, buckets = all_of(weights(version, seed))
     assert len(buckets) > 3
     return buckets
 
@@ -402,6 +402,49 @@ def test_what_a_dead_learner_asked_for_is_not_sampled_on(monkeypatch: pytest.Mon
     with pytest.raises(StaleAttemptError):
         actor.generate(Attempt("run", 1), prompt_batch(0, range(8)), 0, 1, False)
     assert len(passes) == 2
+
+
+class Workers:
+    """Two workers of a learner, one after the other: what the first has found, the second is told."""
+
+    def __init__(self) -> None:
+        self.rank = 0
+        self.sent: list[SentWeights] = []
+        self.up: list[frozenset[int]] = []
+
+    def send(self, sent: Weights, receivers: Receivers) -> SentWeights:
+        if self.rank == 0:
+            self.sent.append(send(sent, receivers))
+        return self.sent[-1]
+
+    def from_rank_zero(self, value: frozenset[int]) -> frozenset[int]:
+        if self.rank == 0:
+            self.up.append(value)
+        return self.up[-1]
+
+
+def test_one_worker_asks_for_all() -> None:
+    calls, team = engines(3), Workers()
+    pools = []
+    for _ in range(2):
+        pool = Pool(calls, "rollout actors", "a worker", 5.0)
+        attempt = Attempt("run", 1)
+        pools.append(PoolGenerator(pool, ROLLOUT, samples=2, attempt=attempt, send_weights=team.send, team=team))
+    for version in range(3):
+        calls.deaths = once((1, "load_weights")) if version == 2 else lambda actor, method: False
+        for team.rank, generator in enumerate(pools):
+            calls.ran.clear()
+            generator.load_weights(weights(version, seed=version))
+            asked = [actor for actor, method in calls.ran if method == "load_weights"]
+            assert asked == ([] if team.rank else [0, 2] if version == 2 else [0, 1, 2])
+        calls.ran.clear()
+        assert responses(pools[1], version) == expected(version, seed=version)
+        assert pools[1].num_up >= 2
+    # The one that was down is brought up to date by whoever needs it.
+    pools[1]._pool._next_try = {1: 0.0}
+    responses(pools[1], 2)
+    assert pools[1].num_up == 3
+    assert [actor for actor, method in calls.ran if method == "load_weights"] == [1]
 
 
 def test_corrupt_weights_are_refused() -> None:

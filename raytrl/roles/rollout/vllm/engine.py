@@ -2,11 +2,13 @@
 
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
@@ -24,9 +26,8 @@ from raytrl.roles.rollout.engine import (
     response_seed,
     response_text,
 )
-from raytrl.roles.rollout.lora_merge import LoraMerge
 from raytrl.roles.rollout.vllm.batch import ContinuousBatch
-from raytrl.roles.weights.buckets import Bucket, grouped
+from raytrl.roles.weights.buckets import Bucket
 
 # Read by vLLM when it is imported; a user's own setting wins.
 _ENVIRONMENT = {
@@ -52,13 +53,11 @@ class VllmEngine(RolloutEngine):
         *,
         seed: int,
         stop_token_ids: Sequence[int] = (),
-        merge: LoraMerge | None = None,
     ) -> None:
-        """`stop_token_ids` are the model's own, see `Endings`; `seed` is the run's; `merge`: adapters arrive."""
+        """`stop_token_ids` are the model's own, see `Endings`; `seed` is the run's."""
         super().__init__()
         self._batch, self._tokenizer, self._sampling, self._seed = batch, tokenizer, sampling, seed
         self._endings, self._stop = Endings(tokenizer, stop_token_ids), StopStrings(tokenizer, sampling.stop)
-        self._merge = merge
 
     @classmethod
     def from_pretrained(
@@ -89,14 +88,11 @@ class VllmEngine(RolloutEngine):
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_path, trust_remote_code=trust_remote_code)
         if not os.path.isdir(model_path):  # of the hub: it was not here before the start, and vLLM asks less
             look_at(model_path, "causal", "rollout", trust_remote_code=trust_remote_code)
-        return cls(
-            ContinuousBatch(_maker(arguments, device)),
-            tokenizer,
-            rollout.sampling,
-            seed=seed,
-            stop_token_ids=_end_tokens(model_path, config),
-            merge=None if lora is None else LoraMerge(model_path, lora, dtype, trust_remote_code),
-        )
+        batch = ContinuousBatch(_maker(arguments, device))
+        if lora is not None:
+            expected = (model_path, lora, trust_remote_code)
+            batch.call(lambda engine: engine.collective_rpc("raytrl_expect_adapters", args=expected))
+        return cls(batch, tokenizer, rollout.sampling, seed=seed, stop_token_ids=_end_tokens(model_path, config))
 
     def close(self) -> None:
         self._batch.close()
@@ -105,34 +101,13 @@ class VllmEngine(RolloutEngine):
         cleanup_dist_env_and_memory()  # else its torch.distributed group outlives the engine
 
     def _begin(self) -> None:
-        if self._merge is not None:
-            self._merge.begin()
-        else:
-            self._batch.call(self._begin_model)
+        self._batch.call(_begin_weights)
 
     def _take(self, bucket: Bucket) -> str:
-        if self._merge is not None:
-            return self._merge.take(bucket.tensors)
-        return self._batch.call(lambda engine: _take_into_model(engine, bucket.tensors.items()))
+        return self._batch.call(lambda engine: _take_weights(engine, bucket.tensors))
 
     def _finish(self) -> None:
-        if self._merge is not None:
-            self._merge.finish()
-        self._batch.call(self._finish_model)
-
-    def _begin_model(self, engine: Any) -> None:
-        if engine.has_unfinished_requests():
-            raise RunError("rollout engine: new weights while responses are sampled; this is a fault in raytrl")
-        engine.collective_rpc("raytrl_begin_weights", args=(self._merge is None,))
-
-    def _finish_model(self, engine: Any) -> None:
-        if self._merge is not None:
-            self._begin_model(engine)
-            for group in grouped(self._merge.changed()):  # merged one group after the other
-                _take_into_model(engine, group)
-        engine.collective_rpc("raytrl_finish_weights")
-        if not engine.reset_prefix_cache():
-            raise RunError("rollout engine: vLLM's prefix cache could not be emptied for new weights")
+        self._batch.call(_finish_weights)
 
     def _generate(
         self, prompts: Sequence[Prompt], version: int, samples: int, greedy: bool, wanted: Wanted
@@ -196,12 +171,30 @@ class VllmEngine(RolloutEngine):
         return sums
 
 
-def _take_into_model(engine: Any, named: Iterable[tuple[str, Tensor]]) -> str:
+def _begin_weights(engine: Any) -> None:
+    if engine.has_unfinished_requests():
+        raise RunError("rollout engine: new weights while responses are sampled; this is a fault in raytrl")
+    engine.collective_rpc("raytrl_begin_weights")
+
+
+def _take_weights(engine: Any, tensors: Mapping[str, Tensor]) -> str:
     """Returns the checksum of what arrived in the model, the same in all of its processes."""
-    found = set(engine.collective_rpc("raytrl_take_weights", args=(list(named),)))
-    if len(found) != 1:
-        raise RunError(f"rollout engine: vLLM's processes were sent different weights; found checksums {sorted(found)}")
-    return str(found.pop())
+    if engine.vllm_config.parallel_config.world_size == 1:
+        (found,) = engine.collective_rpc("raytrl_take_weights", args=(list(tensors.items()),))
+        return str(found)
+    # Each process would be sent a copy of its own: they map this one. Not in /dev/shm, which a container keeps small.
+    with tempfile.NamedTemporaryFile(prefix="raytrl-") as file:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file.name)
+        checksums = set(engine.collective_rpc("raytrl_take_file", args=(file.name,)))
+    if len(checksums) != 1:
+        raise RunError(f"rollout engine: vLLM's processes hold different weights; found checksums {sorted(checksums)}")
+    return str(checksums.pop())
+
+
+def _finish_weights(engine: Any) -> None:
+    engine.collective_rpc("raytrl_finish_weights")
+    if not engine.reset_prefix_cache():
+        raise RunError("rollout engine: vLLM's prefix cache could not be emptied for new weights")
 
 
 def _chosen_arguments(rollout: RolloutSection, config: Any, dtype: torch.dtype, device: str) -> dict[str, Any]:

@@ -9,12 +9,14 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from raytrl.errors import WeightsVersionError
+from raytrl.roles.rollout.lora_merge import LoraMerge
 from raytrl.roles.rollout.vllm.places import Copy, Places, check_packed, unknown_layers
-from raytrl.roles.weights.buckets import checksum
+from raytrl.roles.weights.buckets import checksum, grouped
 
 LOG = logging.getLogger("raytrl")
 
@@ -25,12 +27,53 @@ class WeightLoading:
     model_runner: Any
     parallel_config: Any
     model_config: Any
+    device: torch.device
+    _raytrl_merge: LoraMerge | None = None  # adapters arrive
     _raytrl_places: Places | str | None = None  # a string: why there are none
     _raytrl_reload: "_LayerByLayer | None" = None  # under way
 
-    def raytrl_begin_weights(self, complete: bool) -> None:
-        """The model computes nothing sensible until `raytrl_finish_weights`.
+    def raytrl_expect_adapters(self, model_path: str, lora: Mapping[str, Any], trust_remote_code: bool) -> None:
+        """What comes from now on are adapters of the model that lies at this path; they are added to it here."""
+        dtype = self.model_config.dtype
+        self._raytrl_merge = LoraMerge(model_path, lora, dtype, trust_remote_code, self.device)
 
+    def raytrl_begin_weights(self) -> None:
+        """The model computes nothing sensible until `raytrl_finish_weights`."""
+        if self._raytrl_merge is not None:
+            self._raytrl_merge.begin()
+        else:
+            self._raytrl_begin_model(complete=True)
+
+    def raytrl_take_weights(self, named: Iterable[tuple[str, Tensor]]) -> str:
+        """Load these; returns the checksum of what the model then holds of them, or of what arrived where the model holds
+        it in another form.
+
+        Raises:
+            WeightsVersionError: a tensor has no place or did not arrive there as it is.
+        """
+        if self._raytrl_merge is not None:
+            return self._raytrl_merge.take(dict(named))
+        return checksum(self._raytrl_take_into_model(dict(named)))
+
+    def raytrl_take_file(self, path: str) -> str:
+        """As `raytrl_take_weights`, of a file of safetensors, whose pages all of the engine's processes share."""
+        return self.raytrl_take_weights(load_file(path).items())
+
+    def raytrl_finish_weights(self) -> None:
+        """All are there: the model is whole.
+
+        Raises:
+            WeightsVersionError: a tensor, or a part of it, found no place, or a parameter got none.
+        """
+        if self._raytrl_merge is not None:
+            self._raytrl_merge.finish()
+            self._raytrl_begin_model(complete=False)
+            for group in grouped(self._raytrl_merge.changed()):  # merged one group after the other
+                self._raytrl_take_into_model(dict(group))
+        self._raytrl_finish_model()
+
+    def _raytrl_begin_model(self, complete: bool) -> None:
+        """
         Args:
             complete: all weights of the model will come; else all or none of the weights of a layer, of layers that vLLM
                 fuses too, and the same ones each time.
@@ -59,26 +102,15 @@ class WeightLoading:
             return "each of the engine's processes holds a part of them"
         return None
 
-    def raytrl_take_weights(self, named: Iterable[tuple[str, Tensor]]) -> str:
-        """Load these; returns the checksum of what the model then holds of them, or of what arrived where the model holds
-        it in another form.
-
-        Raises:
-            WeightsVersionError: a tensor has no place or did not arrive there as it is.
-        """
-        tensors = dict(named)
+    def _raytrl_take_into_model(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """What the model then has of them."""
         if self._raytrl_reload is not None:
             self._raytrl_reload.load(tensors)
-            return checksum(tensors)
+            return tensors  # of which every number was seen to arrive, or which are held in another form
         assert isinstance(self._raytrl_places, Places)
         return self._raytrl_places.load(tensors)
 
-    def raytrl_finish_weights(self) -> None:
-        """All are there: the model is whole.
-
-        Raises:
-            WeightsVersionError: a tensor, or a part of it, found no place, or a parameter got none.
-        """
+    def _raytrl_finish_model(self) -> None:
         if self._raytrl_reload is None:
             assert isinstance(self._raytrl_places, Places)
             self._raytrl_places.check_whole()

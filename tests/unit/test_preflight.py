@@ -2,15 +2,17 @@
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import ray
 
 from raytrl.config.load import load_run
 from raytrl.config.runs.supervised import SupervisedRun
 from raytrl.errors import ConfigError, ResourceError, RunError
 from raytrl.launch.session.nodes import machine_resources
-from raytrl.launch.session.session import _start_local, check_address, check_temp_dir, prepare_environment
+from raytrl.launch.session.session import _join, _start_local, check_address, check_temp_dir, prepare_environment
 from raytrl.plan import capacity
 from raytrl.plan.capacity import Room
 from raytrl.plan.checks.common import Facts
@@ -58,6 +60,28 @@ def test_a_ray_address_that_names_no_cluster_is_as_good_as_unset(
     assert not joins_cluster(run_of(tmp_path))
     prepare_environment()
     assert "RAY_ADDRESS" not in os.environ  # Ray reads it, too
+
+
+@pytest.mark.parametrize("failures", [2, 100])
+def test_a_client_whose_server_is_slow_to_start_is_tried_again(failures: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, tries = iter(range(0, 1000, 10)), []
+
+    def init(**_: Any) -> None:
+        tries.append("init")
+        if tries.count("init") <= failures:
+            raise ConnectionAbortedError("Initialization failure from server:\nServer startup failed for client")
+
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(ray, "shutdown", lambda: tries.append("shutdown"))
+    here = "raytrl.launch.session.session.time"
+    monkeypatch.setattr(here, SimpleNamespace(monotonic=lambda: next(clock), sleep=lambda seconds: None))
+    if failures == 2:
+        _join("ray://head:10001")
+        assert tries == ["init", "shutdown", "init", "shutdown", "init"]
+    else:
+        with pytest.raises(ResourceError, match="no Ray answers at 'ray://head:10001': Initialization failure"):
+            _join("ray://head:10001")
+        assert tries.count("init") == 7  # in a minute, here one each 10 s
 
 
 @pytest.mark.parametrize("address", ["http://127.0.0.1:8265", "https://head"])

@@ -66,5 +66,10 @@ class ProcessSection(Section):
         return self.resources.get("GPU", 0)
 
     @property
+    def shares_gpu(self) -> bool:
+        """Whether other processes may have the rest of its GPU."""
+        return 0 < self.gpus < 1
+
+    @property
     def uses_gpu(self) -> bool:
         return self.gpus > 0

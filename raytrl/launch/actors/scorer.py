@@ -37,9 +37,7 @@ class PoolScorer:
         self._by_row: dict[int, Prompt] = {}
 
     def submit(self, prompts: Sequence[Prompt], responses: Sequence[Response]) -> None:
-        if not self._started:
-            self._pool.prepare_all("prepare", self._attempt, timeout_s=self._start_timeout_s)
-            self._started = True
+        self.start()
         if (
             prompts is not self._prompts
         ):  # a batch comes in many chunks: to index it for each would grow with its square
@@ -49,6 +47,12 @@ class PoolScorer:
         name = f"scores of rows {first.row} to {responses[-1].row} of step {first.step}"
         self._pool.send(Request(name, self._sent, "score", (self._attempt, pairs)))
         self._sent += 1
+
+    def start(self) -> None:
+        """Returns when the actors have loaded their sources."""
+        if not self._started:
+            self._pool.prepare_all("prepare", self._attempt, timeout_s=self._start_timeout_s)
+            self._started = True
 
     def collect(self) -> list[Score]:
         scores = [score for _, answer in self._pool.answers() for score in answer]

@@ -62,9 +62,11 @@ def started_actors(
             for rank in range(section.actors):
                 in_role = functools.partial(as_role, os.getcwd(), run.output_dir, run.name, role, rank, make)
                 place = (own[number], rank) if places is None else next(places)
-                started[role].append(
-                    _start(*place, kind, section.resources, in_role, threads if role == "rollout" else 1)
-                )
+                actor = _make(*place, kind, section.resources, in_role, threads if role == "rollout" else 1)
+                # vLLM measures what a GPU has left, so there it loads last: when a learner that has loaded asks it to.
+                if not (role == "rollout" and section.shares_gpu):
+                    actor.start.remote()  # not waited for: learners load at the same time
+                started[role].append(actor)
         yield started["rollout"], started["reward"]
     finally:
         if ray.is_initialized():
@@ -110,11 +112,11 @@ def as_role(cwd: str, output_dir: str, name: str, role: str, rank: int, make: Ca
     return make()
 
 
-def _start(
+def _make(
     group: Any, place: int, kind: type, resources: Mapping[str, float], make: Callable[[], Any], threads: int
 ) -> Any:
     others = {name: amount for name, amount in resources.items() if name not in ("CPU", "GPU")}
-    actor = (
+    return (
         ray.remote(concurrency_groups=CONCURRENCY_GROUPS | {WORK: threads})(kind)
         .options(
             num_cpus=resources.get("CPU", 0),
@@ -126,8 +128,6 @@ def _start(
         )
         .remote(make)
     )
-    actor.start.remote()  # not waited for: learners load at the same time
-    return actor
 
 
 def _amounts(resources: Mapping[str, float]) -> str:

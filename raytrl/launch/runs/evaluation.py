@@ -76,6 +76,8 @@ def _on_actors(run: EvalRun, show: Callable[[Progress], None]) -> dict[str, Answ
     ) as actors:
         generator = generator_on(actors[0], run, who=who, attempt=attempt, send_weights=send)
         scorer = scorer_on(actors[1], run, who=who, attempt=attempt, gather=lambda scores: scores)
+        if run.rollout.shares_gpu:
+            scorer.start()  # the engines load when they are asked, and measure then what their GPU has left
         answers = {}
         paths = run.versions
         for version, key in enumerate(run.evaluated):

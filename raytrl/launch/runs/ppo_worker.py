@@ -64,6 +64,8 @@ def train_ppo(
         beat=context.beat,
     )
     scorer = scorer_on(reward_actors, run, who=who, attempt=attempt, gather=gather_over_workers, beat=context.beat)
+    if run.rollout.shares_gpu:
+        scorer.start()  # the engines load when they are asked, and measure then what their GPU has left
     reporter = PpoReporter(run, context, tensorboard, learner, backend.networks.policy, lambda: generator.num_up)
     loop.run(_schedule(run), _prompts(run, tokenizer, context), generator, scorer, learner, reporter)
     reporter.close()

@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -82,6 +83,9 @@ def check_address(run: Run) -> None:
         socket.create_connection((host.strip("[]"), int(port)), timeout=3).close()
     except (OSError, ValueError) as error:
         raise ResourceError(f"{key}: no Ray answers; found: {address!r}: {error}; expected: a running head") from None
+
+
+_JOIN_LIMIT_S, _JOIN_PAUSE_S = 60.0, 1.0
 
 
 @contextmanager
@@ -166,8 +170,19 @@ def _start_local(need: Need) -> None:
 def _join(address: str) -> None:
     import ray
 
+    limit = time.monotonic() + _JOIN_LIMIT_S
     try:
-        ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
+        while True:
+            try:
+                ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
+                return
+            except (
+                ConnectionAbortedError
+            ):  # a head starts a server for each `ray://` client, and a busy one is slow at it
+                if time.monotonic() > limit:
+                    raise
+                ray.shutdown()
+                time.sleep(_JOIN_PAUSE_S)
     except ConnectionError as error:
         raise ResourceError(f"cluster.address: no Ray answers at {address!r}: {str(error).splitlines()[0]}") from None
     except ray.exceptions.AuthenticationError:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ from raytrl.launch.actors.pool import ActorLostError, Arrivals, Pool, Request
 from raytrl.launch.actors.reward import RewardActor
 from raytrl.launch.actors.rollout import RolloutActor
 from raytrl.launch.actors.scorer import PoolScorer, scoring_limit_s
+from raytrl.launch.actors.start import started_actors
 from raytrl.launch.actors.transport import Receivers, SentWeights, send
 from raytrl.records.samples import Attempt, Prompt, Response, Score
 from raytrl.roles.models.adapters import policy_parameters
@@ -662,3 +664,37 @@ def test_arrivals_are_told_once_and_wake_who_waits() -> None:
     assert arrivals.wait({"a", "nobody's"}, 0.01) == []  # told, or of no interest when it came
     threading.Timer(0.05, arrivals.add, ["b"]).start()
     assert arrivals.wait({"b"}, 30.0) == ["b"]
+
+
+@pytest.mark.parametrize(
+    ("gpu", "loading"), [(0, ["rollout", "reward"]), (1, ["rollout", "reward"]), (0.5, ["reward"])]
+)
+def test_on_a_shared_gpu_the_engine_loads_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpu: float, loading: list[str]
+) -> None:
+    """vLLM measures what is left, and what others take meanwhile it counts as its own."""
+    roles, loaded = iter(["rollout", "reward"]), []
+
+    def make(*_: Any) -> Any:
+        role = next(roles)
+        return SimpleNamespace(start=SimpleNamespace(remote=lambda: loaded.append(role)))
+
+    monkeypatch.setattr("raytrl.launch.actors.start._make", make)
+    resources: dict[str, Any] = {"CPU": 1} | ({"GPU": gpu} if gpu else {})
+    run = load_run(ppo_file(tmp_path, "run", rollout={"actors": 1, "resources": resources}), [], "ppo").run
+    assert isinstance(run, PpoRun)
+    group: Any = SimpleNamespace(bundle_count=2)
+    with started_actors(run, object, object, group):
+        assert loaded == loading
+
+
+def test_who_asks_for_the_reward_actors_waits_until_they_have_loaded() -> None:
+    loaded = []
+    calls = LocalCalls(lambda: RewardActor(lambda: loaded.append(1) or SimpleNamespace()), 2)  # type: ignore[func-returns-value]
+    reward = RewardSection(sources=[{"name": "length", "function": "len.py:length"}])
+    pool = Pool(calls, "reward actors", "worker 0", 5.0)
+    scorer = PoolScorer(pool, reward, attempt=Attempt("run", 1), start_timeout_s=5.0, gather=lambda scores: scores)
+    scorer.start()
+    assert loaded == [1, 1]
+    scorer.start()
+    assert calls.ran == [(0, "prepare"), (1, "prepare")]

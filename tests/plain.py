@@ -5,7 +5,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.distributed
 
@@ -15,6 +15,8 @@ from raytrl.plan.checks.supervised import prepare_supervised
 from raytrl.records.progress import Progress
 from raytrl.roles.job import Job
 from raytrl.rundir import RunDirectory
+
+T = TypeVar("T")
 
 
 class CutOffError(Exception):
@@ -56,6 +58,12 @@ class PlainContext:
     def beating(self) -> Iterator[None]:
         yield
         self.beats += 1
+
+    def from_rank_zero(self, value: T) -> T:
+        found: list[Any] = [value]
+        if self.world_size > 1:
+            torch.distributed.broadcast_object_list(found)
+        return found[0]  # type: ignore[no-any-return]
 
     def barrier(self) -> None:
         if self.world_size > 1:

@@ -1,13 +1,14 @@
 """What a training process may ask of whoever started it (Ray Train in a run, a plain object in a test)."""
 
 from contextlib import AbstractContextManager
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from raytrl.records.progress import Progress
 
 # Workers wait for each other this long, and for one call of a library. That one of them hangs is seen sooner: by the driver,
 # in `learner.stall_timeout_s` without any work.
 EXCHANGE_LIMIT_S = 24 * 3600
+T = TypeVar("T")
 
 
 class WorkerContext(Protocol):
@@ -36,6 +37,10 @@ class WorkerContext(Protocol):
 
     def beating(self) -> AbstractContextManager[None]:
         """Beats while the block runs: one long call that cannot, of a library that reads, writes or prepares."""
+        ...
+
+    def from_rank_zero(self, value: T) -> T:
+        """The first rank's value, on every rank; all call it together. Small, and no reference to an object of Ray's."""
         ...
 
     def barrier(self) -> None:

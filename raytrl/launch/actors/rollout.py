@@ -1,12 +1,8 @@
 """What runs inside a rollout actor."""
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import ray
-import ray.exceptions
-
-from raytrl.errors import WeightsGoneError
 from raytrl.launch.actors.base import CONTROL, WEIGHTS, WORK, Actor, in_group
 from raytrl.launch.session.logs import set_version
 from raytrl.records.samples import Attempt, Prompt, Response
@@ -16,27 +12,6 @@ if TYPE_CHECKING:
     from raytrl.roles.rollout.engine import RolloutEngine
     from raytrl.roles.weights.group import Announcement, Invitation
     from raytrl.roles.weights.packed import PackedBucket
-
-_FETCH_LIMIT_S = 600  # for one bucket
-
-
-class _Fetched(Sequence[Any]):
-    """Buckets that come out of the object store when they are asked for."""
-
-    def __init__(self, buckets: Sequence[Any]) -> None:
-        self._buckets = buckets
-
-    def __len__(self) -> int:
-        return len(self._buckets)
-
-    def __getitem__(self, number: Any) -> Any:
-        bucket = self._buckets[number]
-        if not isinstance(bucket, ray.ObjectRef):
-            return bucket
-        try:
-            return ray.get(bucket, timeout=_FETCH_LIMIT_S)
-        except ray.exceptions.RayError as error:  # its owner died with it, or the node that had it
-            raise WeightsGoneError(f"rollout actor: bucket {number}: {type(error).__name__}") from None
 
 
 class RolloutActor(Actor):
@@ -92,13 +67,13 @@ class RolloutActor(Actor):
 
     @in_group(WEIGHTS)
     def load_weights(
-        self, attempt: Attempt, version: int, checksum: str, num_buckets: int, buckets: Sequence[Any]
+        self, attempt: Attempt, version: int, checksum: str, num_buckets: int, buckets: "Sequence[PackedBucket]"
     ) -> tuple[int, str]:
-        """`WeightIntake.load`: the proof that it holds these weights. `buckets` are references: most often none is read."""
+        """`WeightIntake.load`: the proof that it holds these weights. `buckets` may be `OnShelf`: most often none is read."""
         self.begin(attempt)
         with self._busy(f"loading weights of version {version}"):
             self._refuse_if_old(attempt)
-            held = self._intake.load(attempt, version, checksum, num_buckets, _Fetched(buckets))
+            held = self._intake.load(attempt, version, checksum, num_buckets, buckets)
             set_version(version)
             return held
 

@@ -1,14 +1,15 @@
 """How new weights get from the learner's workers to the rollout actors: once for all workers."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import ray
 import torch
-from ray.train.collective import broadcast_from_rank_zero
 
 from raytrl.errors import WeightGroupError
+from raytrl.launch.actors.shelf import OnShelf
 from raytrl.launch.actors.transport import Receivers, SentWeights, broadcast, send
 from raytrl.launch.session.logs import LOG
 from raytrl.records.progress import Progress
@@ -33,14 +34,18 @@ class WeightSender:
         device: torch.device,
         *,
         broadcasts: bool,
+        shelf: Any = None,
         put: Callable[[PackedBucket], Any] = ray.put,
         limit_s: float = _LIMIT_S,
     ) -> None:
+        """`shelf`: an actor that is a `Shelf`; None, only where `put` makes no references."""
         self._context, self._device, self._broadcasts = context, device, broadcasts
-        self._put, self._limit_s = put, limit_s
+        self._shelf, self._put, self._limit_s = shelf, put, limit_s
         self._group: WeightGroup | None = None
 
     def __call__(self, weights: Weights, receivers: Receivers) -> SentWeights:
+        if self._shelf is not None and self._context.rank == 0:  # the object store must not hold two versions
+            ray.get(self._shelf.keep.remote(weights.version, []), timeout=self._limit_s)
         sent = self._round(weights, receivers, by_broadcast=self._broadcasts and receivers.complete)
         if sent is None:
             sent = self._round(weights, receivers, by_broadcast=False)
@@ -48,7 +53,7 @@ class WeightSender:
         return sent
 
     def _round(self, weights: Weights, receivers: Receivers, by_broadcast: bool) -> SentWeights | None:
-        """None: they have to be sent again. Rank 0 decides, and all ranks get the references."""
+        """None: they have to be sent again. Rank 0 decides, and all ranks learn where they are."""
         sent: SentWeights | None = None
         if self._context.rank != 0:
             for _ in weights.buckets:  # gathered by all workers together
@@ -57,8 +62,14 @@ class WeightSender:
             sent = self._broadcast(weights, receivers)
         else:
             self.close()  # an actor that is lost or new is not in it
-            sent = send(weights, receivers, self._put)
-        return broadcast_from_rank_zero(sent) if self._context.world_size > 1 else sent
+            sent = self._stored(send(weights, receivers, self._put))
+        return self._context.from_rank_zero(sent) if self._context.world_size > 1 else sent
+
+    def _stored(self, sent: SentWeights) -> SentWeights:
+        if self._shelf is None:
+            return sent
+        ray.get(self._shelf.keep.remote(sent.version, list(sent.buckets)), timeout=self._limit_s)
+        return replace(sent, buckets=OnShelf(self._shelf, sent.version, sent.num_buckets))
 
     def _broadcast(self, weights: Weights, receivers: Receivers) -> SentWeights | None:
         buckets = iter(weights.buckets)

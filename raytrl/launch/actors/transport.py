@@ -1,10 +1,10 @@
 """Weights on their way, bucket by bucket: through the object store, or by broadcast in a process group."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from raytrl.roles.weights.buckets import Bucket, Weights, combined
+from raytrl.roles.weights.buckets import Bucket, Weights, checksum, combined
 from raytrl.roles.weights.group import Announcement, WeightGroup
 from raytrl.roles.weights.packed import PackedBucket, pack
 
@@ -26,7 +26,7 @@ class SentWeights:
     version: int
     checksum: str
     num_buckets: int
-    buckets: tuple[Any, ...]  # what `put` made of the packed buckets; empty: they were sent to whoever was there
+    buckets: Sequence[Any]  # where they are read; empty: they were sent to whoever was there
 
 
 def send(
@@ -39,9 +39,8 @@ def send(
     """
     checksums, places = [], []
     for number, tensors in enumerate(weights.buckets):
-        bucket = Bucket.of({name: tensor.cpu() for name, tensor in tensors.items()})
-        places.append(put(pack(bucket)))
-        checksums.append(bucket.checksum)
+        checksums.append(checksum(tensors))  # where they lie
+        places.append(put(pack(Bucket({name: tensor.cpu() for name, tensor in tensors.items()}, checksums[-1]))))
         receivers.tell("take_bucket", weights.version, number, places[-1])
     return SentWeights(weights.version, combined(checksums), len(places), tuple(places))
 

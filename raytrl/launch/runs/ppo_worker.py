@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import ray.train.torch
-from ray.train.collective import broadcast_from_rank_zero
 
 from raytrl.config.foreign.deepspeed import without_auto
 from raytrl.config.runs.ppo import PpoRun
@@ -51,9 +50,10 @@ def train_ppo(
         context.barrier()  # a downloaded checkpoint is deleted when the first rank leaves
     say("waiting for rollout and reward actors")
     number = context.new_attempt() if context.rank == 0 else 0
-    attempt = Attempt(run.name, broadcast_from_rank_zero(number))
+    attempt = Attempt(run.name, context.from_rank_zero(number))
     who = f"learner worker {context.rank}"
-    sender = WeightSender(context, backend.device, broadcasts=run.rollout.weight_transfer == "broadcast")
+    by_broadcast = run.rollout.weight_transfer == "broadcast"
+    sender = WeightSender(context, backend.device, broadcasts=by_broadcast, shelf=context.board)
     generator = generator_on(
         rollout_actors,
         run,

@@ -10,6 +10,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raytrl.config.runs.base import TrainingRun
 from raytrl.errors import RunError, StalledError, WorkerError
+from raytrl.launch.actors.shelf import Shelf
 from raytrl.launch.session.gauges import step_gauges
 from raytrl.records.progress import Progress
 from raytrl.rundir import MetricsLog, RunDirectory, StepLog, now
@@ -17,13 +18,14 @@ from raytrl.rundir import MetricsLog, RunDirectory, StepLog, now
 _POLL_S = 0.2
 
 
-class Board:
+class Board(Shelf):
     """An actor that holds what workers have told until the driver fetches it, and shows it in Ray's metrics.
 
     The driver could not show it: one that has joined through `ray://` is no process of the cluster.
     """
 
     def __init__(self, run: TrainingRun) -> None:
+        super().__init__()
         self._events: list[Progress] = []
         self._forgotten = 0  # events that the driver has
         self._attempt = 0

@@ -88,7 +88,7 @@ class RayWorkerContext:
         self.local_rank: int = context.get_local_rank()
         self.world_size: int = context.get_world_size()
         self.scratch = f"{scratch}/node-{context.get_node_rank()}"  # nodes may share the run's disk
-        self._board, self._run_dir, self._tensorboard = board, run_dir, tensorboard
+        self.board, self._run_dir, self._tensorboard = board, run_dir, tensorboard
         self._latest: deque[Progress] = deque(maxlen=_KEPT)
         self._heart = Heart(board.post.remote, beat_s)
         if self.local_rank == 0:
@@ -106,7 +106,7 @@ class RayWorkerContext:
             if self.rank == 0:
                 for values in json.loads(Path(folder, _PROGRESS).read_text()):
                     self._latest.append(Progress(**values))
-                    self._board.post.remote(replace(self._latest[-1], kind="earlier"))
+                    self.board.post.remote(replace(self._latest[-1], kind="earlier"))
             yield folder
 
     def commit(self, step: int, folder: str | None) -> None:
@@ -135,7 +135,7 @@ class RayWorkerContext:
 
     def new_attempt(self) -> int:
         """The number of this life of the learner group; on rank 0."""
-        return int(ray.get(self._board.new_attempt.remote(), timeout=_BOARD_LIMIT_S))
+        return int(ray.get(self.board.new_attempt.remote(), timeout=_BOARD_LIMIT_S))
 
     def progress(self, event: Progress) -> None:
         if event.kind in ("step", "eval"):
@@ -144,10 +144,9 @@ class RayWorkerContext:
             set_version(event.step)
         shown = " ".join(f"{key} {value:.4g}" for key, value in event.metrics.items())
         LOG.info("%s", " ".join(filter(None, (event.kind, event.text or f"{event.step}/{event.total_steps}", shown))))
-        self._board.post.remote(event)
+        self.board.post.remote(event)
 
     def from_rank_zero(self, value: T) -> T:
-        """The first worker's, on every worker; collective."""
         found: T = ray.train.collective.broadcast_from_rank_zero(value)
         return found
 

@@ -1,0 +1,51 @@
+"""Where the references of new weights lie, so that each learner worker, and whoever it sends there, finds them.
+
+Ray Train's collectives pickle what workers tell one another, and Ray never frees an object whose reference was pickled
+outside of a call. So references go through an actor that all of them know, and only in calls.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+import ray.exceptions
+
+from raytrl.errors import WeightsGoneError
+
+_LIMIT_S = 600.0  # for a bucket to come from another node
+
+
+class Shelf:
+    """The part of an actor that holds the references of one version at a time."""
+
+    def __init__(self) -> None:
+        self._version = -1
+        self._places: list[Any] = []
+
+    def keep(self, version: int, places: list[Any]) -> None:
+        """In place of those of another version, which is then freed."""
+        self._version, self._places = version, places
+
+    def kept(self, version: int) -> list[Any]:
+        """None, where they have made room for another version."""
+        return self._places if version == self._version else []
+
+
+@dataclass(frozen=True)
+class OnShelf(Sequence[Any]):
+    """The buckets of a version, read one by one when they are asked for; can be sent anywhere."""
+
+    shelf: Any  # the actor
+    version: int
+    size: int
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, number: Any) -> Any:
+        try:
+            places = ray.get(self.shelf.kept.remote(self.version), timeout=_LIMIT_S)
+            return ray.get(places[number], timeout=_LIMIT_S)
+        except (IndexError, ray.exceptions.RayError) as error:  # the worker that made them, or their node, is gone
+            raise WeightsGoneError(f"rollout actor: bucket {number}: {type(error).__name__}") from None

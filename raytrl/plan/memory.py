@@ -248,11 +248,16 @@ def rollout_actor(run: RolloutRun, shape: ModelShape) -> Estimate:
         "cache": float(rows * run.longest_row * shape.layers * shape.kv_width * size),
         "activations": rows * run.rollout.max_prompt_length * (2.0 * shape.hidden + 3 * shape.widest) * size,
     }
-    sampling = rows * shape.vocab * 24.0  # float64 probabilities, always on the CPU
-    travelling = shape.parameters * float(size) if run.loads_whole_models else 0.0
+    parts["sampling"] = rows * shape.vocab * 24.0  # float64 probabilities, where the logits are
+    travelling = _travelling(run, shape.parameters * float(size))
     if not on_gpu:
-        parts["sampling and new weights"] = sampling + travelling
-    return _finish(parts, sampling if on_gpu else 0.0, on_gpu, "rollout", travelling)
+        parts["new weights"] = travelling
+    return _finish(parts, 0.0, on_gpu, "rollout", travelling)
+
+
+def _travelling(run: RolloutRun, weights: float) -> float:
+    """The object store's pages that an actor reads new weights from: the last version's place is not taken again at once."""
+    return 2.0 * weights if run.loads_whole_models else 0.0
 
 
 def _vllm_actor(run: RolloutRun, shape: ModelShape) -> Estimate:
@@ -263,7 +268,7 @@ def _vllm_actor(run: RolloutRun, shape: ModelShape) -> Estimate:
     weights = shape.parameters * float(size)
     parts = {"weights": weights, "activations": tokens * (2.0 * shape.hidden + 3 * shape.widest) * size}
     # With LoRA the base lies in mapped files, from which the merged layers are made one by one.
-    travelling = weights if run.loads_whole_models else 0.0
+    travelling = _travelling(run, weights)
     if not on_gpu:
         parts["weights"] += 2.0 * shape.vocab * shape.hidden * size  # embedding and head are kept packed as well
         parts["cache"] = float(cpu_cache_bytes(run.rollout, shape.layers * shape.kv_width * size, run.longest_row + 1))

@@ -32,6 +32,7 @@ from raytrl.roles.models.adapters import add_policy_adapter, policy_parameters
 from raytrl.roles.weights.buckets import Weights
 from tests.ppo_files import make_policy
 
+LAYERWISE = "RAYTRL_BENCHMARK_LAYERWISE"
 SHAPES = {
     5: {"vocab_size": 4096, "hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4},
     300: {"vocab_size": 32000, "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 20},
@@ -139,6 +140,10 @@ class Timed:
 def make_timed(path: str, rollout: RolloutSection, lora: Any) -> Any:
     from raytrl.roles.rollout.engines import engine_class
 
+    if LAYERWISE in os.environ:
+        from raytrl.roles.rollout.vllm import worker
+
+        worker._keeps_more = lambda model: "as asked for"
     return Timed(
         lambda: engine_class(rollout.engine).from_pretrained(path, path, rollout, seed=0, lora=lora)  # type: ignore[arg-type]
     )
@@ -164,7 +169,8 @@ def pool_of(path: str, rollout: RolloutSection, lora: Any) -> Iterator[tuple[Any
     from raytrl.launch.actors.pool import Pool
     from raytrl.launch.actors.rollout import RolloutActor
     from raytrl.launch.actors.send_weights import WeightSender
-    from raytrl.launch.actors.start import _start
+    from raytrl.launch.actors.shelf import Shelf
+    from raytrl.launch.actors.start import _make
     from raytrl.launch.session.gauges import RoleGauges
 
     ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, object_store_memory=3 * 2**30)
@@ -181,7 +187,7 @@ def pool_of(path: str, rollout: RolloutSection, lora: Any) -> Iterator[tuple[Any
 
     threads = 128 if rollout.engine == "vllm" else 1
     make = functools.partial(make_timed, path, rollout, lora)
-    actors = [_start(group, i, Actor, {"CPU": 1}, make, threads) for i in range(rollout.actors)]
+    actors = [_make(group, i, Actor, {"CPU": 1}, make, threads) for i in range(rollout.actors)]
     pool = Pool(
         RayCalls(actors, RoleGauges("benchmark", "rollout")),
         "rollout actors",
@@ -191,7 +197,9 @@ def pool_of(path: str, rollout: RolloutSection, lora: Any) -> Iterator[tuple[Any
     )
     try:
         by_broadcast = rollout.weight_transfer == "broadcast"
-        share = WeightSender(OnlyWorker(), torch.device("cpu"), broadcasts=by_broadcast)  # type: ignore[arg-type]
+        worker: Any = OnlyWorker()
+        shelf = ray.remote(num_cpus=0)(Shelf).remote()
+        share = WeightSender(worker, torch.device("cpu"), broadcasts=by_broadcast, shelf=shelf)
         yield PoolGenerator(pool, rollout, samples=1, attempt=Attempt("run", 1), send_weights=share), actors
     finally:
         ray.shutdown()
@@ -297,7 +305,7 @@ def kill(path: str, options: argparse.Namespace) -> None:
                         tensor += 1e-2 * tensor.roll(1)
             weights = Weights.of(version, policy_parameters(model).items(), torch.float32)
             victim = ray.get(handles[0].pid.remote())
-            share, buckets = pool._share, len(list(weights.buckets))
+            share, buckets = pool._send_weights, len(list(weights.buckets))
             if death == "in mid-update":
 
                 def halfway(sent: Weights, receivers: Any, victim: int = victim, half: int = buckets // 2) -> Any:
@@ -308,10 +316,10 @@ def kill(path: str, options: argparse.Namespace) -> None:
 
                     return share(sent, replace(receivers, tell=told))  # noqa: B023 (of this round)
 
-                pool._share = halfway
+                pool._send_weights = halfway
             began = time.perf_counter()
             pool.load_weights(weights)
-            update_s, up, pool._share = time.perf_counter() - began, pool.num_up, share
+            update_s, up, pool._send_weights = time.perf_counter() - began, pool.num_up, share
             began = time.perf_counter()
             chunks = pool.generate(prompts, version, greedy=False)
             if death == "in mid-generation":
@@ -337,11 +345,16 @@ def main() -> None:
     for name, default in (("params", 5), ("actors", 1), ("rows", 128), ("tokens", 64), ("steps", 4), ("sequences", 64)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--lora", action="store_true")
+    parser.add_argument(
+        "--layerwise", action="store_true", help="vLLM's own way to take weights, not straight to places"
+    )
     parser.add_argument("--transfer", choices=["object_store", "broadcast"], default="object_store")
     parser.add_argument(
         "--uneven", action="store_true", help="responses end at the first letter, at very different lengths"
     )
     options = parser.parse_args()
+    if options.layerwise:
+        os.environ[LAYERWISE] = "1"  # actors have this process' environment
     with tempfile.TemporaryDirectory() as folder:
         path = make_model(Path(folder), options.params)
         if options.what == "bare":

@@ -34,11 +34,11 @@ class WeightSender:
         device: torch.device,
         *,
         broadcasts: bool,
-        shelf: Any = None,
+        shelf: Any,
         put: Callable[[PackedBucket], Any] = ray.put,
         limit_s: float = _LIMIT_S,
     ) -> None:
-        """`shelf`: an actor that is a `Shelf`; None, only where `put` makes no references."""
+        """`shelf`: an actor that is a `Shelf`, for what `put` makes; None where that is no reference."""
         self._context, self._device, self._broadcasts = context, device, broadcasts
         self._shelf, self._put, self._limit_s = shelf, put, limit_s
         self._group: WeightGroup | None = None

@@ -65,7 +65,7 @@ class NotedSharing(WeightSender):
 
     def __init__(self, limit_s: float) -> None:
         worker = OnlyWorker()
-        super().__init__(worker, CPU, broadcasts=True, put=lambda packed: packed, limit_s=limit_s)  # type: ignore[arg-type]
+        super().__init__(worker, CPU, broadcasts=True, shelf=None, put=lambda packed: packed, limit_s=limit_s)  # type: ignore[arg-type]
         self.ways = worker.notices
 
     def __call__(self, sent: Weights, receivers: Receivers) -> SentWeights:

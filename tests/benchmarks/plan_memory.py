@@ -148,7 +148,7 @@ CASES: dict[str, Any] = {
 }
 
 
-def make_files(folder: Path, model: dict[str, Any]) -> None:
+def make_files(folder: Path, model: dict[str, Any], judge: dict[str, Any] = MODEL) -> None:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
@@ -171,7 +171,7 @@ def make_files(folder: Path, model: dict[str, Any]) -> None:
     if (folder / "judge/config.json").exists():
         return
     ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    for name, auto, shape in (("policy", LlamaForCausalLM, model), ("judge", LlamaForSequenceClassification, MODEL)):
+    for name, auto, shape in (("policy", LlamaForCausalLM, model), ("judge", LlamaForSequenceClassification, judge)):
         values = {key: value for key, value in shape.items() if key != "model_type"}
         auto(LlamaConfig(**values, **ids, num_labels=1)).save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)

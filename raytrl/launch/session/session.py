@@ -176,9 +176,8 @@ def _join(address: str) -> None:
             try:
                 ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
                 return
-            except (
-                ConnectionAbortedError
-            ):  # a head starts a server for each `ray://` client, and a busy one is slow at it
+            except ConnectionAbortedError:
+                # A head starts a server for each `ray://` client, and a busy one is slow at it.
                 if time.monotonic() > limit:
                     raise
                 ray.shutdown()

@@ -104,17 +104,21 @@ def test_a_long_call_beats_until_it_ends() -> None:
 
 def test_a_run_without_any_work_has_stalled(eye: Watch, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever was told before: a beat puts the end off, and is not what was told last."""
-    now, events = 100.0, [Progress("step", 3, 9)]
+    now = eye._last_event + 130.0  # the workers are still being placed
+    events: list[Progress] = []
     monkeypatch.setattr(watch, "time", SimpleNamespace(monotonic=lambda: now, time=lambda: 0.0))
     board = SimpleNamespace(after=SimpleNamespace(remote=lambda taken: events))
     monkeypatch.setattr(watch, "ray", SimpleNamespace(get=lambda answer, timeout: answer))
-    eye._board, eye._run = board, SimpleNamespace(learner=SimpleNamespace(stall_timeout_s=20.0))  # type: ignore[assignment]
-    eye._take()
-    now, events = 115.0, [Progress("beat")]
-    eye._take()
-    now, events = 134.0, []
+    eye._board, eye._run = board, SimpleNamespace(learner=SimpleNamespace(stall_timeout_s=20.0, start_timeout_s=120.0))  # type: ignore[assignment]
     eye._take()
     eye._check_stall()
-    now = 136.0
+    now, events = 200.0, [Progress("step", 3, 9)]
+    eye._take()
+    now, events = 215.0, [Progress("beat")]
+    eye._take()
+    now, events = 234.0, []
+    eye._take()
+    eye._check_stall()
+    now = 236.0
     with pytest.raises(StalledError, match=r"waited 20 s \(learner.stall_timeout_s\).*last told: step 3"):
         eye._check_stall()

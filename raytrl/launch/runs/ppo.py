@@ -74,7 +74,8 @@ def ppo_worker(config: dict[str, Any]) -> dict[str, float]:
     from raytrl.launch.runs.worker import RayWorkerContext, as_worker
 
     def work(context: RayWorkerContext) -> dict[str, float]:
-        from raytrl.launch.runs.ppo_worker import train_ppo
+        with context.beating():
+            from raytrl.launch.runs.ppo_worker import train_ppo
 
         return train_ppo(config["job"], context, config["rollout"], config["reward"], config["tensorboard"])
 

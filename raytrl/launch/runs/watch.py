@@ -194,6 +194,8 @@ class Watch:
 
     def _check_stall(self) -> None:
         limit = self._run.learner.stall_timeout_s
+        if self._last is None:  # to be placed and started has a limit of its own
+            limit += self._run.learner.start_timeout_s
         if time.monotonic() - self._last_event > limit:
             last = (
                 f"{self._last.kind} {self._last.text or self._last.step}"

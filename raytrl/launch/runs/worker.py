@@ -178,7 +178,8 @@ def supervised_worker(config: dict[str, Any]) -> dict[str, float]:
     """The train function that Ray Train runs in each worker of a supervised run."""
 
     def work(context: RayWorkerContext) -> dict[str, float]:
-        from raytrl.roles.supervised.trainer import train
+        with context.beating():
+            from raytrl.roles.supervised.trainer import train
 
         return train(config["job"], context)
 

@@ -119,14 +119,14 @@ def train(job: Job[SupervisedRun], context: WorkerContext) -> dict[str, float]:
     run_dir = RunDirectory(run.output_dir, run.name)
     on_gpu = run.learner.uses_gpu
     _phase(context, "loading libraries")
-    trl = importlib.import_module("trl")
-    config_class, trainer_class = getattr(trl, run.native_class.name), getattr(trl, str(run.trl_trainer))
-    if run.learner.deepspeed is not None:
-        prepare_deepspeed(on_gpu)
-    _phase(context, "loading model and data")
     with ExitStack() as stack:
         preparing = stack.enter_context(ExitStack())
         preparing.enter_context(context.beating())  # rows are tokenised in one call
+        trl = importlib.import_module("trl")
+        config_class, trainer_class = getattr(trl, run.native_class.name), getattr(trl, str(run.trl_trainer))
+        if run.learner.deepspeed is not None:
+            prepare_deepspeed(on_gpu)
+        _phase(context, "loading model and data")
         tokenizer = _tokenizer(job, run_dir, stack)
         base = _base(job, run_dir, tokenizer, context, stack)
         if not os.path.isdir(base):  # of the hub: it was not here before the start, and TRL asks nothing

@@ -54,7 +54,8 @@ class Machine:
     def sft(self, name: str, **sections: Any) -> str:
         training = {"max_steps": STEPS, "per_device_train_batch_size": 8, "learning_rate": 1e-4, "max_length": 128}
         learner = {"workers": 1, "resources": self.share(1)} | sections.pop("learner", {})
-        model = {"path": str(self.folder / "policy"), "dtype": "auto" if self.gpus else "float32"}
+        model = {"path": str(self.folder / "policy"), "config": None, "tokenizer": None}
+        model["dtype"] = "auto" if self.gpus else "float32"
         checkpoint = {"every": 1000}
         return run_file(
             self.folder, name, model=model, training=training, learner=learner, checkpoint=checkpoint, **sections

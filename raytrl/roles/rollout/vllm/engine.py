@@ -29,6 +29,7 @@ from raytrl.roles.rollout.engine import (
 from raytrl.roles.rollout.vllm.batch import ContinuousBatch
 from raytrl.roles.weights.buckets import Bucket
 
+_CPU_BATCH_TOKENS = 2048  # vLLM's own
 # Read by vLLM when it is imported; a user's own setting wins.
 _ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
@@ -219,6 +220,9 @@ def _chosen_arguments(rollout: RolloutSection, config: Any, dtype: torch.dtype, 
         return chosen
     sequences = rollout.engine_args.get("max_num_seqs", CPU_SEQUENCES)
     chosen |= {"max_num_seqs": sequences, "enforce_eager": True, "distributed_executor_backend": "uni"}
+    # A prompt that is taken in by parts sets its generator back, which vLLM (0.32) can only do on a GPU: whole ones wait.
+    chosen["enable_chunked_prefill"] = False
+    chosen["max_num_batched_tokens"] = max(_CPU_BATCH_TOKENS, chosen["max_model_len"], sequences)
     if "gpu_memory_utilization" not in rollout.engine_args:
         length = rollout.engine_args.get("max_model_len", chosen["max_model_len"])
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads

@@ -294,17 +294,6 @@ def test_a_log_prob_that_vllm_could_not_tell_is_not_told(
         assert response.sampling_logprobs[1:] == whole.sampling_logprobs[1:]
 
 
-def test_prompts_that_do_not_fit_into_one_step_wait_for_the_next(folders: dict[str, str]) -> None:
-    """In parts they would set their generators back, which vLLM can do on a GPU only."""
-    arguments = {"max_model_len": 48, "max_num_batched_tokens": 50, "max_num_seqs": 24}
-    one = Case(folders["llama"], False, rollout().model_copy(update={"engine_args": arguments}))
-    try:
-        prompts = some_prompts(24)
-        one.check(prompts, one.engine.generate(prompts, 0))
-    finally:
-        one.engine.close()
-
-
 def test_what_is_not_wanted_any_more_is_not_sampled_to_its_end(case: Callable[..., Case]) -> None:
     one = case("llama")
     one.load(21)
@@ -333,6 +322,17 @@ def test_an_evaluation_goes_from_model_to_model(folders: dict[str, str]) -> None
             expected = token_logprobs(logits, torch.tensor([response.token_ids]), 1.0)[0].float()
             torch.testing.assert_close(torch.tensor(response.sampling_logprobs), expected, atol=1e-5, rtol=0)
     engine.close()
+
+
+def test_prompts_that_do_not_fit_into_one_step_wait_for_the_next(folders: dict[str, str]) -> None:
+    """In parts they would set their generators back, which vLLM can do on a GPU only."""
+    arguments = {"max_model_len": 48, "max_num_batched_tokens": 50, "max_num_seqs": 24}
+    one = Case(folders["llama"], False, rollout().model_copy(update={"engine_args": arguments}))
+    try:
+        prompts = some_prompts(24)
+        one.check(prompts, one.engine.generate(prompts, 0))
+    finally:
+        one.engine.close()
 
 
 def test_the_engine_has_no_process_of_its_own(case: Callable[..., Case]) -> None:

@@ -14,7 +14,7 @@ from raytrl.config.runs.base import Run
 from raytrl.config.runs.ppo import PpoRun
 from raytrl.config.runs.rollout import RolloutRun
 from raytrl.config.runs.supervised import SupervisedRun
-from raytrl.config.sections.engines import cpu_cache_bytes
+from raytrl.config.sections.engines import cpu_batch_tokens, cpu_cache_bytes
 from raytrl.config.sections.ppo import HEAD_CHUNK, LOGIT_BYTES, activation_bytes
 from raytrl.plan.config_shapes import ModelShape
 from raytrl.plan.shapes import lora_parameters
@@ -36,7 +36,7 @@ GIB = 2**30
 # TRL scores tokens and vocabulary in tiles of this size (trl/kernels/chunked_logprob.py), with these float32 copies.
 _TILE = (4096, 32768)
 _TILE_COPIES = 4
-_VLLM_BATCH = {"cpu": 2048, "gpu": 16384}  # tokens of a forward pass: vLLM's defaults, on the largest GPUs
+_GPU_BATCH_TOKENS = 16384  # of a forward pass: vLLM's default, on the largest GPUs
 
 
 @dataclass(frozen=True)
@@ -264,14 +264,17 @@ def _vllm_actor(run: RolloutRun, shape: ModelShape) -> Estimate:
     """One rollout actor with vLLM; on a GPU its cache takes what is left of its share."""
     on_gpu = run.rollout.uses_gpu
     size = _size(run.model.dtype, run.uses_gpu)
-    tokens = run.rollout.engine_args.get("max_num_batched_tokens") or _VLLM_BATCH["gpu" if on_gpu else "cpu"]
+    length = run.longest_row + 1
+    tokens = cpu_batch_tokens(run.rollout, length)
+    if on_gpu:
+        tokens = run.rollout.engine_args.get("max_num_batched_tokens") or _GPU_BATCH_TOKENS
     weights = shape.parameters * float(size)
     parts = {"weights": weights, "activations": tokens * (2.0 * shape.hidden + 3 * shape.widest) * size}
     # With LoRA the base lies in mapped files, from which the merged layers are made one by one.
     travelling = _travelling(run, weights)
     if not on_gpu:
         parts["weights"] += 2.0 * shape.vocab * shape.hidden * size  # embedding and head are kept packed as well
-        parts["cache"] = float(cpu_cache_bytes(run.rollout, shape.layers * shape.kv_width * size, run.longest_row + 1))
+        parts["cache"] = float(cpu_cache_bytes(run.rollout, shape.layers * shape.kv_width * size, length))
         parts["new weights"] = travelling
     estimate = _finish(parts, 0.0, on_gpu, "vllm", travelling)
     if not on_gpu:

@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from raytrl.algo.logprobs import token_logprobs
 from raytrl.config.sections.rollout import RolloutSection
@@ -20,7 +20,7 @@ from raytrl.errors import NonFiniteError, StaleAttemptError, WeightsVersionError
 from raytrl.records.samples import Prompt, Response
 from raytrl.roles.models.adapters import add_policy_adapter, policy_parameters
 from raytrl.roles.rollout.folder import FolderEngine
-from raytrl.roles.rollout.vllm.engine import VllmEngine
+from raytrl.roles.rollout.vllm.engine import VllmEngine, _chosen_arguments
 from raytrl.roles.rollout.vllm.places import Places
 from raytrl.roles.weights.buckets import Bucket, Weights, weights_on_disk
 from tests.ppo_files import make_policy
@@ -333,6 +333,20 @@ def test_prompts_that_do_not_fit_into_one_step_wait_for_the_next(folders: dict[s
         one.check(prompts, one.engine.generate(prompts, 0))
     finally:
         one.engine.close()
+
+
+def test_a_batch_on_a_cpu_holds_the_longest_sequence_whoever_set_its_length() -> None:
+    """vLLM refuses a smaller one where it may not split a prompt."""
+    config = AutoConfig.for_model("llama", max_position_embeddings=8192)
+
+    def batch(**arguments: Any) -> int:
+        section = RolloutSection(engine="vllm", max_prompt_length=32, engine_args=arguments)
+        return int((_chosen_arguments(section, config, torch.float32, "cpu") | arguments)["max_num_batched_tokens"])
+
+    assert batch() == 2048
+    assert batch(max_model_len=4096) == 4096
+    assert batch(max_num_seqs=3000) == 3000
+    assert batch(max_num_batched_tokens=512) == 512
 
 
 def test_the_engine_has_no_process_of_its_own(case: Callable[..., Case]) -> None:

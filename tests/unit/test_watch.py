@@ -112,6 +112,11 @@ def test_a_run_without_any_work_has_stalled(eye: Watch, monkeypatch: pytest.Monk
     eye._board, eye._run = board, SimpleNamespace(learner=SimpleNamespace(stall_timeout_s=20.0, start_timeout_s=120.0))  # type: ignore[assignment]
     eye._take()
     eye._check_stall()
+    now += 20.0
+    with pytest.raises(
+        StalledError, match=r"waited 140 s \(learner.start_timeout_s and learner.stall_timeout_s\).*none"
+    ):
+        eye._check_stall()
     now, events = 200.0, [Progress("step", 3, 9)]
     eye._take()
     now, events = 215.0, [Progress("beat")]

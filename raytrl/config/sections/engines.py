@@ -160,6 +160,18 @@ def _placement_problems(rollout: RolloutSection) -> list[str]:
     return []
 
 
+def cpu_batch_tokens(rollout: RolloutSection, length: int) -> int:
+    """Tokens that vLLM takes in at once on a CPU: its own number, and at least a whole sequence, which it never splits there.
+
+    `engine_args.max_num_batched_tokens`, where that is given.
+
+    Args:
+        length: tokens of a sequence at most.
+    """
+    sequences = rollout.engine_args.get("max_num_seqs") or CPU_SEQUENCES
+    return int(rollout.engine_args.get("max_num_batched_tokens") or max(2048, length, sequences))
+
+
 def cpu_cache_bytes(rollout: RolloutSection, token_bytes: int, length: int) -> int:
     """vLLM's key-value cache on a CPU, where its own choice would be most of the machine.
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
 from raytrl.config.runs.rollout import RolloutRun
 from raytrl.config.sections.engines import CPU_SEQUENCES
@@ -14,20 +14,10 @@ from raytrl.launch.actors.pool import Pool, Request
 from raytrl.launch.actors.transport import Receivers, SentWeights
 from raytrl.launch.session.gauges import RoleGauges
 from raytrl.records.samples import Attempt, Prompt, Response, chunks
+from raytrl.roles.context import WorkerContext
 from raytrl.roles.weights.buckets import Weights
 
 SendWeights = Callable[[Weights, Receivers], SentWeights]
-
-
-class Team(Protocol):
-    """The workers of a learner, as one of them sees them."""
-
-    @property
-    def rank(self) -> int: ...
-
-    def from_rank_zero(self, value: frozenset[int]) -> frozenset[int]:
-        """The first worker's, on every worker; collective."""
-        ...
 
 
 class PoolGenerator:
@@ -41,14 +31,14 @@ class PoolGenerator:
         samples: int,
         attempt: Attempt,
         send_weights: SendWeights,
-        team: Team | None = None,
+        team: WorkerContext | None = None,
     ) -> None:
         """
         Args:
             samples: responses per prompt.
             attempt: of the learner group; the actors refuse requests of earlier ones.
             send_weights: gets them, once for all workers, to the actors, or where they can take them. Collective.
-            team: of the learner's workers; None: there is one.
+            team: the learner's workers, as this one sees them; None: there is one.
         """
         self._pool, self._rollout, self._samples = pool, rollout, samples
         self._attempt, self._send_weights, self._team = attempt, send_weights, team
@@ -142,7 +132,7 @@ def generator_on(
     who: str,
     attempt: Attempt,
     send_weights: SendWeights,
-    team: Team | None = None,
+    team: WorkerContext | None = None,
     beat: Callable[[], None] = lambda: None,
 ) -> PoolGenerator:
     """The generator of a learner worker, or of an evaluation, on these rollout actors; `who` is it, for messages; `beat`:

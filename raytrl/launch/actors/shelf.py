@@ -27,9 +27,9 @@ class Shelf:
         """In place of those of another version, which is then freed."""
         self._version, self._places = version, places
 
-    def kept(self, version: int) -> list[Any]:
-        """None, where they have made room for another version."""
-        return self._places if version == self._version else []
+    def kept(self, version: int, number: int) -> list[Any]:
+        """One bucket's; none, where they have made room for another version."""
+        return self._places[number : number + 1] if version == self._version else []
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class OnShelf(Sequence[Any]):
 
     def __getitem__(self, number: Any) -> Any:
         try:
-            places = ray.get(self.shelf.kept.remote(self.version), timeout=_LIMIT_S)
-            return ray.get(places[number], timeout=_LIMIT_S)
+            place = ray.get(self.shelf.kept.remote(self.version, number), timeout=_LIMIT_S)
+            return ray.get(place[0], timeout=_LIMIT_S)
         except (IndexError, ray.exceptions.RayError) as error:  # the worker that made them, or their node, is gone
             raise WeightsGoneError(f"rollout actor: bucket {number}: {type(error).__name__}") from None

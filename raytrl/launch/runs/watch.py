@@ -193,9 +193,9 @@ class Watch:
         return WorkerError(f"{event.text}; traceback: {self._run_dir}/failures.log")
 
     def _check_stall(self) -> None:
-        limit = self._run.learner.stall_timeout_s
+        limit, keys = self._run.learner.stall_timeout_s, "learner.stall_timeout_s"
         if self._last is None:  # to be placed and started has a limit of its own
-            limit += self._run.learner.start_timeout_s
+            limit, keys = limit + self._run.learner.start_timeout_s, f"learner.start_timeout_s and {keys}"
         if time.monotonic() - self._last_event > limit:
             last = (
                 f"{self._last.kind} {self._last.text or self._last.step}"
@@ -203,7 +203,7 @@ class Watch:
                 else "none: no worker has started"
             )
             raise StalledError(
-                f"the driver has waited {limit:g} s (learner.stall_timeout_s) for the workers to do anything; last told: {last}"
+                f"the driver has waited {limit:g} s ({keys}) for the workers to do anything; last told: {last}"
             )
 
     def _readable(self, error: BaseException) -> BaseException:

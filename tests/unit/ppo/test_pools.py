@@ -426,7 +426,8 @@ class Workers:
 
 
 def test_one_worker_asks_for_all() -> None:
-    calls, team = engines(3), Workers()
+    calls = engines(3)
+    team: Any = Workers()
     pools = []
     for _ in range(2):
         pool = Pool(calls, "rollout actors", "a worker", 5.0)

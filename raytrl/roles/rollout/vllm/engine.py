@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
-from raytrl.config.sections.engines import CPU_SEQUENCES, cpu_cache_bytes, gpus_asked
+from raytrl.config.sections.engines import CPU_SEQUENCES, cpu_batch_tokens, cpu_cache_bytes, gpus_asked
 from raytrl.config.sections.rollout import RolloutSection, SamplingSection
 from raytrl.errors import NonFiniteError, RunError
 from raytrl.records.samples import Prompt, Response
@@ -29,7 +29,6 @@ from raytrl.roles.rollout.engine import (
 from raytrl.roles.rollout.vllm.batch import ContinuousBatch
 from raytrl.roles.weights.buckets import Bucket
 
-_CPU_BATCH_TOKENS = 2048  # vLLM's own
 # Read by vLLM when it is imported; a user's own setting wins.
 _ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
@@ -222,9 +221,9 @@ def _chosen_arguments(rollout: RolloutSection, config: Any, dtype: torch.dtype, 
     chosen |= {"max_num_seqs": sequences, "enforce_eager": True, "distributed_executor_backend": "uni"}
     # A prompt that is taken in by parts sets its generator back, which vLLM (0.32) can only do on a GPU: whole ones wait.
     chosen["enable_chunked_prefill"] = False
-    chosen["max_num_batched_tokens"] = max(_CPU_BATCH_TOKENS, chosen["max_model_len"], sequences)
+    length = rollout.engine_args.get("max_model_len", chosen["max_model_len"])
+    chosen["max_num_batched_tokens"] = cpu_batch_tokens(rollout, length)
     if "gpu_memory_utilization" not in rollout.engine_args:
-        length = rollout.engine_args.get("max_model_len", chosen["max_model_len"])
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         token_bytes = 2 * config.num_hidden_layers * heads * head_size * dtype.itemsize

@@ -37,6 +37,34 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+_BEGUN = """
+import sys, time, psutil, ray
+from raytrl.config.load import load_run
+from raytrl.launch.session.session import Session
+from raytrl.plan.cluster import Need
+
+run = load_run(sys.argv[1], []).run
+try:
+    with Session(run) as session:
+        session.begin(Need(()))
+        raise ValueError("a check that fails")
+except ValueError:
+    assert not ray.is_initialized() and not psutil.Process().children(recursive=True)
+with Session(run) as session:
+    session.begin(Need(()))
+    with session.running(Need(())):
+        raylet = [each for each in psutil.Process().children() if each.name() == "raylet"]
+        assert ray.get(ray.remote(lambda: "works").remote()) == "works"
+        assert raylet[0].is_running()  # Linux ends children with the thread that started them
+    assert not ray.is_initialized()
+"""
+
+
+def test_a_ray_that_was_begun_ends_with_a_check_that_fails_and_else_serves_the_run(folder: Path) -> None:
+    file = run_file(folder, "begun")
+    subprocess.run([sys.executable, "-c", _BEGUN, file], check=True, timeout=120)
+
+
 def test_a_run_from_nothing_and_again(folder: Path) -> None:
     """One run file: trained, evaluated, recorded; not trained twice; refused with other settings; anew with --fresh."""
     file = run_file(folder, "whole", data={"eval": str(folder / "test.jsonl")}, report_to=["tensorboard"])

@@ -38,6 +38,18 @@ def check(run: SupervisedRun) -> Facts:
     return prepare_supervised(run, RunDirectory(run.output_dir, run.name))
 
 
+def test_ray_is_begun_before_what_takes_longest_and_not_for_rows_of_another_form(tmp_path: Path) -> None:
+    order = list[str]()
+    run = run_of(tmp_path)
+    into = RunDirectory(run.output_dir, run.name)
+    prepare_supervised(run, into, tell=lambda *_: order.append("rows"), before_last=lambda: order.append("begin"))
+    assert order[0] == "begin" and order.count("begin") == 1
+    write_rows(tmp_path / "train.jsonl", [{"text": 5}])
+    with pytest.raises(ConfigError, match="row 1"):
+        prepare_supervised(run, into, before_last=lambda: order.append("begin again"))
+    assert "begin again" not in order
+
+
 def test_this_machine_has_the_processors_this_process_may_use() -> None:
     import os
 

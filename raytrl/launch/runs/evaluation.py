@@ -11,7 +11,6 @@ from raytrl.config.runs.evaluation import EvalRun
 from raytrl.errors import NonFiniteError
 from raytrl.launch.runs.resume import Standing
 from raytrl.launch.runs.run import Kind, Start
-from raytrl.launch.session.session import ray_session
 from raytrl.plan.checks.common import Facts
 from raytrl.plan.checks.evaluation import check_eval
 from raytrl.records.outcome import Evaluated
@@ -44,12 +43,12 @@ class EvalKind(Kind[EvalRun, Evaluated]):
         found = super().standing(run_dir, fresh)
         return found if found.state == "done" else Standing("fresh")
 
-    def check(self, run_dir: RunDirectory) -> Facts:
-        return check_eval(self.run, self.tell_rows)
+    def check(self, run_dir: RunDirectory, before_last: Callable[[], None]) -> Facts:
+        return check_eval(self.run, self.tell_rows, before_last)
 
     def work(self, start: Start) -> dict[str, Any]:
         started = time.time()
-        with ray_session(self.run, start.need):
+        with start.ray.running(start.need):
             answers = _on_actors(self.run, start.show)
         seconds = time.time() - started + start.clock["checks_s"]
         _write(self.run, start.run_dir, answers, seconds)

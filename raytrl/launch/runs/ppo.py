@@ -1,7 +1,7 @@
 """What is particular to launching PPO: checks, and the actors that the driver owns."""
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 class PpoKind(TrainingKind[PpoRun]):
     """`run.Kind` of PPO: rollout and reward actors belong to the driver, learners to Ray Train."""
 
-    def check(self, run_dir: RunDirectory) -> Facts:
-        return Facts() if self.lent else check_ppo(self.run, self.tell_rows)
+    def check(self, run_dir: RunDirectory, before_last: Callable[[], None]) -> Facts:
+        return Facts() if self.lent else check_ppo(self.run, self.tell_rows, before_last)
 
     @contextmanager
     def running(self, command: str) -> Iterator[tuple[Any, dict[str, Any]]]:

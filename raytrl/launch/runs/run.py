@@ -1,5 +1,6 @@
 """The frame of every run, of whatever kind: look where it stands, check, plan, start, finish."""
 
+import functools
 import pkgutil
 import tempfile
 import time
@@ -13,7 +14,7 @@ from raytrl.config.load import LoadedRun
 from raytrl.config.runs.base import Run
 from raytrl.errors import RaytrlError, RunError
 from raytrl.launch.runs.resume import Standing, changed_inputs, drop_half_written, inspect_run
-from raytrl.launch.session.session import check_output_dir, cluster_of, prepare_environment
+from raytrl.launch.session.session import Session, check_output_dir, cluster_of, prepare_environment
 from raytrl.plan.capacity import Room, check_memory
 from raytrl.plan.checks.common import Facts
 from raytrl.plan.cluster import Cluster, Need
@@ -56,6 +57,7 @@ class Start:
     run_dir: RunDirectory
     command: str  # what the user typed, for the manifest and the model card
     need: Need
+    ray: Session
     clock: dict[str, float]  # seconds by phase of the start
     show: Show
 
@@ -66,6 +68,7 @@ class Kind(ABC, Generic[R, O_co]):
     def __init__(self, loaded: LoadedRun, lent: Lent | None = None) -> None:
         self.loaded, self.lent = loaded, lent
         self.show: Show = _not_shown
+        self.begin_ray: Callable[[Need], None] = _not_begun
 
     @property
     def run(self) -> R:
@@ -96,7 +99,7 @@ class Kind(ABC, Generic[R, O_co]):
         run = self.run
         need = need_of(run, reward_shared=self.lent is not None and self.lent.reward_actors is not None)
         room = Room.on(cluster, need)
-        facts = self.check(run_dir)
+        facts = self.check(run_dir, functools.partial(self.begin_ray, need))
         if self.lent is not None:
             return Planned(need, [("checked", "by the sweep")])
         shapes, unknown = read_shapes(run)
@@ -115,8 +118,11 @@ class Kind(ABC, Generic[R, O_co]):
         self.show(Progress("phase", done, count, f"trying the rows of {where}"))
 
     @abstractmethod
-    def check(self, run_dir: RunDirectory) -> Facts:
+    def check(self, run_dir: RunDirectory, before_last: Callable[[], None]) -> Facts:
         """Data, models, tokenizers, rewards: what this kind is made from.
+
+        Args:
+            before_last: called before what takes longest and fails least: models are read, rows are tried.
 
         Raises:
             ConfigError: naming the key.
@@ -139,6 +145,10 @@ class Kind(ABC, Generic[R, O_co]):
 
 
 def _not_shown(_: Progress) -> None:
+    """Until somebody runs it."""
+
+
+def _not_begun(_: Need) -> None:
     """Until somebody runs it."""
 
 
@@ -173,7 +183,8 @@ def run_to_end(kind: Kind[Any, O_co], command: str, fresh: bool, show: Show) -> 
             return kind.outcome(run_dir, already_done=True)
         _tell(standing.notices, show)
         show(Progress("phase", text="checking models and data"))
-        with cluster_of(run) as cluster:
+        with cluster_of(run) as cluster, Session(run) as ray:
+            kind.begin_ray = ray.begin
             planned = _planned(kind, cluster, run_dir, standing)
             words = [*planned.words, ("output", str(run_dir)), ("logs", log_place(run_dir))]
             if standing.resume:
@@ -183,7 +194,7 @@ def run_to_end(kind: Kind[Any, O_co], command: str, fresh: bool, show: Show) -> 
             _write_start(kind, run_dir, command)
             kind.begin(run_dir)
             with _failure_noted(run_dir):
-                start = Start(run_dir, command, planned.need, {"checks_s": time.time() - started}, show)
+                start = Start(run_dir, command, planned.need, ray, {"checks_s": time.time() - started}, show)
                 values = kind.work(start)
         run_dir.update_manifest(state="done", finished=now(), **values)
         drop_half_written(run_dir)

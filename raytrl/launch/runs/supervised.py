@@ -1,6 +1,6 @@
 """What is particular to launching SFT, reward modelling and DPO."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,8 +16,10 @@ from raytrl.versions import versions
 class SupervisedKind(TrainingKind[SupervisedRun]):
     """`run.Kind` of a TRL trainer: workers alone."""
 
-    def check(self, run_dir: RunDirectory) -> Facts:
-        return prepare_supervised(self.run, run_dir, tries_rows=self.lent is None, tell=self.tell_rows)
+    def check(self, run_dir: RunDirectory, before_last: Callable[[], None]) -> Facts:
+        return prepare_supervised(
+            self.run, run_dir, tries_rows=self.lent is None, tell=self.tell_rows, before_last=before_last
+        )
 
     @contextmanager
     def running(self, command: str) -> Iterator[tuple[Any, dict[str, Any]]]:

@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 
 from raytrl.config.runs.base import Run
@@ -109,7 +110,7 @@ def kept_ray() -> Iterator[None]:
 
 @contextmanager
 def _own_sigterm_handler() -> Iterator[None]:
-    """Keeps this process' handler: Ray's own, which init installs, aborts the process."""
+    """Keeps this process' handler: those that init installs, whatever thread it runs in, abort the process."""
     stop = signal.getsignal(signal.SIGTERM)
     yield
     if threading.current_thread() is threading.main_thread():
@@ -195,7 +196,7 @@ def _join(address: str) -> None:
 def cluster_of(run: Run) -> Iterator[Cluster]:
     """The nodes that a run would have.
 
-    Where the run joins a cluster, this process has joined it within the block, and `ray_session` in there uses that.
+    Where the run joins a cluster, this process has joined it within the block, and a `Session` in there uses that.
 
     Raises:
         ResourceError: there is no cluster at the address.
@@ -241,27 +242,60 @@ def _joined(run: Run) -> Iterator[None]:
         ray.shutdown()
 
 
-@contextmanager
-def ray_session(run: Run, need: Need) -> Iterator[None]:
-    """Ray for the block: what this process has joined or started already, else the run's cluster, else a local Ray.
+class Session:
+    """Ray for one run: what this process has joined or started already, else the run's cluster, else a local Ray.
 
-    That the run fits is checked before; of a local Ray nothing is left behind.
-
-    Raises:
-        ResourceError: there is no cluster at the address.
+    That the run fits is checked before; of a local Ray nothing is left behind. As a context manager it ends a Ray that
+    was begun and that nobody came to use.
     """
-    import ray
 
-    if ray.is_initialized():  # `cluster_of`, `kept_ray`, a sweep's trial: whoever started it ends it
-        yield
-        return
-    if joins_cluster(run):
-        with _joined(run):
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        # Linux kills Ray's processes with the thread that started them: it lives until Ray has been ended.
+        self._starter = ThreadPoolExecutor(1, "start-ray")
+        self._begun: Future[None] | None = None
+
+    def __enter__(self) -> "Session":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end()
+
+    def begin(self, need: Need) -> None:
+        """Lets a local Ray start in the background: the checks of models and data take as long as it does."""
+        import ray
+
+        if self._begun is None and not ray.is_initialized() and not joins_cluster(self._run):
+            self._begun = self._starter.submit(_start_local, need)
+
+    @contextmanager
+    def running(self, need: Need) -> Iterator[None]:
+        """Ray runs within the block.
+
+        Raises:
+            ResourceError: there is no cluster at the address.
+            RunError: Ray does not start.
+        """
+        import ray
+
+        if self._begun is None and joins_cluster(self._run) and not ray.is_initialized():
+            with _joined(self._run):
+                yield
+            return
+        self.begin(need)
+        try:
+            if self._begun is not None:  # else `cluster_of`, `kept_ray` or a sweep's trial has started it, and ends it
+                with _own_sigterm_handler():
+                    self._begun.result()
             yield
-        return
-    with _own_sigterm_handler():
-        _start_local(need)
-    try:
-        yield
-    finally:
-        ray.shutdown()
+        finally:
+            self._end()
+
+    def _end(self) -> None:
+        import ray
+
+        if self._begun is not None:
+            wait([self._begun])
+            self._begun = None
+            ray.shutdown()
+        self._starter.shutdown()

@@ -15,11 +15,11 @@ from raytrl.config.trials import check_edges, load_base
 from raytrl.errors import ConfigError, RunError
 from raytrl.launch.runs.resume import Standing, refuse_changes
 from raytrl.launch.runs.run import Kind, Lent, Planned, Start, kind_of
-from raytrl.launch.session.session import ray_session
 from raytrl.launch.sweep.book import TrialBook, best_trial, trials_folder
 from raytrl.launch.sweep.end import write_end
 from raytrl.launch.sweep.room import AtOnce, Sweep, concurrent_trials
 from raytrl.plan.checks.common import Facts
+from raytrl.plan.checks.rows import in_no_hurry
 from raytrl.plan.cluster import Cluster, Need
 from raytrl.plan.fit import fitted, in_words, with_chosen
 from raytrl.plan.inputs import Inputs, inputs_of
@@ -101,25 +101,25 @@ class SweepKind(Kind[TuneRun, Swept]):
         self._scheduler, self._optuna = make_scheduler(self.run), make_optuna(self.run)
         self._at_once = concurrent_trials(self._sweep, self._edges, cluster)
         self._first_trials = [] if self._goes_on else first_trials(self.run)
-        facts = self.check(run_dir)
         one = self._sweep.trial_need(base)
         store = one.object_store_bytes * self._at_once.count
         need = Need((*self._sweep.shared_need().groups, *one.groups), store)
+        facts = self.check(run_dir, functools.partial(self.begin_ray, need))
         return Planned(
             need, _words(self._sweep, self._at_once, facts), [*in_words(chosen), *facts.notices, *self._at_once.notes]
         )
 
-    def check(self, run_dir: RunDirectory) -> Facts:
+    def check(self, run_dir: RunDirectory, before_last: Callable[[], None]) -> Facts:
         """Data, models and reward sources of the base run, and of every value that may name others."""
         with tempfile.TemporaryDirectory() as staging:
             base = kind_of(self._sweep.base)
             base.show = self.show
-            facts = base.check(RunDirectory(staging, "base"))
+            facts = base.check(RunDirectory(staging, "base"), before_last)
             for number, edge in enumerate(self._edges):
                 if edge.key.startswith("ppo.") or isinstance(edge.value, float):
                     continue  # a matter of numbers, which the loader has checked
                 try:
-                    kind_of(edge.loaded).check(RunDirectory(staging, str(number)))
+                    kind_of(edge.loaded).check(RunDirectory(staging, str(number)), in_no_hurry)
                 except ConfigError as error:
                     raise ConfigError(f"search.{edge.key}: value {edge.value!r} is refused: {error}") from None
         return facts
@@ -141,7 +141,7 @@ class SweepKind(Kind[TuneRun, Swept]):
         return {"best": best.name, "model": model}
 
     def _run_trials(self, book: TrialBook, start: Start) -> None:
-        with ray_session(self.run, start.need):
+        with start.ray.running(start.need):
             from raytrl.launch.session.storage import check_storage
             from raytrl.launch.sweep.search import replay
             from raytrl.launch.sweep.watch import SweepWatch

@@ -1,26 +1,29 @@
 """What is checked before an evaluation starts."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from raytrl.config.runs.evaluation import EvalRun
 from raytrl.errors import ConfigError, DataError
 from raytrl.plan.checks.common import Facts, Rows, check_functions, check_run, load_all
 from raytrl.plan.checks.prompts import check_prompts_of, check_readers
-from raytrl.plan.checks.rows import Tell, in_silence
+from raytrl.plan.checks.rows import Tell, in_no_hurry, in_silence
 
 
-def check_eval(run: EvalRun, tell: Tell = in_silence) -> Facts:
+def check_eval(run: EvalRun, tell: Tell = in_silence, before_last: Callable[[], None] = in_no_hurry) -> Facts:
     """Checks models, tokenizers, reward sources and every prompt.
 
     Args:
         tell: hears how far it is with many prompts.
+        before_last: called before what takes longest and fails least: models are read, prompts are tried.
 
     Raises:
         ConfigError: something is missing, or does not fit together.
     """
     embeddings = check_run(run)
     check_functions(run.reward)
-    return try_data(run, load_all(run), embeddings, tell)
+    rows = load_all(run)
+    before_last()
+    return try_data(run, rows, embeddings, tell)
 
 
 def try_data(run: EvalRun, rows: Rows, embeddings: Mapping[str, int], tell: Tell = in_silence) -> Facts:

@@ -1,18 +1,19 @@
 """What is checked before a PPO run starts."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from raytrl.config.runs.ppo import PpoRun
 from raytrl.plan.checks.common import Facts, Rows, check_functions, check_run, check_trackers, load_all
 from raytrl.plan.checks.prompts import check_prompts_of, check_readers
-from raytrl.plan.checks.rows import Tell, in_silence
+from raytrl.plan.checks.rows import Tell, in_no_hurry, in_silence
 
 
-def check_ppo(run: PpoRun, tell: Tell = in_silence) -> Facts:
+def check_ppo(run: PpoRun, tell: Tell = in_silence, before_last: Callable[[], None] = in_no_hurry) -> Facts:
     """Checks models, tokenizer, reward sources and every prompt.
 
     Args:
         tell: hears how far it is with many prompts.
+        before_last: called before what takes longest and fails least: models are read, prompts are tried.
 
     Raises:
         ConfigError: something is missing, or does not fit together.
@@ -20,7 +21,9 @@ def check_ppo(run: PpoRun, tell: Tell = in_silence) -> Facts:
     embeddings = check_run(run)
     check_functions(run.reward)
     check_trackers(run)
-    return try_data(run, load_all(run), embeddings, tell)
+    rows = load_all(run)
+    before_last()
+    return try_data(run, rows, embeddings, tell)
 
 
 def try_data(run: PpoRun, rows: Rows, embeddings: Mapping[str, int], tell: Tell = in_silence) -> Facts:

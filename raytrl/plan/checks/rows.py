@@ -81,6 +81,10 @@ def in_silence(_where: str, _done: int, _all: int) -> None:
     """For who does not wait for it."""
 
 
+def in_no_hurry() -> None:
+    """For who starts nothing meanwhile."""
+
+
 class Check(Protocol):
     """What is found in rows."""
 

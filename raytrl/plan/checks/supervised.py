@@ -1,14 +1,14 @@
 """What is checked, and made ready, before SFT, reward modelling or DPO starts."""
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from raytrl.config.runs.supervised import SupervisedRun
 from raytrl.config.sections.model import TokenizerSpec
 from raytrl.errors import ConfigError
 from raytrl.plan.checks.common import Facts, Rows, check_rows, check_run, check_trackers, load_all, tokenizer_at
-from raytrl.plan.checks.rows import Tell, go_through, in_silence
+from raytrl.plan.checks.rows import Tell, go_through, in_no_hurry, in_silence
 from raytrl.plan.checks.weights import check_vocabulary
 from raytrl.rundir import RunDirectory
 
@@ -17,7 +17,12 @@ if TYPE_CHECKING:
 
 
 def prepare_supervised(
-    run: SupervisedRun, run_dir: RunDirectory, *, tries_rows: bool = True, tell: Tell = in_silence
+    run: SupervisedRun,
+    run_dir: RunDirectory,
+    *,
+    tries_rows: bool = True,
+    tell: Tell = in_silence,
+    before_last: Callable[[], None] = in_no_hurry,
 ) -> Facts:
     """Checks data, tokenizer and model, and trains the tokenizer where one is asked for.
 
@@ -25,6 +30,7 @@ def prepare_supervised(
         run_dir: where a trained tokenizer is read from, or put.
         tries_rows: False where a sweep has tried them for all its runs.
         tell: hears how far it is with many rows.
+        before_last: called before what takes longest and fails least: models are read, rows are tried.
 
     Raises:
         ConfigError: something is missing, or does not fit together.
@@ -37,6 +43,7 @@ def prepare_supervised(
     taken = _checked(run, rows)
     counts = {key: len(dataset) for key, dataset in rows.items()}
     check_rows(run, counts)
+    before_last()
     from raytrl.roles.models.tokenizer import load_tokenizer, train_tokenizer
 
     spec = run.model.tokenizer

@@ -12,6 +12,7 @@ from rich.markup import escape
 
 from raytrl import commands
 from raytrl.commands import err, out
+from raytrl.config.sections.algorithms import PRESETS
 from raytrl.errors import RaytrlError
 
 app = typer.Typer(
@@ -107,8 +108,22 @@ def dpo(config: File, overrides: Overrides = None, fresh: Fresh = False, debug: 
 
 @app.command()
 def ppo(config: File, overrides: Overrides = None, fresh: Fresh = False, debug: Debug = False) -> None:
-    """PPO against reward models, rules or endpoints, with rollout and reward actors."""
+    """PPO, GRPO and their kin (`ppo.algorithm`), against reward models, rules or endpoints."""
     _guarded(lambda: commands.train("ppo", config, overrides, fresh), debug)
+
+
+def _refer_to_ppo(algorithm: str) -> None:
+    """Answers `raytrl grpo FILE` with the command that is meant."""
+
+    @app.command(algorithm, hidden=True, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+    def refer(context: typer.Context) -> None:
+        words = " ".join(["raytrl ppo", *context.args, f"ppo.algorithm={algorithm}"])
+        err.print(f"[bold red]error:[/] {algorithm} is an algorithm of `raytrl ppo`: `{escape(words)}`", soft_wrap=True)
+        raise typer.Exit(2)
+
+
+for _algorithm in PRESETS.keys() - {"ppo"}:
+    _refer_to_ppo(_algorithm)
 
 
 @app.command("eval")

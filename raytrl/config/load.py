@@ -14,6 +14,7 @@ from raytrl.config.foreign.deepspeed import read_deepspeed
 from raytrl.config.kinds import RUNS
 from raytrl.config.renamed import unknown_key
 from raytrl.config.runs.base import Run
+from raytrl.config.sections.algorithms import PRESETS
 from raytrl.config.yaml12 import dump, parse, yaml_text
 from raytrl.errors import ConfigError
 
@@ -37,7 +38,7 @@ class LoadedRun:
         """
         written = {key for key, _ in flatten(self.run.model_dump(mode="json", exclude_unset=True))}
         return [
-            (key, value, self.where(key) if key in written else "default")
+            (key, value, self.where(key) if key in written else self.run.origin_of_default(key))
             for key, value in flatten(self.run.model_dump(mode="json"))
         ]
 
@@ -69,9 +70,10 @@ def load_run(path: str, overrides: list[str], kind: str | None = None, *, elsewh
         values["kind"], origins["kind"] = kind, "command line"
     found = values.get("kind")
     if not isinstance(found, str) or found not in RUNS:
-        raise ConfigError(
-            f"{_where('kind', origins, path)}: kind: found: {found!r}; expected: one of {', '.join(RUNS)}"
-        )
+        expected = f"one of {', '.join(RUNS)}"
+        if isinstance(found, str) and found in PRESETS:
+            expected = f"kind: ppo, and ppo.algorithm: {found}"
+        raise ConfigError(f"{_where('kind', origins, path)}: kind: found: {found!r}; expected: {expected}")
     if kind is not None and found != kind:
         where = _where("kind", origins, path)
         raise ConfigError(

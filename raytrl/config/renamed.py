@@ -38,7 +38,8 @@ RENAMED = {
     "max_prompt_length": "training.max_length",
 }
 
-# Names of TRL's PPO trainers, the one of 1.12 and the one of 0.11, → where the setting is in a PPO run file.
+# Names of TRL's PPO trainers, the one of 1.12 and the one of 0.11, and of its GRPOConfig and RLOOConfig → where the setting
+# is in a PPO run file.
 RENAMED_PPO = {
     "total_episodes": "ppo.steps (total_episodes / ppo.batch_size)",
     "num_ppo_epochs": "ppo.epochs",
@@ -70,6 +71,45 @@ RENAMED_PPO = {
     "reward_model": "reward.sources (a list of {name, model})",
     "reward_funcs": "reward.sources (a list of {name, function: file.py:name})",
     "ref_model": "reference.path",
+    "num_generations": "ppo.responses_per_prompt",
+    "max_completion_length": "rollout.sampling.max_new_tokens",
+    "beta": "ppo.kl.coef (with ppo.kl.place: loss for GRPO, reward for RLOO)",
+    "num_iterations": "ppo.epochs",
+    "steps_per_generation": "ppo.minibatches (times the accumulation steps)",
+    "generation_batch_size": "ppo.batch_size",
+    "max_steps": "ppo.steps (a step is a batch of responses, not an optimizer step)",
+    "epsilon": "ppo.clip_range",
+    "epsilon_high": "ppo.clip_range_high (with ppo.loss: cispo it is ppo.ratio_limit)",
+    "delta": "ppo.ratio_limit",
+    "importance_sampling_level": "ppo.ratio",
+    "scale_rewards": "ppo.advantage_scale",
+    "loss_type": "ppo.algorithm, or ppo.loss_mean (dapo: tokens, grpo: responses, dr_grpo: max_tokens)",
+    "mask_truncated_completions": "ppo.train_unfinished (with the opposite value)",
+    "reward_weights": "reward.sources (each with a weight)",
+    "normalize_advantages": "ppo.whiten_advantages",
+    "reward_clip_range": "ppo.reward_clip (one number, to both sides)",
+    "advantage_estimator": "ppo.algorithm",
+    "kl_in_reward": "ppo.kl.place",
+    "vllm_importance_sampling_correction": "ppo.importance (null: none)",
+    "vllm_importance_sampling_mode": "ppo.importance.level and ppo.importance.mode",
+    "vllm_importance_sampling_clip_max": "ppo.importance.high",
+    "vllm_importance_sampling_clip_min": "ppo.importance.low",
+    "vllm_importance_sampling_cap": "ppo.importance.high",
+    "importance_cap": "ppo.importance.high",
+    "use_bias_correction_kl": "nothing: the KL in the loss always has its ratio; without, it would be the forward KL",
+    "disable_dropout": "nothing: no forward pass of PPO has dropout",
+    "top_p": "nothing: the learner's probabilities are those of the whole distribution",
+    "top_k": "nothing: the learner's probabilities are those of the whole distribution",
+    "min_p": "nothing: the learner's probabilities are those of the whole distribution",
+    "repetition_penalty": "nothing: the learner's probabilities are those of the whole distribution",
+    "top_entropy_quantile": "nothing: not offered",
+    "entropy_coef": "nothing: not offered",
+    "multi_objective_aggregation": "nothing: weighted scores are summed, then compared",
+    "off_policy_mask_threshold": "nothing: not offered",
+    "sync_ref_model": "nothing: the reference stays what it was",
+    "use_vllm": "rollout.engine: vllm",
+    "vllm_mode": "rollout.engine: vllm (its actors share a GPU where their resources are parts of one)",
+    "vllm_gpu_memory_utilization": "rollout.engine_args (gpu_memory_utilization in it)",
 }
 
 # Those of the first table that hold for PPO too.

@@ -196,10 +196,9 @@ def ppo_worker(
     value_numbers = critics * (value or policy).parameters
     if run.lora is None:
         trainable = policy.parameters + value_numbers
-        other = reference or policy
-        frozen = other.parameters * float(size) + other.vocab * other.hidden * float(
-            4 - size
-        )  # its embeddings: float32
+        other, has_reference = reference or policy, 1.0 if run.has_reference else 0.0
+        its_embeddings = other.vocab * other.hidden * float(4 - size)  # which are float32
+        frozen = has_reference * (other.parameters * float(size) + its_embeddings)
         copies = trainable
     else:
         adapter = float(lora_parameters(policy, run.lora))

@@ -14,7 +14,7 @@ STEP_S = "time/step_s"
 LOSS, EVAL_LOSS, EVAL_ACCURACY = "loss", "eval_loss", "eval_accuracy"
 SCORE, EVAL_SCORE, KL, LENGTH = "objective/scores_raw", "eval/score", "objective/kl", "response/length"
 ENTROPY, CLIPPED, DROPPED = "policy/entropy_avg", "policy/clipfrac_avg", "objective/dropped"
-GAP, NUM_TOKENS = "rollout/logprob_gap_mean", "num_tokens"
+GAP, NUM_TOKENS, EQUAL = "rollout/logprob_gap_mean", "num_tokens", "groups/equal_fraction"
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,13 @@ _PPO = (
     Metric("objective/entropy", "nats a response", "sum of the response's negative log-probs"),
     Metric("objective/non_score_reward", "", "mean KL penalty of a response"),
     Metric("objective/rlhf_reward", "", "mean score with the KL penalty"),
+    Metric("groups/kept", "", "prompts whose responses differ in score: what a comparison within groups learns from"),
+    Metric(EQUAL, "", "share of prompts whose responses all have one score: they teach nothing"),
+    Metric("groups/score_std", "", "standard deviation of the scores of a prompt's responses, mean over prompts"),
+    Metric("frac_reward_zero_std", "", "groups/equal_fraction, by TRL's name"),
+    Metric("reward", "", "objective/scores_raw, by TRL's name"),
+    Metric("completions/mean_length", "tokens", "response/length, by TRL's name"),
+    Metric("completions/clipped_ratio", "", "share of responses that did not end by themselves, by TRL's name"),
     Metric("response/length", "tokens", "mean length of a response, the end token included"),
     Metric("response/ended_fraction", "", "share of responses that ended by themselves"),
     Metric("val/num_eos_tokens", "", "responses that ended by themselves"),
@@ -53,6 +60,7 @@ _PPO = (
     Metric("rollout/logprobs_missing", "", "tokens for which an engine gave no log-prob: they are not corrected"),
     Metric("rollout/actors", "", "rollout actors that serve"),
     Metric("loss/policy_avg", "", "policy loss, mean over optimizer steps"),
+    Metric("loss/kl_avg", "", "KL penalty where it is part of the loss, mean over optimizer steps"),
     Metric("loss/value_avg", "", "value loss, mean over optimizer steps"),
     Metric("policy/approxkl_avg", "nats a token", "how far the update moved the policy: half the squared log-ratio"),
     Metric(CLIPPED, "", "share of tokens whose ratio was clipped"),

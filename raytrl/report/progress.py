@@ -22,6 +22,7 @@ from raytrl.records.metrics import (
     CLIPPED,
     DROPPED,
     ENTROPY,
+    EQUAL,
     EVAL_ACCURACY,
     EVAL_LOSS,
     EVAL_SCORE,
@@ -116,7 +117,7 @@ class Display:
         self._describe("training", total=event.total_steps, completed=event.step)
 
     def _on_step(self, event: Event) -> None:
-        is_ppo = KL in event.metrics
+        is_ppo = SCORE in event.metrics
         text = _ppo_text(event.metrics) if is_ppo else f"loss {event.metrics[LOSS]:.4f}"
         self._describe("training", completed=event.step, loss=text)
         # A log file wants a sign of life, not every step; PPO's take so long, and tell so much, that each has a line.
@@ -140,7 +141,8 @@ class Display:
 def _ppo_text(metrics: Mapping[str, float]) -> str:
     parts = [
         f"score {metrics[SCORE]:.3f}",
-        f"KL {metrics[KL]:.3f}",
+        *([f"KL {metrics[KL]:.3f}"] if KL in metrics else []),
+        *([f"equal groups {metrics[EQUAL]:.0%}"] if EQUAL in metrics else []),
         f"entropy {metrics[ENTROPY]:.2f}",
         f"length {metrics[LENGTH]:.1f}",
         f"clipped {metrics[CLIPPED]:.0%}",

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from raytrl.config.describe import fields_at
 from raytrl.config.load import LoadedRun, load_run, overrides_of
 from raytrl.config.renamed import RENAMED_PPO
 from raytrl.config.runs.ppo import PpoRun
@@ -200,9 +201,13 @@ def test_names_of_trls_ppo_trainer_are_answered_with_todays(section: str, old: s
         return  # it kept its name here
     assert f"{section}{old}: unknown key; today this is {today}" in answer
     keys = today.partition(" ")[0].split(".")
-    model: Any = PpoRun
-    for key in keys if keys[0] != "nothing:" else []:
-        model = model.model_fields[key].annotation
+    if keys[0] != "nothing:":
+        assert keys[-1].rstrip(",:") in fields_at(PpoRun, keys[:-1])
+
+
+@pytest.mark.parametrize("name", ["grpo", "rloo", "reinforce_baseline"])
+def test_an_algorithm_is_no_kind_of_its_own(name: str) -> None:
+    assert f"expected: kind: ppo, and ppo.algorithm: {name}" in error_of(PPO, f"kind={name}")
 
 
 def test_an_old_name_of_a_trainer_is_not_sent_to_a_section_that_ppo_lacks() -> None:

@@ -157,6 +157,10 @@ class Run(Section):
         """
         return []
 
+    def origin_of_default(self, key: str) -> str:
+        """Where the value of a dotted key comes from that nobody wrote."""
+        return "default"
+
     def idle_settings(self, steps: int | None) -> list[str]:
         """Settings that would change nothing, one line each; what can never make sense is refused when it is read.
 

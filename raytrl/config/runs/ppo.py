@@ -8,10 +8,14 @@ from pydantic import model_validator
 from raytrl.config.foreign.deepspeed import check_for_ppo
 from raytrl.config.runs.base import ModelUse, Processes, TrainingRun, or_raise
 from raytrl.config.runs.rollout import RolloutRun
+from raytrl.config.sections.algorithms import defaults_of
 from raytrl.config.sections.engines import Asked, chosen_engine, engine_problems
 from raytrl.config.sections.model import TokenizerSpec
 from raytrl.config.sections.ppo import EvalSection, KlSection, PpoSection, ValueModelSection
 from raytrl.config.sections.weight_transfer import chosen_transfer, transfer_problems
+
+# Keys of `ppo` that act on ratios other than 1.
+_OF_RATIOS = ("clip_range", "clip_range_high", "ratio", "ratio_limit", "loss")
 
 
 class PpoRun(TrainingRun, RolloutRun):
@@ -21,10 +25,8 @@ class PpoRun(TrainingRun, RolloutRun):
     row_checks: ClassVar[str] = "raytrl.plan.checks.ppo:try_data"
     task: ClassVar[str] = "proximal policy optimisation (PPO)"
     step_name: ClassVar[str] = "PPO steps"
-    has_critic: ClassVar[bool] = True
-
     kind: Literal["ppo"] = "ppo"
-    """PPO against reward models, rules or endpoints."""
+    """PPO or one of its kin without a critic, against reward models, rules or endpoints."""
     ppo: PpoSection = PpoSection()
     """The algorithm: how responses and their scores become updates."""
     value_model: ValueModelSection = ValueModelSection()
@@ -52,6 +54,20 @@ class PpoRun(TrainingRun, RolloutRun):
     @property
     def responses_a_step(self) -> int:
         return self.ppo.batch_size
+
+    @property
+    def has_critic(self) -> bool:
+        """Whether a value function is learned, and stored."""
+        return self.ppo.has_critic
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether log-probs of a reference are needed: for the penalty, or for the metric of who names one."""
+        return self.ppo.kl.coef > 0 or self.reference.path is not None
+
+    def origin_of_default(self, key: str) -> str:
+        is_from_algorithm = key.removeprefix("ppo.") in defaults_of(self.ppo.algorithm) and key.startswith("ppo.")
+        return f"from algorithm: {self.ppo.algorithm}" if is_from_algorithm else super().origin_of_default(key)
 
     @property
     def loads_whole_models(self) -> bool:
@@ -99,6 +115,7 @@ class PpoRun(TrainingRun, RolloutRun):
         learners = "one learner worker" if workers == 1 else f"{workers} learner workers"
         words = [
             ("training", self.how_trained),
+            ("algorithm", self._algorithm_in_words()),
             self._rewards_in_words(),
             self._engine_in_words(),
             ("weights", f"{way}, at each step"),
@@ -111,7 +128,7 @@ class PpoRun(TrainingRun, RolloutRun):
                 f"{ppo.epochs * ppo.minibatches} optimizer steps = {ppo.epochs} epochs x {ppo.minibatches} minibatches of "
                 f"{ppo.batch_size // ppo.minibatches} responses",
             ),
-            ("KL", f"coefficient {ppo.kl.coef:g}" + (f", target {ppo.kl.target:g}" if ppo.kl.target else "")),
+            ("KL", self._kl_in_words()),
         ]
         if microbatch is not None:
             tokens, row = microbatch, self.longest_row
@@ -125,16 +142,36 @@ class PpoRun(TrainingRun, RolloutRun):
         )
         return words
 
+    def _algorithm_in_words(self) -> str:
+        against = {
+            "critic": "a value function's estimate",
+            "group_mean": f"the mean of the {self.samples_a_prompt} responses to its prompt",
+            "leave_one_out": f"the mean of the other {self.samples_a_prompt - 1} to its prompt",
+            "none": "nothing",
+        }
+        ppo = self.ppo
+        scaled = {"none": "", "group": ", divided by their deviation", "batch": ", divided by the batch's deviation"}
+        value = "" if self.has_critic else "; no value function"
+        return f"{ppo.algorithm}: a response against {against[ppo.advantage]}{scaled[ppo.advantage_scale]}{value}"
+
+    def _kl_in_words(self) -> str:
+        kl = self.ppo.kl
+        if kl.coef == 0:
+            return "no penalty" + ("" if self.has_reference else ", no reference model")
+        return f"in the {kl.place}, coefficient {kl.coef:g}" + (f", target {kl.target:g}" if kl.target else "")
+
     def idle_settings(self, steps: int | None) -> list[str]:
         lines, ppo = super().idle_settings(steps), self.ppo
         if self.eval is not None and self.eval.every > ppo.steps:
             lines.append(f"eval.every: {self.eval.every}, and the run has {ppo.steps} steps: it would never evaluate")
         if self.reference.path is not None and ppo.kl.coef == 0:
             lines.append("reference.path: changes only the metric objective/kl, as ppo.kl.coef is 0")
-        if ppo.value_coef == 0:
+        if self.has_critic and ppo.value_coef == 0:
             lines.append("ppo.value_coef: is 0: the value function would never learn")
-        if ppo.epochs * ppo.minibatches == 1 and ppo.max_lag == 0:
-            lines.append("ppo.clip_range: clips nothing: with one optimizer step a batch the ratio is always 1")
+        meant = ppo.model_fields_set | set(defaults_of(ppo.algorithm)) | ({"clip_range"} if self.has_critic else set())
+        if ppo.is_one_step and (keys := [key for key in _OF_RATIOS if key in meant]):
+            named, act = ", ".join(f"ppo.{key}" for key in keys), "act" if len(keys) > 1 else "acts"
+            lines.append(f"{named}: {act} on nothing: with one optimizer step a batch the ratio is always 1")
         return lines + self._idle_actors()
 
     def savings(self) -> Iterator[Mapping[str, Any]]:
@@ -207,11 +244,28 @@ class PpoRun(TrainingRun, RolloutRun):
             problems.append(
                 f"ppo.kl.horizon: does nothing without ppo.kl.target; found: {ppo.kl.horizon}; leave it out"
             )
-        if ppo.max_lag == 0 and ppo.importance_cap != PpoSection().importance_cap:
-            problems.append(
-                f"ppo.importance_cap: does nothing with max_lag 0; found: {ppo.importance_cap}; leave it out"
-            )
-        return problems + _idle_lora(self.lora or {})
+        return problems + self._of_another_algorithm() + _idle_lora(self.lora or {})
+
+    def _of_another_algorithm(self) -> list[str]:
+        ppo, plain, problems = self.ppo, PpoSection(), list[str]()
+
+        def idle(keys: tuple[str, ...], why: str) -> None:
+            for key in keys:
+                if (found := getattr(ppo, key)) != getattr(plain, key):
+                    problems.append(f"ppo.{key}: does nothing {why}; found: {found}; leave it out")
+
+        if not self.has_critic:
+            idle(("value_learning_rate", "value_clip_range", "value_coef", "lam"), f"with advantage {ppo.advantage}")
+            if self.value_model.init is not None:
+                problems.append(
+                    f"value_model.init: there is no value function with advantage {ppo.advantage}; found: "
+                    f"{self.value_model.init}; leave it out"
+                )
+        if ppo.in_groups:
+            idle(("gamma",), f"with advantage {ppo.advantage}, one number a response")
+        if ppo.loss == "cispo":
+            idle(("clip_range", "clip_range_high"), "with loss cispo, which has ratio_limit")
+        return problems
 
 
 def _idle_lora(lora: Mapping[str, Any]) -> list[str]:

@@ -1,9 +1,10 @@
 """`ppo`, `value_model`, `reference` and `eval`: the algorithm, and what it starts from."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, ModelWrapValidatorHandler, PositiveFloat, PositiveInt, model_validator
 
+from raytrl.config.sections.algorithms import PRESETS, Algorithm
 from raytrl.config.sections.base import Section
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -21,7 +22,11 @@ LOGIT_BYTES = 16  # of a logit that is held: itself, its gradient, and the float
 
 
 class KlSection(Section):
-    """The coefficient of the KL penalty in the reward."""
+    """The KL penalty."""
+
+    place: Literal["reward", "loss"] = "reward"
+    """reward: each token's KL is part of what it earned, later KL too (k1). loss: each token is pulled by its own (k3 times the
+    ratio), another optimum for responses of several tokens."""
 
     coef: Annotated[float, Field(ge=0.0)] = 0.05
     """What a nat of KL costs in reward: the coefficient, or with a target the one to start from."""
@@ -37,9 +42,33 @@ class KlSection(Section):
         return self
 
 
+class ImportanceSection(Section):
+    """Weights for samples that other weights made, or that an engine's arithmetic made: π_old / π_sampling."""
+
+    level: Literal["token", "sequence"] = "token"
+    """token: each has its own ratio. sequence: the product over the response, which spreads as responses grow."""
+    mode: Literal["truncate", "mask"] = "truncate"
+    """Ratios beyond low or high are moved there (truncate), or count nothing (mask)."""
+    low: PositiveFloat | None = None
+    """The least that counts. null: 0."""
+    high: PositiveFloat | None = 2.0
+    """The most that counts. null: no limit."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "ImportanceSection":
+        if (self.low or 0.0) > 1.0 or (self.high or 1.0) < 1.0:
+            raise ValueError(
+                f"low and high: must leave room for 1, a sample of the same weights; found: {self.low}, {self.high}"
+            )
+        return self
+
+
 class PpoSection(Section):
     """The algorithm: one step is one rollout batch and its updates."""
 
+    algorithm: Algorithm = "ppo"
+    """ppo learns a value function; grpo, dr_grpo, dapo, gspo, cispo, rloo, reinforce and reinforce_baseline need none. It sets
+    defaults of the keys below, any of which can be written beside it."""
     steps: PositiveInt = 200
     """How many steps the run has; one is a batch of responses and the updates from it."""
     batch_size: PositiveInt = 64
@@ -64,14 +93,32 @@ class PpoSection(Section):
     """Discount of rewards, a token. 1: none."""
     lam: Fraction = 0.95
     """λ of generalised advantage estimation. 1: whole returns; 0: one step of the value function."""
+    advantage: Literal["critic", "group_mean", "leave_one_out", "none"] = "critic"
+    """What a response is compared with: a value function's estimates (critic), the mean over the responses to its prompt
+    (group_mean), the mean of the others (leave_one_out), nothing (none)."""
+    advantage_scale: Literal["none", "group", "batch"] = "none"
+    """What the difference is divided by: the standard deviation over the prompt's group, or of the batch's scores; or nothing."""
+    loss: Literal["clip", "cispo"] = "clip"
+    """clip: what leaves the clip range has no gradient. cispo: every token has one, weighted by its ratio up to ratio_limit."""
+    loss_mean: Literal["tokens", "responses", "max_tokens"] = "tokens"
+    """What each counts in the loss: each token of the minibatch the same (tokens), each response the same (responses), each
+    token 1 / max_new_tokens of a response (max_tokens)."""
+    ratio: Literal["token", "sequence"] = "token"
+    """The ratio of new to old probability: of a token, or of a whole response, per token of it."""
     clip_range: PositiveFloat = 0.2
-    """The ratio of a token's new to its old probability is clipped to 1 ± this."""
+    """The ratio of new to old probability is clipped to 1 ± this."""
+    clip_range_high: PositiveFloat | None = None
+    """Upwards to 1 + this. null: clip_range."""
+    ratio_limit: Annotated[float, Field(ge=1.0)] | None = None
+    """No ratio counts for more than this: with clip where the advantage is negative (dual clip), with cispo everywhere."""
+    train_unfinished: bool = True
+    """false: a response that was cut before it ended trains nothing, but stays in its group."""
     value_clip_range: PositiveFloat | None = 0.2
     """A value counts within ± this of the one before the step's updates. null: no clipping."""
     value_coef: Annotated[float, Field(ge=0.0)] = 0.1
     """Weight of the value loss beside the policy loss."""
     kl: KlSection = KlSection()
-    """The KL penalty in the reward: what keeps the policy near its reference."""
+    """The KL penalty: what keeps the policy near its reference. With coef 0 no reference is loaded."""
     missing_eos_penalty: Annotated[float, Field(ge=0.0)] | None = None
     """Subtracted from the score of a response that was cut before it ended. null: nothing is."""
     reward_scaling: bool = False
@@ -87,8 +134,31 @@ class PpoSection(Section):
     """Whether layers are computed again in the backward pass instead of keeping their results: less memory, more time."""
     max_lag: Literal[0, 1] = 0
     """1: the next batch is sampled while this one is learned from, by weights one step older. 0: in turn."""
-    importance_cap: Annotated[float, Field(ge=1.0)] = 2.0
-    """With max_lag 1: upper limit of a token's weight that makes up for the older weights."""
+    importance: ImportanceSection | None = None
+    """How samples are weighted that other weights made. Left out: as tokens, truncated at 2, with max_lag 1, else null. null: not
+    at all."""
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _defaults_of_the_algorithm(cls, values: Any, build: ModelWrapValidatorHandler["PpoSection"]) -> "PpoSection":
+        """What nobody wrote is the algorithm's, and stays unwritten."""
+        if not isinstance(values, dict):
+            return build(values)
+        merged = dict(values)
+        preset = dict(PRESETS.get(str(merged.get("algorithm")), {}))
+        preset_kl, kl = preset.pop("kl", {}), merged.get("kl") or {}
+        if merged.get("max_lag") not in (None, 0):
+            preset["importance"] = {}
+        added, added_kl = preset.keys() - merged.keys(), set[str]()
+        merged |= {key: preset[key] for key in added}
+        if preset_kl and isinstance(kl, dict):
+            added_kl = preset_kl.keys() - kl.keys()
+            added |= set() if kl else {"kl"}
+            merged["kl"] = preset_kl | kl
+        found = build(merged)
+        found.__pydantic_fields_set__.difference_update(added)
+        found.kl.__pydantic_fields_set__.difference_update(added_kl)
+        return found
 
     @model_validator(mode="after")
     def _check(self) -> "PpoSection":
@@ -102,7 +172,60 @@ class PpoSection(Section):
                 f"batch_size: every optimizer step sees as many responses; found: {self.batch_size}; expected: a multiple "
                 f"of minibatches {self.minibatches}"
             )
+        problems = self._contradictions()
+        if problems:
+            raise ValueError("\n".join(problems))
         return self
+
+    def _contradictions(self) -> list[str]:
+        """Keys that cannot both be meant."""
+        problems = []
+        if self.in_groups and self.responses_per_prompt < 2:
+            problems.append(
+                f"responses_per_prompt: advantage {self.advantage} compares the responses to a prompt; found: "
+                f"{self.responses_per_prompt}; expected: 2 or more"
+            )
+        if not self.in_groups and self.advantage_scale != "none":
+            problems.append(
+                f"advantage_scale: there is no group to take it from with advantage {self.advantage}; found: "
+                f"{self.advantage_scale}; expected: none"
+            )
+        if self.advantage_scale == "group" and self.whiten_advantages:
+            problems.append(
+                "whiten_advantages: advantages would be scaled twice; found: true with advantage_scale group; expected: one "
+                "of the two"
+            )
+        if self.ratio == "sequence" and self.loss_mean != "responses":
+            problems.append(
+                f"loss_mean: with ratio sequence all tokens of a response have one gradient, and the longer would count more; "
+                f"found: {self.loss_mean}; expected: responses"
+            )
+        high = self.clip_range if self.clip_range_high is None else self.clip_range_high
+        if self.loss == "cispo" and self.ratio_limit is None:
+            problems.append(
+                "ratio_limit: missing; loss cispo has no other limit; expected: an absolute ratio, such as 5"
+            )
+        if self.loss == "clip" and self.ratio_limit is not None and self.ratio_limit <= 1 + high:
+            problems.append(
+                f"ratio_limit: the clip range ends at {1 + high:g} already; found: {self.ratio_limit:g}; expected: more, such "
+                f"as 3, or null"
+            )
+        return problems
+
+    @property
+    def in_groups(self) -> bool:
+        """Whether the responses to a prompt are compared with one another."""
+        return self.advantage in ("group_mean", "leave_one_out")
+
+    @property
+    def has_critic(self) -> bool:
+        """Whether a value function is learned."""
+        return self.advantage == "critic"
+
+    @property
+    def is_one_step(self) -> bool:
+        """Whether every batch has one optimizer step, by the weights that made it: then every ratio is 1."""
+        return self.epochs * self.minibatches == 1 and self.max_lag == 0
 
     def microbatch_tokens(self, token_bytes: float, on_gpu: bool) -> int:
         """Tokens in one forward pass of the learner, of each of which a backward pass needs `token_bytes`."""

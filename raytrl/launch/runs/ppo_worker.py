@@ -86,7 +86,8 @@ def _learner(run: PpoRun, context: RayWorkerContext) -> tuple[PpoLearner, Backen
         run.ppo,
         temperature=run.rollout.sampling.temperature,
         seed=run.seed,
-        reference_is_start=run.reference.path is None,
+        max_new_tokens=run.rollout.sampling.max_new_tokens,
+        reference=None if not run.has_reference else "start" if run.reference.path is None else "named",
         beat=context.beat,
     )
     return learner, backend
@@ -98,6 +99,8 @@ def _networks(run: PpoRun, deepspeed: Mapping[str, Any] | None) -> Networks:
         lora=run.lora,
         value_init=run.value_model.init,
         reference_path=run.reference.path,
+        critic=run.has_critic,
+        reference=run.has_reference,
         dtype=torch_dtype(run.model.dtype, run.learner.uses_gpu),
         trust_remote_code=run.model.trust_remote_code,
         seed=run.seed,
@@ -154,14 +157,17 @@ def _save_models(
     metrics: Mapping[str, float],
     context: RayWorkerContext,
 ) -> None:
-    """Stores value_model/ and model/ (with LoRA the adapter, and merged/ in it). Collective; the first worker writes."""
+    """Stores value_model/, where there is one, and model/ (with LoRA the adapter, and merged/ in it). Collective; the first
+    worker writes."""
     run = job.run
     run_dir = RunDirectory(run.output_dir, run.name)
-    folders = {name: Path(context.scratch) / name for name in ("value_model", "model")}  # model/ comes last
+    names = ("value_model", "model") if run.has_critic else ("model",)  # model/ comes last
+    folders = {name: Path(context.scratch) / name for name in names}
     if context.rank == 0:
         for folder in folders.values():
             folder.mkdir(parents=True)
-    save_value(backend, folders["value_model"])
+    if run.has_critic:
+        save_value(backend, folders["value_model"])
     save_policy(backend, folders["model"], trust_remote_code=run.model.trust_remote_code)
     if context.rank != 0:
         return

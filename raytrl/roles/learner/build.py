@@ -54,6 +54,8 @@ def build_networks(
     lora: Mapping[str, Any] | None = None,
     value_init: str | None = None,
     reference_path: str | None = None,
+    critic: bool = True,
+    reference: bool = True,
     dtype: torch.dtype = torch.float32,
     trust_remote_code: bool = False,
     seed: int = 0,
@@ -68,6 +70,7 @@ def build_networks(
         value_init: a model to start the value function from, e.g. a reward model, whose score head is kept; None:
             with LoRA an adapter and head on the base, else a copy of the policy with a zero head.
         reference_path: None is the starting policy.
+        critic, reference: False where the algorithm needs none: nothing is loaded for it.
         seed: of the adapters' initial weights, so that every worker starts from the same.
         gradient_checkpointing: see `Networks`.
         deepspeed: a DeepSpeed dictionary; under ZeRO-3 no worker ever holds a whole model, and `build_backend` must get
@@ -85,15 +88,23 @@ def build_networks(
     torch.manual_seed(seed)
     policy = causal(model_path)
     value = None
-    if value_init is not None or lora is None:
+    if critic and (value_init is not None or lora is None):
         value = value_from_path(value_init or model_path, dtype, trust_remote_code)
-    if reference_path is None and lora is None:
+    if reference and reference_path is None and lora is None:
         # Read again rather than copied: weights that nobody writes to stay pages of their file, and all processes of a
         # node that hold them, other workers and a sweep's other trials, share one copy in its RAM.
         reference_path = model_path
     files = MappedFiles([path for path in (reference_path, model_path if lora else None) if path is not None])
-    reference = None if reference_path is None else causal(reference_path)
-    networks = assemble(policy, value, reference, lora=lora, dtype=dtype, gradient_checkpointing=gradient_checkpointing)
+    networks = assemble(
+        policy,
+        value,
+        None if reference_path is None else causal(reference_path),
+        critic=critic,
+        reference_needed=reference,
+        lora=lora,
+        dtype=dtype,
+        gradient_checkpointing=gradient_checkpointing,
+    )
     networks.files, networks.sharding = files, sharding
     return networks
 
@@ -103,19 +114,22 @@ def assemble(
     value: nn.Module | None = None,
     reference: nn.Module | None = None,
     *,
+    critic: bool = True,
+    reference_needed: bool = True,
     lora: Mapping[str, Any] | None = None,
     dtype: torch.dtype = torch.float32,
     gradient_checkpointing: bool = False,
 ) -> Networks:
-    """`Networks` from models in memory; value None and reference None as in `build_networks`."""
+    """`Networks` from models in memory; None for one that is needed as in `build_networks`."""
+    model = policy
     if lora is None:
-        reference = deepcopy(policy) if reference is None else reference
-        value = value_from_policy(policy) if value is None else value
-        return Networks(policy, value, reference, dtype=dtype, gradient_checkpointing=gradient_checkpointing)
-    adapted = add_policy_adapter(policy, lora)
-    if value is None:
-        adapted.add_adapter(VALUE_ADAPTER, LoraConfig(task_type="CAUSAL_LM", **lora))
-    return Networks(adapted, value, reference, dtype=dtype, gradient_checkpointing=gradient_checkpointing)
+        reference = deepcopy(policy) if reference is None and reference_needed else reference
+        value = value_from_policy(policy) if value is None and critic else value
+    else:
+        model = add_policy_adapter(policy, lora)
+        if value is None and critic:
+            model.add_adapter(VALUE_ADAPTER, LoraConfig(task_type="CAUSAL_LM", **lora))
+    return Networks(model, value, reference, dtype=dtype, critic=critic, gradient_checkpointing=gradient_checkpointing)
 
 
 def value_from_policy(policy: nn.Module) -> nn.Module:

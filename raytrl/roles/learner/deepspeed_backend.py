@@ -64,7 +64,7 @@ class DeepSpeedBackend(Backend):
                 f"learner.deepspeed: zero_optimization.stage must be 1, 2 or 3; found {stage}; for stage 0, which is "
                 f"plain data parallelism, leave learner.deepspeed out"
             )
-        groups = [{"params": networks.policy_group()}, {"params": networks.value_group()}]
+        groups = [{"params": group} for group in networks.groups()]
         settings = {key: value for key, value in config.items() if key != "train_batch_size"} | {
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": 1,
@@ -96,7 +96,7 @@ class DeepSpeedBackend(Backend):
             self._engine.step()
 
     def step(self, factor: float) -> float:
-        for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
+        for group, rate in zip(self._optimizer.param_groups, self._rates, strict=False):  # one where there is no critic
             group["lr"] = rate * factor
         self._engine.step()
         norm = float(self._engine.get_global_grad_norm())

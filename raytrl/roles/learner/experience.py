@@ -24,6 +24,15 @@ class Samples:
     sampling_logprobs_BR: Tensor  # float32, 0 on padding, NaN where the engine gave none
     num_dropped: int
 
+    def rows_B(self, responses_per_prompt: int) -> Tensor:
+        """The prompt's row of each."""
+        rows = [place // responses_per_prompt for place in self.global_rows]
+        return torch.tensor(rows, dtype=torch.long, device=self.scores_B.device)
+
+    def trained_B(self, config: PpoSection) -> Tensor:
+        """Which responses have a gradient, bool."""
+        return torch.ones_like(self.ended_B) if config.train_unfinished else self.ended_B
+
 
 @dataclass(frozen=True)
 class Experience:
@@ -31,11 +40,13 @@ class Experience:
 
     samples: Samples
     old_logprobs_BR: Tensor
-    values_BR: Tensor
+    ref_logprobs_BR: Tensor | None  # where the KL penalty is in the loss
+    values_BR: Tensor | None  # with a critic
     advantages_BR: Tensor
-    returns_BR: Tensor
-    importance_BR: Tensor | None  # None: the rollout is from the current weights
-    kl: float  # mean over the global batch of the summed k1, nats
+    returns_BR: Tensor | None  # with a critic
+    importance_BR: Tensor | None  # None: samples are not weighted
+    kl: float | None  # mean over the global batch of the summed k1, nats; None without a reference
+    kl_coef: float
     num_responses: int  # of the global batch, dropped ones left out
     metrics: Mapping[str, float]
 

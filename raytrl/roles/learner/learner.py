@@ -1,16 +1,16 @@
-"""The PPO learner: experience from rollouts, and the updates."""
+"""The learner of PPO and its kin: experience from rollouts, and the updates."""
 
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from raytrl.algo.kl import KlController
-from raytrl.algo.losses import truncated_importance
+from raytrl.algo.losses import importance_weights
 from raytrl.algo.rewards import RunningMoments
 from raytrl.config.sections.ppo import PpoSection
 from raytrl.errors import NonFiniteError, RunError
@@ -25,7 +25,7 @@ from raytrl.roles.learner.collectives import (
 )
 from raytrl.roles.learner.credit import advantages_of
 from raytrl.roles.learner.experience import Experience, Samples, refuse_non_finite, samples_of
-from raytrl.roles.learner.minibatch import Part, Totals
+from raytrl.roles.learner.minibatch import Divisors, Part, Totals
 from raytrl.roles.learner.sequences import Sequences, minibatch_rows, pack
 from raytrl.roles.weights.buckets import GatheredBuckets, Weights
 
@@ -55,21 +55,25 @@ class PpoLearner:
         *,
         temperature: float,
         seed: int,
-        reference_is_start: bool = True,
+        max_new_tokens: int | None = None,
+        reference: Literal["start", "named"] | None = "start",
         beat: Callable[[], None] = lambda: None,
     ) -> None:
         """
         Args:
             temperature: the one that responses are sampled with.
             seed: the run's; minibatches follow from (seed, step, epoch), so there is no random state to lose.
-            reference_is_start: the reference is the starting policy, so the first KL must be 0.
+            max_new_tokens: the longest response, which `loss_mean: max_tokens` divides by.
+            reference: the starting policy, so that the first KL must be 0, or another model; None: there is none, and no
+                KL is known.
             beat: is called with every micro-batch.
         """
         self._backend = backend
         self._config = config
         self._temperature = temperature
         self._seed = seed
-        self._reference_is_start = reference_is_start
+        self._max_new_tokens = max_new_tokens
+        self._reference = reference
         self._beat = beat
         self._step = 0
         self._episodes = 0
@@ -99,17 +103,22 @@ class PpoLearner:
                 step=self._step,
                 device=self._backend.device,
             )
-        old_BR, ref_BR, values_BR = (torch.zeros_like(samples.sampling_logprobs_BR) for _ in range(3))
+        zeros_BR = torch.zeros_like(samples.sampling_logprobs_BR)
+        old_BR, values_BR = zeros_BR.clone(), zeros_BR.clone() if self._config.has_critic else None
+        ref_BR = None if self._reference is None else zeros_BR.clone()
         for rows_B, batch in self._microbatches(samples.sequences, range(len(samples.sequences))):
             self._beat()
-            old_N, _ = self._backend.logprobs("policy", batch, self._temperature)
-            ref_N, _ = self._backend.logprobs("reference", batch, self._temperature)
-            values_N = self._backend.values(batch)
+            found = [(old_BR, self._backend.logprobs("policy", batch, self._temperature)[0])]
+            if ref_BR is not None:
+                found.append((ref_BR, self._backend.logprobs("reference", batch, self._temperature)[0]))
+            if values_BR is not None:
+                found.append((values_BR, self._backend.values(batch)))
             if rows_B is not None:
-                rows_N, columns_N = rows_B[batch.rows_N], batch.columns_N
-                for target_BR, source_N in ((old_BR, old_N), (ref_BR, ref_N), (values_BR, values_N)):
-                    target_BR[rows_N, columns_N] = source_N
-        named = {"log-probs of the policy": old_BR, "log-probs of the reference": ref_BR, "values": values_BR}
+                for target_BR, source_N in found:
+                    target_BR[rows_B[batch.rows_N], batch.columns_N] = source_N
+        named = {"log-probs of the policy": old_BR}
+        named |= {} if ref_BR is None else {"log-probs of the reference": ref_BR}
+        named |= {} if values_BR is None else {"values": values_BR}
         with failing_together(self._backend.device):
             refuse_non_finite(named, samples, self._step)
             if self._backend.device.type == "cpu":  # a GPU has a copy
@@ -118,19 +127,22 @@ class PpoLearner:
         credit = advantages_of(
             samples, old_BR, ref_BR, values_BR, config=self._config, kl_coef=kl_coef, running=self._running
         )
-        self._check_first_kl(credit.kl)
+        if credit.kl is not None:
+            self._check_first_kl(credit.kl)
         importance_BR = None
-        if self._config.max_lag:
-            mask_BR, cap = samples.sequences.response_mask_BR, self._config.importance_cap
-            importance_BR = truncated_importance(old_BR, samples.sampling_logprobs_BR, mask_BR, cap)
+        if self._config.importance is not None:
+            mask_BR, how = samples.sequences.response_mask_BR, self._config.importance.model_dump()
+            importance_BR = importance_weights(old_BR, samples.sampling_logprobs_BR, mask_BR, **how)
         return Experience(
             samples=samples,
             old_logprobs_BR=old_BR,
+            ref_logprobs_BR=ref_BR if self._config.kl.place == "loss" and kl_coef > 0 else None,
             values_BR=values_BR,
             advantages_BR=credit.advantages_BR,
             returns_BR=credit.returns_BR,
             importance_BR=importance_BR,
             kl=credit.kl,
+            kl_coef=kl_coef,
             num_responses=credit.num_responses,
             metrics=credit.metrics,
         )
@@ -143,17 +155,23 @@ class PpoLearner:
             RunError: the first forward pass does not reproduce the old log-probs.
         """
         config, factor = self._config, schedule_factor(self._config.lr_schedule, self._step, self._config.steps)
-        totals = Totals(self._backend.device)
+        totals = Totals(self._backend.device, self._config)
         for epoch in range(config.epochs):
             minibatches = minibatch_rows(self._seed, self._step, epoch, config.batch_size, config.minibatches)
-            local = [self._local_rows(experience.samples, rows) for rows in minibatches]
+            kept = [self._local_rows(experience.samples, rows) for rows in minibatches]
+            trained = [rows[experience.samples.trained_B(self._config)[rows]] for rows in kept]
             lengths_B = experience.samples.sequences.response_lengths_B
-            counts = sum_over_workers(torch.stack([lengths_B[rows].sum() for rows in local])).tolist()
-            for rows, num_tokens in zip(local, counts, strict=True):
-                if num_tokens == 0:  # every response of the minibatch was dropped, on all workers
+            sizes = [
+                (lengths_B[rows].sum(), all_kept.new_tensor(len(all_kept)))
+                for rows, all_kept in zip(trained, kept, strict=True)
+            ]
+            counts = sum_over_workers(torch.stack([torch.stack(size) for size in sizes])).tolist()
+            for rows, (num_tokens, num_kept) in zip(trained, counts, strict=True):
+                if num_tokens == 0:  # every response of the minibatch was dropped or trains nothing, on all workers
                     continue
                 first = totals.optimizer_steps == 0
-                problems = self._minibatch(experience, rows.tolist(), float(num_tokens), totals)
+                divisors = Divisors.of(self._config.loss_mean, num_tokens, num_kept, self._max_new_tokens)
+                problems = self._minibatch(experience, rows.tolist(), divisors, totals)
                 with failing_together(self._backend.device):
                     if problems:
                         raise NonFiniteError(f"learner: step {self._step}: {problems[0]}")
@@ -162,7 +180,8 @@ class PpoLearner:
                 totals.add_step(self._backend.step(factor), num_tokens)
         rate = config.learning_rate * factor
         metrics = {**experience.metrics, **totals.metrics(), "lr": rate, "val/first_log_ratio": totals.first_log_ratio}
-        self._controller.update(experience.kl, experience.num_responses)
+        if experience.kl is not None:
+            self._controller.update(experience.kl, experience.num_responses)
         self._step += 1
         self._episodes += experience.num_responses
         return {**metrics, "episode": float(self._episodes)}
@@ -209,7 +228,7 @@ class PpoLearner:
         self._controller.load_state_dict(state["kl"])
         self._running.load_state_dict(state["scores"])
 
-    def _minibatch(self, experience: Experience, rows: list[int], num_tokens: float, totals: Totals) -> list[str]:
+    def _minibatch(self, experience: Experience, rows: list[int], divisors: Divisors, totals: Totals) -> list[str]:
         """Add up the gradients of this worker's rows of one minibatch; says which losses were not finite.
 
         Does not raise for them: sharded parameters are gathered in every pass, so all workers must run all passes.
@@ -220,20 +239,23 @@ class PpoLearner:
             self._beat()
             last = i == len(microbatches) - 1
             logprobs_N, entropies_N = self._backend.logprobs("policy", batch, self._temperature)
-            values_N = self._backend.values(batch)
+            values_N = self._backend.values(batch) if self._config.has_critic else None
             if rows_B is None:
-                self._backend.backward(0.0 * (logprobs_N.sum() + values_N.sum()), last=last)
+                nothing = logprobs_N.sum() if values_N is None else logprobs_N.sum() + values_N.sum()
+                self._backend.backward(0.0 * nothing, last=last)
                 continue
             assert entropies_N is not None
-            part = Part(experience, rows_B[batch.rows_N], batch.columns_N, num_tokens, self._config)
+            part = Part(experience, rows_B[batch.rows_N], batch.columns_N, divisors, self._config)
             policy = part.policy_loss(logprobs_N)
-            value = part.value_loss(values_N)
-            for loss, name in ((policy.loss, "policy"), (value.loss, "value")):
+            value = None if values_N is None else part.value_loss(values_N)
+            losses = [(policy.loss, "policy"), *([] if value is None else [(value.loss, "value")])]
+            for loss, name in losses:
                 if not bool(loss.isfinite()):
                     problems.append(_not_finite(loss, name, experience, rows_B))
             # One backward pass for both: ZeRO-3 overwrites gradients in a minibatch's first pass and adds in the
             # later ones, for all parameters alike, so a first pass without some would add to the last step's.
-            self._backend.backward(policy.loss + self._config.value_coef * value.loss, last=last)
+            loss = policy.loss if value is None else policy.loss + self._config.value_coef * value.loss
+            self._backend.backward(loss, last=last)
             totals.add_part(policy, value, entropies_N.sum())
         return problems
 
@@ -262,7 +284,7 @@ class PpoLearner:
 
     def _check_first_kl(self, kl: float) -> None:
         limit = MAX_FIRST_KL.get(self._backend.networks.dtype)
-        if self._step == 0 and self._reference_is_start and limit is not None and abs(kl) > limit:
+        if self._step == 0 and self._reference == "start" and limit is not None and abs(kl) > limit:
             raise RunError(
                 f"learner: the KL between the untrained policy and its reference is not 0; found {kl:.3g} nats a "
                 f"response; expected at most {limit}; both should be the same weights"

@@ -1,7 +1,7 @@
-"""The networks of PPO: policy, value function and reference, as one module with one `forward`.
+"""The networks of a learner: policy, value function and reference, as one module with one `forward`.
 
-Full fine-tuning: three models. LoRA: one base; the policy is an adapter, the value function a second adapter with a
-head, the reference the base with adapters off.
+Full fine-tuning: three models, or as many of them as the algorithm needs. LoRA: one base; the policy is an adapter, the
+value function a second adapter with a head, the reference the base with adapters off.
 """
 
 from collections.abc import Iterator
@@ -38,25 +38,27 @@ class Networks(nn.Module):
         reference: nn.Module | None,
         *,
         dtype: torch.dtype,
+        critic: bool = True,
         gradient_checkpointing: bool = False,
     ) -> None:
         """
         Args:
             policy: a causal language model, or a `PeftModel` with the adapter `POLICY_ADAPTER`.
             value: a sequence classifier with one output, or None: an adapter and a new head on the policy's base.
-            reference: a causal language model, or None: the policy's base with adapters off.
+            reference: a causal language model, or None: the policy's base with adapters off, or there is none.
+            critic: False: there is no value function.
             dtype: what the forward passes compute in, and what rollout engines hold.
             gradient_checkpointing: policy and value function keep only what enters each layer, and compute the rest
                 again in the backward pass.
         """
         super().__init__()
-        self.policy, self.value, self.reference = policy, value, reference
+        self.policy, self.value, self.reference, self.has_critic = policy, value, reference, critic
         self.dtype, self.gradient_checkpointing = dtype, gradient_checkpointing
         self.files = MappedFiles([])  # of what is frozen, where it was read from files
         self.sharding: object = None  # what transformers is told under ZeRO-3, as long as it is held
         self.packed = False
         self.value_head: nn.Linear | None = None
-        if value is None:
+        if value is None and critic:
             self.value_head = nn.Linear(_hidden_size(policy), 1, bias=False)
             nn.init.zeros_(self.value_head.weight)
         if reference is not None:
@@ -103,7 +105,7 @@ class Networks(nn.Module):
     def token_bytes(self) -> float:
         """What the backward pass of an update needs of a token, by the sum that a plan makes of it."""
         policy = _plain(self.policy)
-        trained = [policy, policy if self.value is None else self.value]
+        trained = [policy, *([policy if self.value is None else self.value] if self.has_critic else [])]
         size, recomputed = self.dtype.itemsize, self.gradient_checkpointing
         found = sum(activation_bytes(*_widths(model), size, recomputed) for model in trained)
         if head_of(policy) is None:  # then also logits and their gradient, both in float32 too
@@ -120,13 +122,19 @@ class Networks(nn.Module):
         return [p for name, p in self.named_parameters() if p.requires_grad and not _is_value(name)]
 
     def value_group(self) -> list[nn.Parameter]:
-        """The trainable parameters of the value function."""
+        """The trainable parameters of the value function; none where there is none."""
         return [p for name, p in self.named_parameters() if p.requires_grad and _is_value(name)]
+
+    def groups(self) -> list[list[nn.Parameter]]:
+        """One a learning rate: the policy's, and the value function's where there is one."""
+        return [group for group in (self.policy_group(), self.value_group()) if group]
 
     def _logprobs(self, network: Network, batch: Sequences, temperature: float) -> tuple[Tensor, Tensor | None]:
         model = self.policy
         if network == "reference" and self.reference is not None:
             model = self.reference
+        elif network == "reference" and not isinstance(model, PeftModel):
+            raise AssertionError("there is no reference")
         elif isinstance(model, PeftModel):
             if network == "reference":
                 with model.disable_adapter():

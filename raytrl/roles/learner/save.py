@@ -38,7 +38,8 @@ def save_policy(backend: Backend, folder: Path, *, trust_remote_code: bool = Fal
 
 
 def save_value(backend: Backend, folder: Path) -> None:
-    """A sequence classifier's folder; with LoRA the adapter and `value_head.pt`. Collective; the first worker writes."""
+    """The value function: a sequence classifier's folder; with LoRA the adapter and `value_head.pt`. Collective; the first
+    worker writes."""
     networks = backend.networks
     if networks.value is not None:
         _save_whole(backend, networks.value, folder)

@@ -23,9 +23,9 @@ class TorchBackend(Backend):
         super().__init__(networks)
         self._rates = (learning_rate, value_learning_rate)
         self._max_norm = max_norm
-        self._parameters = [*networks.policy_group(), *networks.value_group()]
+        self._parameters = [parameter for group in networks.groups() for parameter in group]
         copy_from_first([parameter.data for parameter in self._parameters])
-        groups = [{"params": networks.policy_group()}, {"params": networks.value_group()}]
+        groups = [{"params": group} for group in networks.groups()]
         self._optimizer = torch.optim.Adam(groups, lr=learning_rate, eps=epsilon, fused=True)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
@@ -39,7 +39,7 @@ class TorchBackend(Backend):
         norm = float(torch.nn.utils.clip_grad_norm_(self._parameters, self._max_norm))
         if not math.isfinite(norm):
             raise NonFiniteError(f"learner: the gradient norm is {norm}; nothing was updated")
-        for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
+        for group, rate in zip(self._optimizer.param_groups, self._rates, strict=False):  # one where there is no critic
             group["lr"] = rate * factor
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)

@@ -81,7 +81,7 @@ def test_losses_and_clip_fractions() -> None:
         part["mb_advantage"],
         mask_BR,
         clip_range=SETTINGS["cliprange"],
-        num_tokens=float(mask_BR.sum()),
+        divisor=float(mask_BR.sum()),
     )
     value = value_loss(
         part["vpred"],
@@ -89,7 +89,7 @@ def test_losses_and_clip_fractions() -> None:
         part["mb_return"],
         longer_BR,
         clip_range=SETTINGS["cliprange_value"],
-        num_tokens=float(longer_BR.sum()),
+        divisor=float(longer_BR.sum()),
     )
     close(policy.loss, part["pg_loss"])
     close(value.loss, part["vf_loss"])

@@ -9,7 +9,7 @@ from torch import Tensor
 from raytrl.algo.advantages import gae
 from raytrl.algo.kl import kl_estimate
 from raytrl.algo.logprobs import token_entropy, token_logprobs
-from raytrl.algo.losses import policy_loss, truncated_importance, value_loss
+from raytrl.algo.losses import importance_weights, policy_loss, value_loss
 from raytrl.algo.masked import Moments, explained_variance, masked_mean, moment_sums, whiten
 from raytrl.algo.rewards import RunningMoments, shaped_scores, token_rewards
 
@@ -87,11 +87,9 @@ def test_padding_changes_nothing(rng: torch.Generator) -> None:
         rewards = token_rewards(scores, kl_estimate(x["old"], x["ref"]), mask, 0.1)
         advantages, returns = gae(rewards, x["old_values"], mask, gamma=1.0, lam=0.95)
         white = whiten(advantages, mask, Moments.of(moment_sums(advantages, mask)))
-        importance = truncated_importance(x["old"], x["ref"], mask, 2.0)
-        policy = policy_loss(
-            x["logprobs"], x["old"], white, mask, clip_range=0.2, num_tokens=7.0, weights_BR=importance
-        )
-        value = value_loss(x["values"], x["old_values"], returns, mask, clip_range=0.2, num_tokens=7.0)
+        importance = importance_weights(x["old"], x["ref"], mask, high=2.0)
+        policy = policy_loss(x["logprobs"], x["old"], white, mask, clip_range=0.2, divisor=7.0, weights_BR=importance)
+        value = value_loss(x["values"], x["old_values"], returns, mask, clip_range=0.2, divisor=7.0)
         unexplained, total = explained_variance(returns, x["values"], mask)
         sums = [policy.approxkl_sum, policy.clipped_sum, policy.ratio_sum, policy.max_log_ratio, value.clipped_sum]
         return [rewards, white, returns, policy.loss, value.loss, unexplained, total, *sums]
@@ -113,8 +111,8 @@ def test_microbatches_add_up_to_the_same_gradient(rng: torch.Generator, rows: in
         logprobs, values = start.clone().requires_grad_(), start.clone().requires_grad_()
         for i in range(0, B, size):
             s = slice(i, i + size)
-            policy_loss(logprobs[s], old[s], advantages[s], mask[s], clip_range=0.2, num_tokens=tokens).loss.backward()  # type: ignore[no-untyped-call]
-            value_loss(values[s], old_values[s], returns[s], mask[s], clip_range=0.2, num_tokens=tokens).loss.backward()  # type: ignore[no-untyped-call]
+            policy_loss(logprobs[s], old[s], advantages[s], mask[s], clip_range=0.2, divisor=tokens).loss.backward()  # type: ignore[no-untyped-call]
+            value_loss(values[s], old_values[s], returns[s], mask[s], clip_range=0.2, divisor=tokens).loss.backward()  # type: ignore[no-untyped-call]
         assert logprobs.grad is not None and values.grad is not None
         return logprobs.grad, values.grad
 
@@ -125,7 +123,7 @@ def test_microbatches_add_up_to_the_same_gradient(rng: torch.Generator, rows: in
 
 def test_first_epoch_loss_is_minus_the_mean_advantage(rng: torch.Generator) -> None:
     mask, old, advantages = lengths_mask(rng), randn(rng, B, R), randn(rng, B, R)
-    result = policy_loss(old, old, advantages, mask, clip_range=0.2, num_tokens=float(mask.sum()))
+    result = policy_loss(old, old, advantages, mask, clip_range=0.2, divisor=float(mask.sum()))
     torch.testing.assert_close(result.loss, -masked_mean(advantages, mask))
     assert float(result.approxkl_sum) == 0 and float(result.clipped_sum) == 0
 
@@ -134,7 +132,7 @@ def test_clipping_stops_the_gradient_only_outwards() -> None:
     old, mask = torch.zeros(1, 4), torch.ones(1, 4, dtype=torch.bool)
     logprobs = torch.tensor([[1.0, 1.0, -1.0, -1.0]], requires_grad=True)
     advantages = torch.tensor([[1.0, -1.0, 1.0, -1.0]])
-    policy_loss(logprobs, old, advantages, mask, clip_range=0.2, num_tokens=1.0).loss.backward()  # type: ignore[no-untyped-call]
+    policy_loss(logprobs, old, advantages, mask, clip_range=0.2, divisor=1.0).loss.backward()  # type: ignore[no-untyped-call]
     assert logprobs.grad is not None
     assert (logprobs.grad[0] != 0).tolist() == [False, True, True, False]
 
@@ -142,14 +140,14 @@ def test_clipping_stops_the_gradient_only_outwards() -> None:
 def test_a_wild_token_leaves_the_loss_finite() -> None:
     mask = torch.ones(1, 1, dtype=torch.bool)
     result = policy_loss(
-        torch.zeros(1, 1), torch.full((1, 1), -500.0), -torch.ones(1, 1), mask, clip_range=0.2, num_tokens=1.0
+        torch.zeros(1, 1), torch.full((1, 1), -500.0), -torch.ones(1, 1), mask, clip_range=0.2, divisor=1.0
     )
     assert result.loss.isfinite() and result.ratio_square_sum.isfinite()
 
 
 def test_value_loss_without_clipping_is_half_the_squared_error(rng: torch.Generator) -> None:
     mask, values, returns = lengths_mask(rng), randn(rng, B, R), randn(rng, B, R)
-    result = value_loss(values, values + 9, returns, mask, clip_range=None, num_tokens=float(mask.sum()))
+    result = value_loss(values, values + 9, returns, mask, clip_range=None, divisor=float(mask.sum()))
     torch.testing.assert_close(result.loss, 0.5 * masked_mean((values - returns) ** 2, mask))
 
 
@@ -202,11 +200,11 @@ def test_explained_variance_of_a_perfect_critic(rng: torch.Generator) -> None:
 
 def test_importance_is_cut_at_its_cap() -> None:
     mask = torch.tensor([[True, True, False]])
-    weights = truncated_importance(torch.tensor([[0.0, -1.0, 5.0]]), torch.tensor([[-3.0, 0.0, 0.0]]), mask, 2.0)
+    weights = importance_weights(torch.tensor([[0.0, -1.0, 5.0]]), torch.tensor([[-3.0, 0.0, 0.0]]), mask, high=2.0)
     torch.testing.assert_close(weights, torch.tensor([[2.0, math.exp(-1.0), 1.0]]))
 
 
 def test_a_token_whose_sampler_is_not_known_is_not_corrected() -> None:
     sampling = torch.tensor([[math.nan, -2.0, -math.inf]])
-    weights = truncated_importance(torch.tensor([[-1.0, -1.0, -1.0]]), sampling, torch.ones(1, 3).bool(), 5.0)
+    weights = importance_weights(torch.tensor([[-1.0, -1.0, -1.0]]), sampling, torch.ones(1, 3).bool(), high=5.0)
     torch.testing.assert_close(weights, torch.tensor([[1.0, math.e, 1.0]]))

@@ -195,9 +195,22 @@ def make_learner(
 ) -> PpoLearner:
     torch.manual_seed(seed)
     adapter, recompute = LORA if lora else None, ppo.gradient_checkpointing
-    networks = assemble(model.to(dtype), lora=adapter, dtype=dtype, gradient_checkpointing=recompute)
-    backend = build_backend(networks, ppo)
-    return PpoLearner(backend, ppo, temperature=temperature, seed=seed)
+    networks = assemble(
+        model.to(dtype),
+        critic=ppo.has_critic,
+        reference_needed=ppo.kl.coef > 0,
+        lora=adapter,
+        dtype=dtype,
+        gradient_checkpointing=recompute,
+    )
+    return PpoLearner(
+        build_backend(networks, ppo),
+        ppo,
+        temperature=temperature,
+        seed=seed,
+        max_new_tokens=3,
+        reference="start" if ppo.kl.coef > 0 else None,
+    )
 
 
 def make_engine(

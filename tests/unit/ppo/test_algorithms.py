@@ -1,0 +1,170 @@
+"""Without a critic: what each algorithm needs, what changes nothing, what must change something, and where it ends."""
+
+from copy import deepcopy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fixed_point import GrpoPoint
+from optimum import Optimum
+from test_learner import a_rollout, difference, parameters, train
+from toy import LocalGenerator, LocalScorer, Log, Prompts, config, gpt2, make_engine, make_learner
+
+from raytrl.config.sections.algorithms import PRESETS
+from raytrl.loop.loop import Schedule, run
+from raytrl.loop.protocols import Rollout
+from raytrl.records.metrics import METRICS
+from raytrl.roles.weights.buckets import checksum
+
+WITHOUT_CRITIC = sorted(PRESETS.keys() - {"ppo"})
+SEVERAL = {
+    "batch_size": 16,
+    "epochs": 2,
+    "minibatches": 2,
+    "learning_rate": 1e-3,
+}  # optimizer steps, so that ratios move
+
+
+def of(algorithm: str, **changes: Any) -> dict[str, Any]:
+    samples = 1 if algorithm == "reinforce" else 4
+    return {"algorithm": algorithm, "responses_per_prompt": samples, **SEVERAL, **changes}
+
+
+@pytest.mark.parametrize("algorithm", WITHOUT_CRITIC)
+def test_nothing_is_held_for_what_it_does_not_need(algorithm: str, tmp_path: Path) -> None:
+    learner, log = train(1, folder=tmp_path, **of(algorithm))
+    networks = learner._backend.networks
+    assert networks.value is None and networks.value_head is None and networks.value_group() == []
+    has_reference = "rloo" in algorithm or "reinforce" in algorithm
+    assert (networks.reference is not None) == has_reference == ("objective/kl" in log.metrics[0])
+    stored = torch.load(tmp_path / "1/networks.pt", weights_only=True)
+    assert stored and all(name.startswith("policy.") for name in stored)
+    assert {key for metrics in log.metrics for key in metrics} <= set(METRICS)
+    assert not any("value" in key or key.startswith("val/explained") for key in log.metrics[0])
+
+
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("algorithm", ["grpo", "rloo"])
+def test_a_resumed_run_is_bit_equal(algorithm: str, lora: bool, tmp_path: Path) -> None:
+    settings = of(algorithm)
+    unbroken, _ = train(4, lora=lora, **settings)
+    train(2, lora=lora, folder=tmp_path, **settings)
+    resumed = make_learner(gpt2(width=16), config(**settings), lora=lora)
+    resumed.load(tmp_path / "2")
+    train(4, lora=lora, learner=resumed, **settings)
+    assert checksum(parameters(resumed)) == checksum(parameters(unbroken))
+    assert not lora or all("value" not in name for name in parameters(resumed))
+
+
+@pytest.mark.parametrize("algorithm", WITHOUT_CRITIC)
+def test_how_a_batch_is_cut_and_ordered_changes_nothing(algorithm: str) -> None:
+    # Adam's own epsilon of 1e-8 would make steps of the whole learning rate out of gradients that are rounding alone.
+    settings = of(algorithm, kl={"coef": 0.3}, adam_epsilon=1e-5)
+    rollout = a_rollout(config(**settings).responses_per_prompt)
+    a_row_each = {"max_tokens_per_microbatch": 1}
+    whole, cut, shuffled = (make_learner(gpt2(width=16), config(**settings | how)) for how in ({}, a_row_each, {}))
+    whole.update(whole.experience(rollout))
+    cut.update(cut.experience(rollout))
+    backwards = Rollout(rollout.prompts[::-1], rollout.responses[::-1], rollout.scores[::-1])
+    shuffled.update(shuffled.experience(backwards))
+    assert difference(whole, cut) < 1e-5
+    assert whole.weights().checksum == shuffled.weights().checksum
+
+
+def test_a_row_is_a_group_whatever_its_text() -> None:
+    """Four prompts are dealt to sixteen rows: rows 0 and 4 have one text, and are two groups."""
+    rollout = a_rollout(2)
+    learner = make_learner(gpt2(width=16), config(**of("dr_grpo", responses_per_prompt=2)))
+    higher = [replace(s, value=s.value + 5.0 * (s.row >= 4)) for s in rollout.scores if s.value is not None]
+    raised = learner.experience(Rollout(rollout.prompts, rollout.responses, higher))
+    plain = learner.experience(rollout)
+    torch.testing.assert_close(raised.advantages_BR, plain.advantages_BR, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"advantage": "leave_one_out"},
+        {"advantage": "none", "advantage_scale": "none"},
+        {"advantage_scale": "none"},
+        {"advantage_scale": "batch"},
+        {"advantage_scale": "none", "whiten_advantages": True},
+        {"loss_mean": "responses"},
+        {"loss_mean": "max_tokens"},
+        {"ratio": "sequence", "loss_mean": "responses"},
+        {"loss": "cispo", "ratio_limit": 5.0},
+        {"clip_range": 0.001},
+        {"clip_range_high": 0.001},
+        {"ratio_limit": 1.051},
+        {"train_unfinished": False},
+        {"kl": {"coef": 0.5}},
+        {"kl": {"coef": 0.5, "place": "reward"}},
+        {"missing_eos_penalty": 1.0},
+        {"reward_clip": 0.1},
+        {"importance": {}},
+        {"importance": {"level": "sequence"}},
+        {"importance": {"mode": "mask", "high": 1.01}},
+        {"importance": {"low": 0.99}},
+        {"importance": {"high": 1.01}},
+        {"importance": {"high": None}},
+        {"epochs": 1},
+        {"minibatches": 1},
+        {"responses_per_prompt": 2},
+        {"learning_rate": 2e-3},
+    ],
+    ids=str,
+)
+def test_every_setting_does_something(changes: dict[str, Any]) -> None:
+    """Against GRPO with a policy that was sampled a little hotter, and clips that act."""
+    base = of("grpo", clip_range=0.05, learning_rate=3e-3)
+    found = [checksum(parameters(train(3, engine_temperature=1.3, **base | each)[0])) for each in ({}, changes)]
+    assert found[0] != found[1]
+
+
+def test_importance_is_a_setting_of_its_own_for_each_form() -> None:
+    forms = [{}, {"level": "sequence"}, {"mode": "mask"}, {"high": 1.05}, {"low": 0.95}, {"high": None}]
+    rollout = a_rollout()
+    apart = (0.2, -0.8, 0.2)
+    moved = [
+        replace(r, sampling_logprobs=tuple(x + d for x, d in zip(r.sampling_logprobs, apart, strict=False)))
+        for r in rollout.responses
+    ]
+    found = set()
+    for form in forms:
+        learner = make_learner(gpt2(width=16), config(importance=form))
+        weights = learner.experience(Rollout(rollout.prompts, moved, rollout.scores)).importance_BR
+        assert weights is not None
+        found.add(tuple(weights.flatten().tolist()))
+    assert len(found) == len(forms)
+
+
+def trained(algorithm: str, beta: float, **changes: Any) -> tuple[Any, Any]:
+    """The starting model and the policy that it became."""
+    model = gpt2(1)
+    settings = {"steps": 60, "batch_size": 512, "epochs": 4, "minibatches": 1, "learning_rate": 2e-3}
+    ppo = config(**settings | {"algorithm": algorithm, "responses_per_prompt": 4, "kl": {"coef": beta}} | changes)
+    learner = make_learner(deepcopy(model), ppo)
+    generator = LocalGenerator([make_engine(deepcopy(model), chunk=256)], 4, 256)
+    run(Schedule(ppo.steps), Prompts(ppo.prompts_per_step), generator, LocalScorer(), learner, Log())
+    return model, learner._backend.networks.policy
+
+
+def test_rloo_reaches_the_known_optimum() -> None:
+    model, policy = trained("rloo", 0.5, batch_size=256, learning_rate=1e-3)
+    optimum = Optimum.of(model, length=3, beta=0.5)
+    start, end = optimum.distance(model), optimum.distance(policy)
+    print(f"KL to the optimum: {start:.4f} -> {end:.4f}")
+    assert start > 0.2 and end <= 0.02 and end <= 0.1 * start
+
+
+def test_grpo_reaches_its_own_fixed_point_which_is_not_the_optimum() -> None:
+    model, policy = trained("grpo", 1.0)
+    point, optimum = GrpoPoint.of(model, length=3, beta=1.0, size=4), Optimum.of(model, length=3, beta=1.0)
+    start, end, beside = point.distance(deepcopy(model)), point.distance(deepcopy(policy)), optimum.distance(policy)
+    print(
+        f"KL to GRPO's fixed point: {start:.4f} -> {end:.4f}; to the optimum of the KL-regularised reward: {beside:.4f}"
+    )
+    assert start > 0.2 and end <= 0.02 and end <= 0.1 * start
+    assert beside > 3 * end

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from safetensors.torch import load_file
-from test_workers import free_port, one_dropped
+from test_workers import SETTINGS, free_port, one_dropped, uneven
 from toy import LORA, LocalGenerator, LocalScorer, Log, Prompts, config, gpt2, llama, make_engine, tensors_of
 from transformers import AutoModelForCausalLM
 
@@ -27,16 +27,19 @@ from raytrl.roles.models.adapters import policy_parameters
 pytestmark = pytest.mark.slow
 
 
-def make(zero: dict[str, Any] | None, lora: bool) -> PpoLearner:
+def make(zero: dict[str, Any] | None, lora: bool, algorithm: str) -> PpoLearner:
     torch.manual_seed(0)
     # Small micro-batches: workers run out of rows at different times and must stay in lockstep.
-    ppo = config(minibatches=4, max_tokens_per_microbatch=8, value_learning_rate=2e-3)
-    networks = assemble(gpt2(width=16), lora=LORA if lora else None)
+    ppo = config(**SETTINGS[algorithm], max_tokens_per_microbatch=8)
+    if ppo.has_critic:
+        ppo = ppo.model_copy(update={"value_learning_rate": 2e-3})
+    reference = ppo.kl.coef > 0
+    networks = assemble(gpt2(width=16), critic=ppo.has_critic, reference_needed=reference, lora=LORA if lora else None)
     # 0: also parameters of a model as small as this one are spread over the workers.
     settings = None if zero is None else {"zero_optimization": {"stage3_param_persistence_threshold": 0, **zero}}
     backend = build_backend(networks, ppo, deepspeed=settings)
     backend.bucket_bytes = 600
-    return PpoLearner(backend, ppo, temperature=1.0, seed=0)
+    return PpoLearner(backend, ppo, temperature=1.0, seed=0, max_new_tokens=3, reference="start" if reference else None)
 
 
 def most_gathered(learner: PpoLearner) -> tuple[int, int]:
@@ -45,19 +48,23 @@ def most_gathered(learner: PpoLearner) -> tuple[int, int]:
     return max(sum(p.numel() > 0 for p in parameters) for _ in learner.weights().buckets), len(parameters)
 
 
-def work(rank: int, port: int, zero: dict[str, Any] | None, lora: bool, folder: str) -> None:
+def work(rank: int, port: int, zero: dict[str, Any] | None, lora: bool, algorithm: str, folder: str) -> None:
     torch.set_num_threads(1)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
     dist.init_process_group("gloo", rank=rank, world_size=2)
     checkpoints, results = Path(folder) / "checkpoints", []
     for resume in (False, True):
-        learner = make(zero, lora)
+        learner = make(zero, lora, algorithm)
         if resume:
             learner.load(checkpoints / "1")
-        generator = LocalGenerator([make_engine(gpt2(width=16), lora=lora, chunk=4)], 1, chunk_prompts=4)
+        samples, score = learner._config.responses_per_prompt, one_dropped if algorithm == "ppo" else uneven
+        generator = LocalGenerator(
+            [make_engine(gpt2(width=16), lora=lora, chunk=4)], samples, chunk_prompts=4 // samples
+        )
         log = Log(None if resume else checkpoints)
-        run(Schedule(2, checkpoint_every=1), Prompts(16, rank, 2), generator, LocalScorer(one_dropped), learner, log)
+        prompts = Prompts(16 // samples, rank, 2)
+        run(Schedule(2, checkpoint_every=1), prompts, generator, LocalScorer(score), learner, log)
         results.append(tensors_of(learner.weights()))
     gathered, parameters = most_gathered(learner)
     assert gathered < parameters if zero is not None and zero["stage"] == 3 else gathered == parameters
@@ -66,19 +73,21 @@ def work(rank: int, port: int, zero: dict[str, Any] | None, lora: bool, folder: 
     dist.destroy_process_group()
 
 
-def trained(zero: dict[str, Any] | None, lora: bool, folder: Path) -> dict[str, torch.Tensor]:
+def trained(zero: dict[str, Any] | None, lora: bool, folder: Path, algorithm: str = "ppo") -> dict[str, torch.Tensor]:
     folder.mkdir()
-    mp.start_processes(work, (free_port(), zero, lora, str(folder)), nprocs=2, start_method="spawn")
+    mp.start_processes(work, (free_port(), zero, lora, algorithm, str(folder)), nprocs=2, start_method="spawn")
     whole, resumed = torch.load(folder / "0.pt")
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     return dict(whole)
 
 
-@pytest.mark.parametrize("lora", [False, True])
-def test_zero_equals_plain_adam_and_resumes_exactly(tmp_path: Path, lora: bool) -> None:
-    plain = trained(None, lora, tmp_path / "plain")
+@pytest.mark.parametrize(
+    ("algorithm", "lora"), [("ppo", False), ("ppo", True), ("grpo", False), ("grpo", True), ("rloo", False)]
+)
+def test_zero_equals_plain_adam_and_resumes_exactly(tmp_path: Path, algorithm: str, lora: bool) -> None:
+    plain = trained(None, lora, tmp_path / "plain", algorithm)
     for stage in (1, 2, 3):
-        sharded = trained({"stage": stage}, lora, tmp_path / str(stage))
+        sharded = trained({"stage": stage}, lora, tmp_path / str(stage), algorithm)
         assert max(float((sharded[name] - plain[name]).abs().max()) for name in plain) < 5e-6
 
 

@@ -5,6 +5,7 @@ import os
 import socket
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -30,26 +31,53 @@ def one_dropped(prompt: Prompt, response: Response) -> float | None:
     return None if response.step == 0 and response.row < 7 else float(sum(response.token_ids)) / 10
 
 
-def work(rank: int, world: int, port: int, lora: bool, folder: str) -> None:
+def uneven(prompt: Prompt, response: Response) -> float | None:
+    """Worker 0 keeps one response of its first group, so groups are of unlike size."""
+    return None if response.step == 0 and response.row == 0 and response.sample else float(sum(response.token_ids)) / 10
+
+
+ADAPTIVE = {"coef": 0.1, "target": 0.01, "horizon": 100}
+# Adam's own epsilon would make steps of the whole learning rate out of gradients that are rounding alone.
+IN_GROUPS = {"responses_per_prompt": 4, "epochs": 2, "minibatches": 4, "learning_rate": 1e-3, "adam_epsilon": 1e-4}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "ppo": {"minibatches": 4, "reward_scaling": True, "kl": ADAPTIVE},
+    "grpo": {
+        "algorithm": "grpo",
+        **IN_GROUPS,
+        "advantage_scale": "batch",
+        "kl": {"coef": 0.1},
+        "train_unfinished": False,
+    },
+    "gspo": {"algorithm": "gspo", **IN_GROUPS},
+    "rloo": {"algorithm": "rloo", **IN_GROUPS, "kl": ADAPTIVE},
+}
+
+
+def work(rank: int, world: int, port: int, lora: bool, algorithm: str, folder: str) -> None:
     torch.set_num_threads(1)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     dist.init_process_group("gloo", rank=rank, world_size=world)
     try:
-        ppo = config(minibatches=4, reward_scaling=True, kl={"coef": 0.1, "target": 0.01, "horizon": 100})
+        ppo = config(**SETTINGS[algorithm])
         learner = make_learner(gpt2(width=16), ppo, lora=lora)
-        generator = LocalGenerator([make_engine(gpt2(width=16), lora=lora, chunk=4)], 1, chunk_prompts=4)
+        samples, score = ppo.responses_per_prompt, one_dropped if algorithm == "ppo" else uneven
+        generator = LocalGenerator(
+            [make_engine(gpt2(width=16), lora=lora, chunk=4)], samples, chunk_prompts=4 // samples
+        )
         log = Log(Path(folder) / "checkpoints")
         schedule = Schedule(3, checkpoint_every=3, eval_every=2)
-        run(schedule, Prompts(16, rank, world), generator, LocalScorer(one_dropped), learner, log)
+        run(schedule, Prompts(ppo.prompts_per_step, rank, world), generator, LocalScorer(score), learner, log)
         torch.save((tensors_of(learner.weights()), log.metrics), Path(folder) / f"{rank}.pt")
     finally:
         dist.destroy_process_group()
 
 
-def trained(world: int, lora: bool, folder: Path) -> list[tuple[dict[str, torch.Tensor], list[dict[str, float]]]]:
+def trained(
+    world: int, lora: bool, algorithm: str, folder: Path
+) -> list[tuple[dict[str, torch.Tensor], list[dict[str, float]]]]:
     folder.mkdir()
     # fork: a fresh interpreter would import everything again in each worker.
-    mp.start_processes(work, (world, free_port(), lora, str(folder)), nprocs=world, start_method="fork")
+    mp.start_processes(work, (world, free_port(), lora, algorithm, str(folder)), nprocs=world, start_method="fork")
     return [torch.load(folder / f"{rank}.pt") for rank in range(world)]
 
 
@@ -91,10 +119,20 @@ def test_sums_in_buckets_and_failing_together(tmp_path: Path) -> None:
         assert " 10" in told[1]
 
 
-@pytest.mark.parametrize(("lora", "world"), [(False, 2), (True, 2)])
-def test_worker_count_changes_nothing(tmp_path: Path, lora: bool, world: int) -> None:
-    ((alone, alone_metrics),) = trained(1, lora, tmp_path / "one")
-    workers = trained(world, lora, tmp_path / "many")
+@pytest.mark.parametrize(
+    ("algorithm", "lora", "world"),
+    [
+        ("ppo", False, 2),
+        ("ppo", True, 2),
+        ("grpo", False, 2),
+        ("grpo", True, 2),
+        ("gspo", False, 4),
+        ("rloo", False, 2),
+    ],
+)
+def test_worker_count_changes_nothing(tmp_path: Path, algorithm: str, lora: bool, world: int) -> None:
+    ((alone, alone_metrics),) = trained(1, lora, algorithm, tmp_path / "one")
+    workers = trained(world, lora, algorithm, tmp_path / "many")
     for tensors, metrics in workers:
         difference = max(float((tensors[name] - alone[name]).abs().max()) for name in alone)
         assert difference < 3e-6  # rounding alone: 0.8e-6 to 1.5e-6 over seeds and shuffles

@@ -22,6 +22,7 @@ EPSILON = 1e-4  # TRL's, added to a deviation: what rounding alone makes of equa
 class Groups:
     """Who is in a group with whom, and the moments of each group. K groups."""
 
+    rows_K: Tensor  # whose group it is
     places_B: Tensor  # which of the K groups a response belongs to
     counts_K: Tensor
     means_K: Tensor
@@ -40,16 +41,18 @@ class Groups:
         low_K = zeros_K.scatter_reduce(0, places_B, values_B, "amin", include_self=False)
         high_K = zeros_K.scatter_reduce(0, places_B, values_B, "amax", include_self=False)
         deviations_K = (squares_K / (counts_K - 1).clamp(min=1)).sqrt()
-        return cls(places_B, counts_K, means_K, deviations_K, high_K - low_K)
+        return cls(rows_K, places_B, counts_K, means_K, deviations_K, high_K - low_K)
+
+    @property
+    def differ_K(self) -> Tensor:
+        """Which hold values that differ by more than rounding; bool."""
+        return (self.counts_K > 1) & (self.spreads_K > 1e-6 * self.means_K.abs().clamp(min=1))
 
     def sums(self) -> Tensor:
-        """Of the groups of two or more: (how many, how many of equal values, sum of deviations); float64 of shape (3,).
-
-        Values are equal that differ by rounding only; to be added over workers.
-        """
+        """Of the groups of two or more: (how many, how many differ, sum of deviations); float64 of shape (3,), to be added
+        over workers."""
         real_K = self.counts_K > 1
-        equal_K = real_K & (self.spreads_K <= 1e-6 * self.means_K.abs().clamp(min=1))
-        return torch.stack([real_K.sum().double(), equal_K.sum().double(), self.deviations_K[real_K].sum()])
+        return torch.stack([real_K.sum().double(), self.differ_K.sum().double(), self.deviations_K[real_K].sum()])
 
 
 def group_advantages(

@@ -182,7 +182,7 @@ def microbatch_of(run: Run, shapes: Mapping[str, ModelShape]) -> int | None:
 def _token_bytes(run: PpoRun, policy: ModelShape, value: ModelShape | None) -> float:
     """What an update's backward pass needs of a token."""
     size, recomputed = _size(run.model.dtype, run.learner.uses_gpu), run.ppo.gradient_checkpointing
-    trained = [policy, value or policy] if run.has_critic else [policy]
+    trained = [policy, value or policy] if run.has_value_model else [policy]
     return sum(activations(shape, 1, size, recomputed) for shape in trained)
 
 
@@ -192,7 +192,7 @@ def ppo_worker(
     """One learner worker of PPO; `value` and `reference` where the run file names models of their own."""
     on_gpu, workers = run.learner.uses_gpu, run.learner.max_workers
     size = _size(run.model.dtype, on_gpu)
-    critics = 1.0 if run.has_critic else 0.0
+    critics = 1.0 if run.has_value_model else 0.0
     value_numbers = critics * (value or policy).parameters
     if run.lora is None:
         trainable = policy.parameters + value_numbers

@@ -53,12 +53,17 @@ class PpoRun(TrainingRun, RolloutRun):
 
     @property
     def responses_a_step(self) -> int:
-        return self.ppo.batch_size
+        return self.ppo.candidates * self.ppo.batch_size
 
     @property
     def has_critic(self) -> bool:
         """Whether a value function is learned, and stored."""
         return self.ppo.has_critic
+
+    @property
+    def has_value_model(self) -> bool:
+        """Whether the value function is a network of its own, or an adapter."""
+        return self.has_critic and not self.value_model.shared
 
     @property
     def has_reference(self) -> bool:
@@ -121,7 +126,8 @@ class PpoRun(TrainingRun, RolloutRun):
             ("weights", f"{way}, at each step"),
             (
                 "step",
-                f"{ppo.batch_size} responses, {self.samples_a_prompt} to each of {prompts} prompts, over {learners}",
+                f"{self.responses_a_step} responses, {self.samples_a_prompt} to each of {prompts} prompts, over {learners}"
+                + (f"; learned from: {ppo.batch_size}, of prompts whose scores differ" if ppo.candidates > 1 else ""),
             ),
             (
                 "update",
@@ -138,7 +144,7 @@ class PpoRun(TrainingRun, RolloutRun):
         count, all_prompts = rows.get("data.train"), ppo.steps * prompts
         share = f" = {all_prompts / count:.2g} epochs of {count:,} prompts" if count else ""
         words.append(
-            ("steps", f"{ppo.steps:,}; {ppo.steps * ppo.batch_size:,} responses, {all_prompts:,} prompts{share}")
+            ("steps", f"{ppo.steps:,}; {ppo.steps * self.responses_a_step:,} responses, {all_prompts:,} prompts{share}")
         )
         return words
 
@@ -152,6 +158,7 @@ class PpoRun(TrainingRun, RolloutRun):
         ppo = self.ppo
         scaled = {"none": "", "group": ", divided by their deviation", "batch": ", divided by the batch's deviation"}
         value = "" if self.has_critic else "; no value function"
+        value = "; its value function is a head on the policy" if self.value_model.shared else value
         return f"{ppo.algorithm}: a response against {against[ppo.advantage]}{scaled[ppo.advantage_scale]}{value}"
 
     def _kl_in_words(self) -> str:
@@ -212,6 +219,7 @@ class PpoRun(TrainingRun, RolloutRun):
 
     def _role_problems(self) -> list[str]:
         learner, problems = self.learner, []
+        times = f" x candidates {self.ppo.candidates}" if self.ppo.candidates > 1 else ""
         if not isinstance(learner.workers, int):
             problems.append(
                 f"learner.workers: PPO cannot change its number of workers on the way yet; found: "
@@ -220,7 +228,7 @@ class PpoRun(TrainingRun, RolloutRun):
         if self.chunks_per_step < learner.max_workers:
             problems.append(
                 f"learner.workers: {learner.max_workers} workers share the prompts of a step in whole chunks; found: "
-                f"{self.chunks_per_step} chunks (ppo.batch_size {self.ppo.batch_size} / responses_per_prompt "
+                f"{self.chunks_per_step} chunks (ppo.batch_size {self.ppo.batch_size}{times} / responses_per_prompt "
                 f"{self.ppo.responses_per_prompt} = {self.ppo.prompts_per_step} prompts, rollout.chunk_prompts "
                 f"{self.rollout.chunk_prompts}); expected: at least one each; lower rollout.chunk_prompts"
             )
@@ -256,11 +264,12 @@ class PpoRun(TrainingRun, RolloutRun):
 
         if not self.has_critic:
             idle(("value_learning_rate", "value_clip_range", "value_coef", "lam"), f"with advantage {ppo.advantage}")
-            if self.value_model.init is not None:
-                problems.append(
-                    f"value_model.init: there is no value function with advantage {ppo.advantage}; found: "
-                    f"{self.value_model.init}; leave it out"
-                )
+            for key, found in (("init", self.value_model.init), ("shared", self.value_model.shared)):
+                if found:
+                    problems.append(
+                        f"value_model.{key}: there is no value function with advantage {ppo.advantage}; found: {found}; "
+                        f"leave it out"
+                    )
         if ppo.in_groups:
             idle(("gamma",), f"with advantage {ppo.advantage}, one number a response")
         if ppo.loss == "cispo":

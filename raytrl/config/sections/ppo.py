@@ -75,6 +75,9 @@ class PpoSection(Section):
     """Responses a step, over all learner workers."""
     responses_per_prompt: PositiveInt = 1
     """Responses to each prompt; a step has batch_size / responses_per_prompt prompts."""
+    candidates: PositiveInt = 1
+    """So many times as many prompts are sampled, and the first ones learned from whose responses differ in score (dynamic
+    sampling). It costs so many times the sampling, always."""
     epochs: PositiveInt = 4
     """How often the updates of a step go through its responses."""
     minibatches: PositiveInt = 4
@@ -185,6 +188,11 @@ class PpoSection(Section):
                 f"responses_per_prompt: advantage {self.advantage} compares the responses to a prompt; found: "
                 f"{self.responses_per_prompt}; expected: 2 or more"
             )
+        if not self.in_groups and self.candidates > 1:
+            problems.append(
+                f"candidates: are chosen by how the responses to a prompt differ, which advantage {self.advantage} does not "
+                f"compare; found: {self.candidates}; expected: 1"
+            )
         if not self.in_groups and self.advantage_scale != "none":
             problems.append(
                 f"advantage_scale: there is no group to take it from with advantage {self.advantage}; found: "
@@ -235,8 +243,8 @@ class PpoSection(Section):
 
     @property
     def prompts_per_step(self) -> int:
-        """Prompts of a step's global batch."""
-        return self.batch_size // self.responses_per_prompt
+        """Prompts that a step samples."""
+        return self.candidates * self.batch_size // self.responses_per_prompt
 
 
 class ValueModelSection(Section):
@@ -245,6 +253,17 @@ class ValueModelSection(Section):
     init: str | None = None
     """A model to start from, such as a reward model, whose head is kept. null: a copy of the policy with a new head, with
     lora an adapter and a head on the policy's base."""
+
+    shared: bool = False
+    """true: a head on the policy's own last layer. One network learns in place of two, in one pass, and both losses train it."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "ValueModelSection":
+        if self.shared and self.init is not None:
+            raise ValueError(
+                f"init: a shared value function is a new head on the policy; found: {self.init!r}; leave it out"
+            )
+        return self
 
 
 class ReferenceSection(Section):

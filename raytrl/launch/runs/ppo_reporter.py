@@ -85,7 +85,7 @@ class PpoReporter:
     def _samples(self, rollout: Rollout, evaluation: Rollout | None, step: int) -> tuple[Mapping[str, Any], ...]:
         """Rows of samples.jsonl, spread over the global batch whoever holds them. Collective."""
         run, count = self._run, self._run.rollout.samples
-        chosen = _spread(run.ppo.batch_size, count)
+        chosen = _spread(run.responses_a_step, count)
         keys = {divmod(place, run.ppo.responses_per_prompt) for place in chosen}
         mine = _chosen_rows(rollout, keys, step, "train")
         if evaluation is not None:

@@ -101,6 +101,7 @@ def _networks(run: PpoRun, deepspeed: Mapping[str, Any] | None) -> Networks:
         reference_path=run.reference.path,
         critic=run.has_critic,
         reference=run.has_reference,
+        shared=run.value_model.shared,
         dtype=torch_dtype(run.model.dtype, run.learner.uses_gpu),
         trust_remote_code=run.model.trust_remote_code,
         seed=run.seed,

@@ -51,6 +51,13 @@ class Backend(ABC):
         values_N: Tensor = self._forward("value", batch)
         return values_N
 
+    def policy_and_values(self, batch: Sequences, temperature: float) -> tuple[Tensor, Tensor | None, Tensor]:
+        """`logprobs` of the policy and `values`, of one pass where they are one network."""
+        if self.networks.is_shared:
+            found: tuple[Tensor, Tensor | None, Tensor] = self._forward("policy and value", batch, temperature)
+            return found
+        return *self.logprobs("policy", batch, temperature), self.values(batch)
+
     def _forward(self, network: Network, *arguments: Any) -> Any:
         return self.networks(network, *arguments)
 

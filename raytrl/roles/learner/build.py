@@ -56,6 +56,7 @@ def build_networks(
     reference_path: str | None = None,
     critic: bool = True,
     reference: bool = True,
+    shared: bool = False,
     dtype: torch.dtype = torch.float32,
     trust_remote_code: bool = False,
     seed: int = 0,
@@ -71,6 +72,7 @@ def build_networks(
             with LoRA an adapter and head on the base, else a copy of the policy with a zero head.
         reference_path: None is the starting policy.
         critic, reference: False where the algorithm needs none: nothing is loaded for it.
+        shared: the value function is a head on the policy.
         seed: of the adapters' initial weights, so that every worker starts from the same.
         gradient_checkpointing: see `Networks`.
         deepspeed: a DeepSpeed dictionary; under ZeRO-3 no worker ever holds a whole model, and `build_backend` must get
@@ -88,7 +90,7 @@ def build_networks(
     torch.manual_seed(seed)
     policy = causal(model_path)
     value = None
-    if critic and (value_init is not None or lora is None):
+    if critic and not shared and (value_init is not None or lora is None):
         value = value_from_path(value_init or model_path, dtype, trust_remote_code)
     if reference and reference_path is None and lora is None:
         # Read again rather than copied: weights that nobody writes to stay pages of their file, and all processes of a
@@ -101,6 +103,7 @@ def build_networks(
         None if reference_path is None else causal(reference_path),
         critic=critic,
         reference_needed=reference,
+        shared=shared,
         lora=lora,
         dtype=dtype,
         gradient_checkpointing=gradient_checkpointing,
@@ -116,6 +119,7 @@ def assemble(
     *,
     critic: bool = True,
     reference_needed: bool = True,
+    shared: bool = False,
     lora: Mapping[str, Any] | None = None,
     dtype: torch.dtype = torch.float32,
     gradient_checkpointing: bool = False,
@@ -124,12 +128,20 @@ def assemble(
     model = policy
     if lora is None:
         reference = deepcopy(policy) if reference is None and reference_needed else reference
-        value = value_from_policy(policy) if value is None and critic else value
+        value = value_from_policy(policy) if value is None and critic and not shared else value
     else:
         model = add_policy_adapter(policy, lora)
-        if value is None and critic:
+        if value is None and critic and not shared:
             model.add_adapter(VALUE_ADAPTER, LoraConfig(task_type="CAUSAL_LM", **lora))
-    return Networks(model, value, reference, dtype=dtype, critic=critic, gradient_checkpointing=gradient_checkpointing)
+    return Networks(
+        model,
+        value,
+        reference,
+        dtype=dtype,
+        critic=critic,
+        shared=shared,
+        gradient_checkpointing=gradient_checkpointing,
+    )
 
 
 def value_from_policy(policy: nn.Module) -> nn.Module:

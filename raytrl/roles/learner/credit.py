@@ -37,12 +37,14 @@ def advantages_of(
     config: PpoSection,
     kl_coef: float,
     running: RunningMoments,
+    sampled: Samples | None = None,
 ) -> Advantages:
     """Rewards, advantages and whitening over the global batch; `running` takes in the batch's scores.
 
     Args:
         ref_BR: None: there is no reference, and no KL in the reward.
         values_BR: None: there is no critic.
+        sampled: what `samples` were chosen from, where they were: what is said of the scores is said of these.
     """
     mask_BR = samples.sequences.response_mask_BR
     score_moments = _moments(samples.scores_B)
@@ -70,6 +72,7 @@ def advantages_of(
         moments = Moments.of(sum_over_workers(moment_sums(advantages_BR, mask_BR)))
         advantages_BR = whiten(advantages_BR, mask_BR, moments)
     num_responses = int(score_moments.count)
+    raw = score_moments if sampled is None else _moments(sampled.scores_B)
 
     def mean(per_response_B: Tensor) -> float:
         return float(sum_over_workers(per_response_B.double().sum())) / num_responses
@@ -93,7 +96,7 @@ def advantages_of(
         left, whole = Moments.of(sum_over_workers(unexplained)), Moments.of(sum_over_workers(total))
         metrics["val/explained_variance"] = 1.0 - left.variance / whole.variance if whole.variance > 0 else math.nan
     if config.responses_per_prompt > 1:
-        metrics |= _metrics_of_groups(samples, config)
+        metrics |= _metrics_of_groups(sampled or samples, config)
     known_BR = mask_BR & samples.sampling_logprobs_BR.isfinite()
     gap_BR = torch.where(known_BR, (old_BR - samples.sampling_logprobs_BR).abs(), torch.zeros_like(old_BR))
     known = mean(known_BR.sum(-1))
@@ -101,9 +104,11 @@ def advantages_of(
     metrics |= {
         "objective/entropy": mean(total_B(-old_BR)),
         "objective/scores": shaped,
-        "objective/scores_raw": score_moments.mean,
-        "objective/scores_raw_std": math.sqrt(score_moments.variance),
-        "objective/dropped": float(sum_over_workers(torch.tensor(float(samples.num_dropped), device=old_BR.device))),
+        "objective/scores_raw": raw.mean,
+        "objective/scores_raw_std": math.sqrt(raw.variance),
+        "objective/dropped": float(
+            sum_over_workers(torch.tensor(float((sampled or samples).num_dropped), device=old_BR.device))
+        ),
         "val/num_eos_tokens": ended * num_responses,
         "response/ended_fraction": ended,
         "response/length": length,
@@ -113,7 +118,7 @@ def advantages_of(
     }
     if not config.has_critic:  # under the names that TRL gives them, where the meaning is the same
         metrics |= {
-            "reward": score_moments.mean,
+            "reward": raw.mean,
             "completions/mean_length": length,
             "completions/clipped_ratio": 1.0 - ended,
         }
@@ -140,10 +145,10 @@ def _of_groups(samples: Samples, shaped_B: Tensor, penalty_BR: Tensor, config: P
 def _metrics_of_groups(samples: Samples, config: PpoSection) -> dict[str, float]:
     """Of the scores alone, whatever advantages are made of."""
     sums = Groups.of(samples.scores_B, samples.rows_B(config.responses_per_prompt)).sums()
-    groups, equal, deviations = sum_over_workers(sums).tolist()
+    groups, differ, deviations = sum_over_workers(sums).tolist()
     found = {
-        "groups/kept": groups - equal,
-        "groups/equal_fraction": equal / groups if groups else math.nan,
+        "groups/kept": differ,
+        "groups/equal_fraction": 1.0 - differ / groups if groups else math.nan,
         "groups/score_std": deviations / groups if groups else math.nan,
     }
     return found if config.has_critic else {**found, "frac_reward_zero_std": found["groups/equal_fraction"]}

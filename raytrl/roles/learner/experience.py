@@ -2,14 +2,16 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from raytrl.algo.groups import Groups
 from raytrl.config.sections.ppo import PpoSection
 from raytrl.errors import NonFiniteError, RunError, WeightsVersionError
 from raytrl.records.samples import Prompt, Response, Score
+from raytrl.roles.learner.collectives import sum_over_workers
 from raytrl.roles.learner.sequences import Sequences
 
 
@@ -18,11 +20,53 @@ class Samples:
     """One worker's scored responses as tensors, dropped ones left out. B sequences, R response width."""
 
     sequences: Sequences
-    global_rows: list[int]  # row · responses_per_prompt + sample: the place in the step's global batch
+    global_rows: list[int]  # row · responses_per_prompt + sample: the place in what the step has sampled
+    places: list[int]  # the place in the step's global batch: the same, where all that was sampled is learned from
     scores_B: Tensor  # float32
     ended_B: Tensor  # bool
     sampling_logprobs_BR: Tensor  # float32, 0 on padding, NaN where the engine gave none
     num_dropped: int
+
+    def that_differ(self, config: PpoSection) -> "Samples":
+        """Those of the first prompts whose responses differ in score, as many as a step learns from; fewer where there are
+        fewer. Where none differ nothing can be learned, and the first ones are as good as any.
+
+        In the order of rows, whoever finished first: it is a function of the step. Collective.
+        """
+        samples_each, wanted = config.responses_per_prompt, config.batch_size // config.responses_per_prompt
+        rows_B = self.rows_B(samples_each)
+        groups = Groups.of(self.scores_B, rows_B)
+        differ = torch.zeros(config.prompts_per_step, device=rows_B.device)
+        differ[groups.rows_K[groups.differ_K]] = 1.0
+        chosen = sum_over_workers(differ).nonzero().flatten()[:wanted]
+        if not len(chosen):
+            chosen = torch.arange(wanted, device=rows_B.device)
+        kept_B = torch.isin(rows_B, chosen).nonzero().flatten()
+        order = {row: i for i, row in enumerate(chosen.tolist())}
+        global_rows = [self.global_rows[i] for i in kept_B.tolist()]
+        places = [order[place // samples_each] * samples_each + place % samples_each for place in global_rows]
+        if not len(kept_B):
+            nothing = Sequences.of([], [], rows_B.device)
+            empty_BR = self.sampling_logprobs_BR[:0, : nothing.response_width]
+            return replace(
+                self,
+                sequences=nothing,
+                global_rows=[],
+                places=[],
+                scores_B=self.scores_B[:0],
+                ended_B=self.ended_B[:0],
+                sampling_logprobs_BR=empty_BR,
+            )
+        sequences = self.sequences.take(kept_B)
+        return Samples(
+            sequences=sequences,
+            global_rows=global_rows,
+            places=places,
+            scores_B=self.scores_B[kept_B],
+            ended_B=self.ended_B[kept_B],
+            sampling_logprobs_BR=self.sampling_logprobs_BR[kept_B, : sequences.response_width],
+            num_dropped=self.num_dropped,
+        )
 
     def rows_B(self, responses_per_prompt: int) -> Tensor:
         """The prompt's row of each."""
@@ -94,9 +138,11 @@ def samples_of(
     sampling_BR = torch.zeros(len(kept), sequences.response_width)
     for i, response in enumerate(kept):
         sampling_BR[i, : len(response.token_ids)] = torch.tensor(response.sampling_logprobs)
+    places = [r.row * config.responses_per_prompt + r.sample for r in kept]
     return Samples(
         sequences=sequences,
-        global_rows=[r.row * config.responses_per_prompt + r.sample for r in kept],
+        global_rows=places,
+        places=places,
         scores_B=torch.tensor([by_key[r.row, r.sample].value for r in kept], device=device).float(),
         ended_B=torch.tensor([r.ended for r in kept], dtype=torch.bool, device=device),
         sampling_logprobs_BR=sampling_BR.to(device),

@@ -95,7 +95,7 @@ class PpoLearner:
             NonFiniteError: a score, log-prob or value is NaN or infinite; the message names the rows.
         """
         with failing_together(self._backend.device):
-            samples = samples_of(
+            sampled = samples_of(
                 rollout.prompts,
                 rollout.responses,
                 rollout.scores,
@@ -103,16 +103,18 @@ class PpoLearner:
                 step=self._step,
                 device=self._backend.device,
             )
+        samples = sampled.that_differ(self._config) if self._config.candidates > 1 else sampled
         zeros_BR = torch.zeros_like(samples.sampling_logprobs_BR)
         old_BR, values_BR = zeros_BR.clone(), zeros_BR.clone() if self._config.has_critic else None
         ref_BR = None if self._reference is None else zeros_BR.clone()
         for rows_B, batch in self._microbatches(samples.sequences, range(len(samples.sequences))):
             self._beat()
-            found = [(old_BR, self._backend.logprobs("policy", batch, self._temperature)[0])]
+            old_N, _, values_N = self._policy_and_values(batch)
+            found = [(old_BR, old_N)]
             if ref_BR is not None:
                 found.append((ref_BR, self._backend.logprobs("reference", batch, self._temperature)[0]))
-            if values_BR is not None:
-                found.append((values_BR, self._backend.values(batch)))
+            if values_BR is not None and values_N is not None:
+                found.append((values_BR, values_N))
             if rows_B is not None:
                 for target_BR, source_N in found:
                     target_BR[rows_B[batch.rows_N], batch.columns_N] = source_N
@@ -125,7 +127,14 @@ class PpoLearner:
                 self._backend.networks.files.check()
         kl_coef = self._controller.coef
         credit = advantages_of(
-            samples, old_BR, ref_BR, values_BR, config=self._config, kl_coef=kl_coef, running=self._running
+            samples,
+            old_BR,
+            ref_BR,
+            values_BR,
+            config=self._config,
+            kl_coef=kl_coef,
+            running=self._running,
+            sampled=sampled if self._config.candidates > 1 else None,
         )
         if credit.kl is not None:
             self._check_first_kl(credit.kl)
@@ -238,8 +247,7 @@ class PpoLearner:
         for i, (rows_B, batch) in enumerate(microbatches):
             self._beat()
             last = i == len(microbatches) - 1
-            logprobs_N, entropies_N = self._backend.logprobs("policy", batch, self._temperature)
-            values_N = self._backend.values(batch) if self._config.has_critic else None
+            logprobs_N, entropies_N, values_N = self._policy_and_values(batch)
             if rows_B is None:
                 nothing = logprobs_N.sum() if values_N is None else logprobs_N.sum() + values_N.sum()
                 self._backend.backward(0.0 * nothing, last=last)
@@ -258,6 +266,11 @@ class PpoLearner:
             self._backend.backward(loss, last=last)
             totals.add_part(policy, value, entropies_N.sum())
         return problems
+
+    def _policy_and_values(self, batch: Sequences) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        if self._config.has_critic:
+            return self._backend.policy_and_values(batch, self._temperature)
+        return *self._backend.logprobs("policy", batch, self._temperature), None
 
     def _microbatches(self, sequences: Sequences, rows: Sequence[int]) -> Iterator[tuple[Tensor | None, Sequences]]:
         """(rows, their sequences); in lockstep, None and a filler once this worker's rows are used up."""
@@ -278,7 +291,7 @@ class PpoLearner:
         return self._config.microbatch_tokens(self._backend.networks.token_bytes(), on_gpu)
 
     def _local_rows(self, samples: Samples, global_rows: Tensor) -> Tensor:
-        place = {row: i for i, row in enumerate(samples.global_rows)}
+        place = {row: i for i, row in enumerate(samples.places)}
         local = [place[row] for row in global_rows.tolist() if row in place]
         return torch.tensor(local, dtype=torch.long, device=self._backend.device)
 

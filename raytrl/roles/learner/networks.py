@@ -1,7 +1,8 @@
 """The networks of a learner: policy, value function and reference, as one module with one `forward`.
 
 Full fine-tuning: three models, or as many of them as the algorithm needs. LoRA: one base; the policy is an adapter, the
-value function a second adapter with a head, the reference the base with adapters off.
+value function a second adapter with a head, the reference the base with adapters off. A shared value function is a head
+on what the policy computes anyway.
 """
 
 from collections.abc import Iterator
@@ -25,7 +26,7 @@ from raytrl.roles.models.sharded import cast
 VALUE_ADAPTER = "value_function"  # "value" is what some attention layers call a projection
 
 
-Network = Literal["policy", "reference", "value"]
+Network = Literal["policy", "reference", "value", "policy and value"]
 
 
 class Networks(nn.Module):
@@ -39,6 +40,7 @@ class Networks(nn.Module):
         *,
         dtype: torch.dtype,
         critic: bool = True,
+        shared: bool = False,
         gradient_checkpointing: bool = False,
     ) -> None:
         """
@@ -47,12 +49,14 @@ class Networks(nn.Module):
             value: a sequence classifier with one output, or None: an adapter and a new head on the policy's base.
             reference: a causal language model, or None: the policy's base with adapters off, or there is none.
             critic: False: there is no value function.
+            shared: the value function is a new head on the policy's own last hidden state, and trains what is below it, too.
             dtype: what the forward passes compute in, and what rollout engines hold.
             gradient_checkpointing: policy and value function keep only what enters each layer, and compute the rest
                 again in the backward pass.
         """
         super().__init__()
-        self.policy, self.value, self.reference, self.has_critic = policy, value, reference, critic
+        self.policy, self.value, self.reference = policy, value, reference
+        self.has_critic, self.is_shared = critic, shared
         self.dtype, self.gradient_checkpointing = dtype, gradient_checkpointing
         self.files = MappedFiles([])  # of what is frozen, where it was read from files
         self.sharding: object = None  # what transformers is told under ZeRO-3, as long as it is held
@@ -93,19 +97,24 @@ class Networks(nn.Module):
 
     def forward(
         self, network: Network, batch: Sequences, temperature: float = 1.0
-    ) -> Tensor | tuple[Tensor, Tensor | None]:
+    ) -> Tensor | tuple[Tensor, Tensor | None] | tuple[Tensor, Tensor | None, Tensor]:
         """Of the N response tokens, row after row, float32 (N,): policy and reference: their log-probs at `temperature`, and
-        entropies where there is a gradient (they carry none); value: the values before each."""
+        entropies where there is a gradient (they carry none); value: the values before each; policy and value, where they
+        are shared: all three of one pass."""
         device = batch.input_ids_BT.device
         with unpadded.autocast(device, self.dtype):
             if network == "value":
                 return self._values(batch)
+            if network == "policy and value":
+                return self._policy_and_values(batch, temperature)
             return self._logprobs(network, batch, temperature)
 
     def token_bytes(self) -> float:
         """What the backward pass of an update needs of a token, by the sum that a plan makes of it."""
         policy = _plain(self.policy)
-        trained = [policy, *([policy if self.value is None else self.value] if self.has_critic else [])]
+        trained = [policy]
+        if self.has_critic and not self.is_shared:
+            trained.append(policy if self.value is None else self.value)
         size, recomputed = self.dtype.itemsize, self.gradient_checkpointing
         found = sum(activation_bytes(*_widths(model), size, recomputed) for model in trained)
         if head_of(policy) is None:  # then also logits and their gradient, both in float32 too
@@ -146,15 +155,23 @@ class Networks(nn.Module):
 
     def _values(self, batch: Sequences) -> Tensor:
         if self.value is not None:
-            model, head = self.value, self.value.score
-        else:
-            self._activate(VALUE_ADAPTER)
-            assert isinstance(self.policy, PeftModel) and self.value_head is not None
-            model, head = self.policy.get_base_model(), self.value_head
+            return _valued(self.value.score, _hidden(self.value, batch))  # type: ignore[arg-type]
+        assert self.value_head is not None
+        if isinstance(self.policy, PeftModel):
+            self._activate(POLICY_ADAPTER if self.is_shared else VALUE_ADAPTER)
+        return _valued(self.value_head, _hidden(_plain(self.policy), batch))
+
+    def _policy_and_values(self, batch: Sequences, temperature: float) -> tuple[Tensor, Tensor | None, Tensor]:
+        assert self.is_shared and self.value_head is not None
+        if isinstance(self.policy, PeftModel):
+            self._activate(POLICY_ADAPTER)
+        model = _plain(self.policy)
+        head = head_of(model)
+        if head is None:  # what its logits are made of is its own affair: a pass for each
+            return *_predicted(model, batch, temperature), self._values(batch)
         hidden_ND = _hidden(model, batch)
-        with torch.autocast(hidden_ND.device.type, enabled=False):  # near 45 a bfloat16 moves in steps of 0.25
-            values_N: Tensor = head(hidden_ND.float()).squeeze(-1)  # type: ignore[operator]
-        return values_N
+        logprobs_N, entropies_N = head(hidden_ND, batch.tokens_N, temperature)
+        return logprobs_N, entropies_N, _valued(self.value_head, hidden_ND)
 
     @torch.no_grad()
     def _prove_head(self, model: nn.Module) -> None:
@@ -196,6 +213,12 @@ def _predicted(model: nn.Module, batch: Sequences, temperature: float) -> tuple[
         return of_logits(_logits(model, batch), batch.tokens_N, temperature)
     found: tuple[Tensor, Tensor | None] = head(_hidden(model, batch), batch.tokens_N, temperature)
     return found
+
+
+def _valued(head: nn.Module, hidden_ND: Tensor) -> Tensor:
+    with torch.autocast(hidden_ND.device.type, enabled=False):  # near 45 a bfloat16 moves in steps of 0.25
+        values_N: Tensor = head(hidden_ND.float()).squeeze(-1)
+    return values_N
 
 
 def _logits(model: nn.Module, batch: Sequences) -> Tensor:

@@ -38,9 +38,15 @@ def save_policy(backend: Backend, folder: Path, *, trust_remote_code: bool = Fal
 
 
 def save_value(backend: Backend, folder: Path) -> None:
-    """The value function: a sequence classifier's folder; with LoRA the adapter and `value_head.pt`. Collective; the first
-    worker writes."""
+    """The value function: a sequence classifier's folder; with LoRA the adapter and `value_head.pt`; shared, that
+    alone. Collective; the first worker writes."""
     networks = backend.networks
+    if networks.is_shared:
+        assert networks.value_head is not None
+        head = _gathered(backend, dict(networks.value_head.named_parameters()), torch.float32)
+        if worker_rank() == 0:
+            torch.save(head, folder / "value_head.pt")
+        return
     if networks.value is not None:
         _save_whole(backend, networks.value, folder)
         return

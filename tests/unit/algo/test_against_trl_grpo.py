@@ -159,7 +159,7 @@ def test_scores_that_differ_by_rounding_are_equal() -> None:
     worth_B, rows_B, _ = kept("rounding noise")
     mine_B = group_advantages(worth_B, rows_B, baseline="group_mean", scale="group")
     exact(mine_B, torch.tensor(GOLDEN["advantages"]["rounding noise, group"]["advantages"], dtype=torch.float64))
-    assert Groups.of(worth_B, rows_B).sums().tolist()[:2] == [1.0, 1.0]
+    assert Groups.of(worth_B, rows_B).sums().tolist()[:2] == [1.0, 0.0]
 
 
 def test_pairs() -> None:
@@ -172,6 +172,6 @@ def test_pairs() -> None:
 @pytest.mark.parametrize(("case", "fraction"), [("one", 0.5), ("two functions", 0.0)])
 def test_share_of_groups_of_equal_scores(case: str, fraction: float) -> None:
     worth_B, rows_B, _ = kept(case, (1.0, 0.5) if case == "two functions" else (1.0,))
-    groups, equal, _ = Groups.of(worth_B, rows_B).sums().tolist()
+    groups, differ, _ = Groups.of(worth_B, rows_B).sums().tolist()
     name = "one, group" if case == "one" else "two functions, weights 1 and 0.5, group"
-    assert equal / groups == fraction == GOLDEN["advantages"][name]["metrics"]["frac_reward_zero_std"]
+    assert 1 - differ / groups == fraction == GOLDEN["advantages"][name]["metrics"]["frac_reward_zero_std"]

@@ -1,5 +1,6 @@
 """Without a critic: what each algorithm needs, what changes nothing, what must change something, and where it ends."""
 
+from collections.abc import Collection
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -10,12 +11,14 @@ import torch
 from fixed_point import GrpoPoint
 from optimum import Optimum
 from test_learner import a_rollout, difference, parameters, train
-from toy import LocalGenerator, LocalScorer, Log, Prompts, config, gpt2, make_engine, make_learner
+from toy import LocalGenerator, LocalScorer, Log, Prompts, config, gpt2, make_engine, make_learner, prompt_batch
 
 from raytrl.config.sections.algorithms import PRESETS
 from raytrl.loop.loop import Schedule, run
 from raytrl.loop.protocols import Rollout
 from raytrl.records.metrics import METRICS
+from raytrl.records.samples import Score
+from raytrl.roles.learner.experience import Experience
 from raytrl.roles.weights.buckets import checksum
 
 WITHOUT_CRITIC = sorted(PRESETS.keys() - {"ppo"})
@@ -138,6 +141,50 @@ def test_importance_is_a_setting_of_its_own_for_each_form() -> None:
         assert weights is not None
         found.add(tuple(weights.flatten().tolist()))
     assert len(found) == len(forms)
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_resumed_run_with_candidates_is_bit_equal(lora: bool, tmp_path: Path) -> None:
+    settings = of("dapo", candidates=3)
+    unbroken, _ = train(4, lora=lora, **settings)
+    train(2, lora=lora, folder=tmp_path, **settings)
+    resumed = make_learner(gpt2(width=16), config(**settings), lora=lora)
+    resumed.load(tmp_path / "2")
+    train(4, lora=lora, learner=resumed, **settings)
+    assert checksum(parameters(resumed)) == checksum(parameters(unbroken))
+
+
+def of_candidates(differing: set[int], dropped: Collection[int] = ()) -> tuple[Experience, dict[str, float]]:
+    """What GRPO learns from, of eight prompts of which two are to be learned from, eight responses in all."""
+    ppo = config(algorithm="grpo", batch_size=8, responses_per_prompt=4, candidates=4, minibatches=1)
+    prompts = prompt_batch(0, range(8))
+    learner, engine = make_learner(gpt2(width=16), ppo), make_engine(gpt2(width=16))
+    engine.load_weights(learner.weights())
+    responses = engine.generate(prompts, 0, samples=4)
+    scores = []
+    for r in responses:
+        value = float(r.row + (r.sample if r.row in differing else 0))
+        scores.append(Score(0, r.row, r.sample, None if r.row in dropped and r.sample else value, {"rule": value}))
+    experience = learner.experience(Rollout(prompts, responses, scores))
+    return experience, dict(learner.update(experience))
+
+
+def test_the_first_prompts_that_differ_are_learned_from() -> None:
+    experience, metrics = of_candidates({1, 4, 5, 7})
+    assert [place // 4 for place in experience.samples.global_rows] == [1] * 4 + [4] * 4
+    assert experience.samples.places == list(range(8))
+    assert metrics["groups/kept"] == 4 and metrics["groups/equal_fraction"] == 0.5
+    assert metrics["objective/scores_raw"] == pytest.approx(sum(range(8)) / 8 + 4 * 1.5 / 8)  # of all that was sampled
+    assert metrics["episode"] == 8 and metrics["val/grad_norm"] > 0
+
+
+def test_where_fewer_differ_fewer_are_learned_from() -> None:
+    experience, metrics = of_candidates({6})
+    assert {place // 4 for place in experience.samples.global_rows} == {6} and metrics["episode"] == 4
+    experience, metrics = of_candidates(set())
+    assert {place // 4 for place in experience.samples.global_rows} == {0, 1} and metrics["val/grad_norm"] == 0
+    experience, _ = of_candidates({1, 2, 3}, dropped={1})  # whose only kept response differs from nothing
+    assert {place // 4 for place in experience.samples.global_rows} == {2, 3}
 
 
 def trained(algorithm: str, beta: float, **changes: Any) -> tuple[Any, Any]:

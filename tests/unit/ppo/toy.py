@@ -192,6 +192,7 @@ def make_learner(
     seed: int = 0,
     temperature: float = 1.0,
     dtype: torch.dtype = torch.float32,
+    shared: bool = False,
 ) -> PpoLearner:
     torch.manual_seed(seed)
     adapter, recompute = LORA if lora else None, ppo.gradient_checkpointing
@@ -199,6 +200,7 @@ def make_learner(
         model.to(dtype),
         critic=ppo.has_critic,
         reference_needed=ppo.kl.coef > 0,
+        shared=shared,
         lora=adapter,
         dtype=dtype,
         gradient_checkpointing=recompute,

@@ -1,10 +1,13 @@
-"""PPO through the real path, two learners and two rollout actors, reaches the exact optimum of an enumerable task.
+"""PPO and its kin through the real path, two learners and two rollout actors, end where the mathematics says: at the exact
+optimum of an enumerable task, or where GRPO and Dr. GRPO have a point of their own.
 
 The same task runs in one process on every commit (tests/unit/ppo/test_optimum.py); here it is started by the command.
 """
 
 import sys
+from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import AutoModelForCausalLM
@@ -13,6 +16,7 @@ from tests.runs import metrics, raytrl, write_rows, write_run_file
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "unit/ppo"))
 
+from fixed_point import GrpoPoint
 from optimum import Optimum
 from toy import EOS, PROMPTS, VOCABULARY, gpt2, llama
 
@@ -40,10 +44,22 @@ def write_digit_tokenizer(folder: Path) -> None:
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=str(EOS)).save_pretrained(folder)
 
 
+ONE_BY_ONE = {"batch_size": 256, "learning_rate": 1e-3, "kl": {"coef": BETA}}
+IN_GROUPS = {"batch_size": 512, "learning_rate": 2e-3, "responses_per_prompt": 4, "kl": {"coef": BETA}}
+KIN: dict[str, dict[str, Any]] = {
+    "ppo": ONE_BY_ONE,
+    "rloo": IN_GROUPS,
+    "reinforce_baseline": IN_GROUPS,
+    "dr_grpo": IN_GROUPS,
+    "grpo": IN_GROUPS | {"kl": {"coef": 1.0}},
+}
+CASES = [("ppo", "gpt2"), ("ppo", "llama"), *((algorithm, "gpt2") for algorithm in KIN if algorithm != "ppo")]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+@pytest.mark.parametrize(("algorithm", "architecture"), CASES)
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_the_command_reaches_the_known_optimum(tmp_path: Path, architecture: str, seed: int) -> None:
+def test_the_command_ends_where_it_should(tmp_path: Path, algorithm: str, architecture: str, seed: int) -> None:
     model = {"gpt2": gpt2, "llama": llama}[architecture](1)
     model.save_pretrained(tmp_path / "policy")
     write_digit_tokenizer(tmp_path / "policy")
@@ -68,22 +84,22 @@ def test_the_command_reaches_the_known_optimum(tmp_path: Path, architecture: str
             "resources": {"CPU": 0.2},
             "sources": [{"name": "rule", "function": f"{tmp_path}/rule.py:rule"}],
         },
-        "ppo": {
-            "steps": 60,
-            "batch_size": 256,
-            "epochs": 4,
-            "minibatches": 1,
-            "learning_rate": 1e-3,
-            "kl": {"coef": BETA},
-        },
+        "ppo": {"algorithm": algorithm, "steps": 60, "epochs": 4, "minibatches": 1, **KIN[algorithm]},
         "report_to": [],
     }
     raytrl("ppo", write_run_file(tmp_path, "optimum", values, {}))
-    optimum = Optimum.of(model, LENGTH, BETA)
+    beta = KIN[algorithm]["kl"]["coef"]
+    optimum = Optimum.of(model, LENGTH, beta)
+    point: Optimum | GrpoPoint = optimum
+    if algorithm in ("grpo", "dr_grpo"):
+        point = GrpoPoint.of(deepcopy(model), LENGTH, beta, size=4, scaled=algorithm == "grpo")
     trained = AutoModelForCausalLM.from_pretrained(tmp_path / "runs/optimum/model")
-    start, end = optimum.distance(model), optimum.distance(trained)
+    start, end = point.distance(deepcopy(model)), point.distance(deepcopy(trained))
     seconds = [row["time/step_s"] for row in metrics(tmp_path / "runs/optimum")]
-    print(f"{architecture} seed {seed}: KL to the optimum {start:.4f} -> {end:.4f}, {sum(seconds):.0f} s of steps")
+    print(
+        f"{algorithm} {architecture} seed {seed}: KL to its point {start:.4f} -> {end:.4f}, to the optimum "
+        f"{optimum.distance(trained):.4f}, {sum(seconds):.0f} s of steps"
+    )
     assert start > 0.1
     assert end <= 0.02
     assert end <= 0.1 * start

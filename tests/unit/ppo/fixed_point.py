@@ -1,4 +1,4 @@
-"""Where GRPO ends: not at π_ref·exp(r/β), but where what its groups say and its KL penalty balance, at each token.
+"""Where GRPO and Dr. GRPO end: not at π_ref·exp(r/β), but where what its groups say and its KL penalty balance, at each token.
 
 With the KL in the loss a state's tokens are pulled by that state's KL alone, and an advantage that is divided by its group's
 deviation is worth what the policy itself makes of it. So the point is self-consistent: for every state s and token a
@@ -83,6 +83,12 @@ def group_advantage(scores: Tensor, size: int) -> Callable[[Tensor], Tensor]:
     return mean_advantage
 
 
+def plain_advantage(scores: Tensor) -> Callable[[Tensor], Tensor]:
+    """Dr. GRPO's: R less the mean of the policy. With the own response in the group's mean it is (G−1)/G of that, which is
+    the same as a KL coefficient of G/(G−1) times as much."""
+    return lambda probabilities: scores - (probabilities * scores).sum()
+
+
 def solve(reference: Tensor, tree: Tree, mean_advantage: Callable[[Tensor], Tensor], beta: float) -> Tensor:
     """log π of every response at the fixed point."""
     table = reference.clone()
@@ -99,17 +105,21 @@ def solve(reference: Tensor, tree: Tree, mean_advantage: Callable[[Tensor], Tens
 
 @dataclass(frozen=True)
 class GrpoPoint:
-    """What GRPO with the KL in the loss ends at, for each prompt."""
+    """What GRPO with the KL in the loss ends at, for each prompt; `scaled`: divided by the group's deviation."""
 
     length: int
     points: list[Tensor]
 
     @classmethod
-    def of(cls, reference: nn.Module, length: int, beta: float, size: int) -> "GrpoPoint":
+    def of(cls, reference: nn.Module, length: int, beta: float, size: int, scaled: bool = True) -> "GrpoPoint":
         tree, points = Tree.of(length), []
         for prompt in PROMPTS:
             scores = torch.tensor([reward(prompt, y) for y in tree.responses], dtype=torch.float64)
-            points.append(solve(table_of(reference, prompt, tree), tree, group_advantage(scores, size), beta))
+            table = table_of(reference, prompt, tree)
+            if scaled:
+                points.append(solve(table, tree, group_advantage(scores, size), beta))
+            else:
+                points.append(solve(table, tree, plain_advantage(scores), beta * size / (size - 1)))
         return cls(length, points)
 
     def distance(self, policy: nn.Module) -> float:

@@ -4,6 +4,8 @@ import random
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,7 @@ GUIDES = ("README.md", "configs/README.md", "cluster/README.md")
 # Others run these: test_quickstart.py, and test_jobs.py on a Ray that takes jobs.
 ELSEWHERE = ("quickstart", "submit")
 SMALL_PPO = ["ppo.steps=1", "ppo.batch_size=8", "ppo.minibatches=1"]
-# What makes a command short. A sweep is left with one trial.
+# What makes a command short. A sweep is left with one trial or, over algorithms, with two.
 CUTS = {
     "sft": ["training.max_steps=2", "data.eval=null"],
     "reward": ["training.max_steps=2", "data.eval=null"],
@@ -26,6 +28,10 @@ CUTS = {
         f"fixed={{{', '.join(word.replace('=', ': ') for word in SMALL_PPO)}}}",
         "search.ppo.learning_rate={grid: [3e-4]}",
         "search.ppo.kl.coef={grid: [0.05]}",
+    ],
+    "configs/sweep-algorithm.yaml": [
+        f"fixed={{{', '.join(word.replace('=', ': ') for word in SMALL_PPO)}}}",
+        "search.ppo.algorithm={grid: [grpo, rloo]}",
     ],
 }
 
@@ -69,16 +75,18 @@ def as_after_quickstart(clone: Path) -> None:
         write_rows(folder / f"data/{name}.jsonl", [{"prompt": f"the film {i}"} for i in range(8)])
 
 
-@pytest.mark.timeout(1800)  # sixteen processes one after the other, seven of them with a Ray of their own
+@pytest.mark.timeout(1800)  # twenty processes one after the other, ten of them with a Ray of their own
 def test_every_command_runs(tmp_path: Path) -> None:
     clone = make_clone(tmp_path)
+    subprocess.run([sys.executable, "configs/arithmetic.py"], cwd=clone, check=True)
     ran = set()
     for words in commands():
         if words[0] in ELSEWHERE:
             continue
         if words[0] == "eval":
             as_after_quickstart(clone)
-        output = raytrl(*words, *CUTS.get(words[0], []), cwd=clone, PYTHONPATH=str(ROOT))
+        cut = CUTS.get(words[-1], CUTS.get(words[0], []))
+        output = raytrl(*words, *cut, cwd=clone, PYTHONPATH=str(ROOT))
         assert output
         ran.add(words[0])
     assert ran == {"sft", "reward", "ppo", "eval", "tune", "config", "report", "plan", "--version"}
@@ -87,8 +95,11 @@ def test_every_command_runs(tmp_path: Path) -> None:
     assert (clone / "runs/sft-reviews-lora/model/merged").is_dir()
     assert (clone / "runs/quickstart/eval/results.json").is_file()
     assert (clone / "runs/sweep-lr-kl/best.yaml").is_file()
+    assert (clone / "runs/sweep-algorithm/best.yaml").is_file()
+    assert not (clone / "runs/grpo-arithmetic/value_model").exists()
 
 
 def test_every_training_command_has_a_cut() -> None:
     """Those without one answer at once."""
+    assert "python configs/arithmetic.py" in (ROOT / "configs/README.md").read_text()
     assert {words[0] for words in commands()} - CUTS.keys() == {*ELSEWHERE, "config", "report", "plan", "--version"}

@@ -51,14 +51,14 @@ def load_base(sweep: LoadedRun) -> LoadedRun:
 
 
 def _check_metrics(sweep: LoadedRun, run: TuneRun, base: TrainingRun) -> None:
-    """A metric that only an evaluation has needs one. Other unknown names show at a trial's first step."""
+    """A metric that comes from an evaluation, a reference or a critic needs one. Other unknown names show at a trial's first
+    step."""
     for key in ("metric", "limit"):
         for name in [run.metric] if key == "metric" else run.limit:
-            if not name.startswith("eval"):
-                continue
-            where = f"{sweep.where(key)}: {key}: {name!r} comes from evaluation"
-            if (why := base.why_never_evaluated()) is not None:
-                raise ConfigError(f"{where}; found: {why[0]} in {run.base}; expected: {why[1]}")
+            if (why := base.why_without(name)) is not None:
+                raise ConfigError(
+                    f"{sweep.where(key)}: {key}: {name!r} {why[0]}; found: {why[1]} in {run.base}; expected: {why[2]}"
+                )
 
 
 def check_edges(sweep: LoadedRun) -> list[Edge]:
@@ -73,7 +73,10 @@ def check_edges(sweep: LoadedRun) -> list[Edge]:
     for key, distribution in run.search.items():
         for value in distribution.edge_values():
             try:
-                edges.append(Edge(key, value, trial_run(run, {key: value}, "edge", run.output_dir)))
+                edge = trial_run(run, {key: value}, "edge", run.output_dir)
+                assert isinstance(edge.run, TrainingRun)
+                _check_metrics(sweep, run, edge.run)
+                edges.append(Edge(key, value, edge))
             except ConfigError as error:
                 problems.append(f"{sweep.where(f'search.{key}')}: search.{key}: {_value_error(value, error)}")
     if problems:

@@ -265,6 +265,12 @@ class TrainingRun(Run):
         """Responses that a step samples; None where nothing is sampled."""
         return None
 
+    def why_without(self, metric: str) -> tuple[str, str, str] | None:
+        """What a metric comes from that this run has not, what was found and what was expected; None: it may have it."""
+        if metric.startswith("eval") and (why := self.why_never_evaluated()) is not None:
+            return ("comes from evaluation", *why)
+        return None
+
     def why_never_evaluated(self) -> tuple[str, str] | None:
         """What keeps the run from ever logging a metric of an evaluation (found, expected); None: nothing does."""
         return None if self.data.eval is not None else ("no data.eval", "data.eval, or another metric")

@@ -113,6 +113,13 @@ class PpoRun(TrainingRun, RolloutRun):
             )
         return super().why_never_evaluated()
 
+    def why_without(self, metric: str) -> tuple[str, str, str] | None:
+        if metric.startswith("objective/kl") and not self.has_reference:
+            return "is measured against a reference", "ppo.kl.coef 0, without one,", "more, or a reference.path"
+        if metric in ("loss/value_avg", "val/explained_variance", "val/clipfrac_avg") and not self.has_critic:
+            return "is of a value function", f"ppo.advantage {self.ppo.advantage}, without one,", "critic"
+        return super().why_without(metric)
+
     def in_words(self, rows: Mapping[str, int], microbatch: int | None) -> list[tuple[str, str]]:
         ppo, prompts, workers = self.ppo, self.ppo.prompts_per_step, self.learner.max_workers
         ways = {"object_store": "through the object store", "broadcast": "by broadcast ({}) to all engines"}

@@ -84,7 +84,7 @@ class Tabular(Backend):
     def load(self, folder: Path) -> None: ...
 
 
-def population(dropped: bool = False) -> Rollout:
+def population(dropped: bool = False, rewards: Mapping[str, float] = REWARD) -> Rollout:
     """`dropped`: one more prompt, of whose responses one has no score."""
     rows: Sequence[tuple[str, str]] = [*ROWS, *[("aa", "bE")] * (2 if dropped else 0)]
     prompts = [Prompt(step=0, row=row, text="", token_ids=(0,)) for row in range(len(rows))]
@@ -105,7 +105,7 @@ def population(dropped: bool = False) -> Rollout:
                     policy_version=0,
                 )
             )
-            value = None if row >= len(ROWS) and (sample == 1 or row > len(ROWS)) else REWARD[text]
+            value = None if row >= len(ROWS) and (sample == 1 or row > len(ROWS)) else rewards[text]
             scores.append(Score(0, row, sample, value, {"rule": value}))
     return Rollout(prompts, responses, scores)
 
@@ -215,6 +215,24 @@ def test_rloo_is_the_gradient_of_the_objective() -> None:
     (expected,) = torch.autograd.grad(objective, backend.table)
     mine, _ = gradient(population(), algorithm="rloo")
     close(mine, -expected / LONGEST)
+
+
+@pytest.mark.parametrize("algorithm", ["rloo", "reinforce_baseline"])
+def test_at_the_optimum_no_response_has_an_advantage(algorithm: str) -> None:
+    """Where score − β·log(π/π_ref) is one number, each advantage is 0, not only their mean: so KL is taken off before the
+    baseline, of the whole response. Taken off after it, or token by token, the expected gradient would be the same."""
+    soft = {text: 0.3 + BETA * sum(kl_of(text[:i], token) for i, token in enumerate(text)) for text in RESPONSES}
+    ppo = PpoSection.model_validate(
+        {
+            "algorithm": algorithm,
+            "batch_size": 512,
+            "responses_per_prompt": 2,
+            "whiten_advantages": False,
+            "kl": {"coef": BETA},
+        }
+    )
+    learner = PpoLearner(Tabular([]), ppo, temperature=1.0, seed=0, max_new_tokens=LONGEST, reference="named")
+    assert float(learner.experience(population(rewards=soft)).advantages_BR.abs().max()) < 1e-6
 
 
 @pytest.mark.parametrize("algorithm", EXPECTED)

@@ -79,6 +79,15 @@ def test_the_base_must_train_and_hold_the_metric(sweep: Load) -> None:
         load_base(sweep(metric="eval/score"))
     with pytest.raises(ConfigError, match=r"more than ppo.steps 8, so never"):
         load_base(sweep(metric="eval/score", base={"data": {"train": "a.jsonl", "eval": "b.jsonl"}}))
+    grpo = {"ppo": {"algorithm": "grpo", "batch_size": 16}}
+    with pytest.raises(ConfigError, match=r"'objective/kl' is measured against a reference; found: ppo.kl.coef 0"):
+        load_base(sweep(limit={"objective/kl": 6.0}, base=grpo))
+    with pytest.raises(
+        ConfigError, match=r"'val/explained_variance' is of a value function; found: ppo.advantage group_mean"
+    ):
+        load_base(sweep(metric="val/explained_variance", base=grpo))
+    with pytest.raises(ConfigError, match=r"search.ppo.kl.coef: value 0.0 .*'objective/kl' is measured against"):
+        check_edges(sweep(limit={"objective/kl": 6.0}, search={"ppo.kl.coef": {"choice": [0.0, 0.1]}}))
     loaded = sweep()
     with pytest.raises(ConfigError, match="base: found: a run file of kind 'tune'"):
         load_base(load_run(loaded.file, [f"base={loaded.file}"], "tune"))

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -36,32 +36,18 @@ class Samples:
         samples_each, wanted = config.responses_per_prompt, config.batch_size // config.responses_per_prompt
         rows_B = self.rows_B(samples_each)
         groups = Groups.of(self.scores_B, rows_B)
-        differ = torch.zeros(config.prompts_per_step, device=rows_B.device)
-        differ[groups.rows_K[groups.differ_K]] = 1.0
-        chosen = sum_over_workers(differ).nonzero().flatten()[:wanted]
-        if not len(chosen):
-            chosen = torch.arange(wanted, device=rows_B.device)
+        kept, differ = torch.zeros(2, config.prompts_per_step, device=rows_B.device)
+        kept[groups.rows_K], differ[groups.rows_K] = 1.0, groups.differ_K.float()
+        kept, differ = sum_over_workers(torch.stack([kept, differ]))
+        chosen = (differ if bool(differ.any()) else kept).nonzero().flatten()[:wanted]
         kept_B = torch.isin(rows_B, chosen).nonzero().flatten()
         order = {row: i for i, row in enumerate(chosen.tolist())}
         global_rows = [self.global_rows[i] for i in kept_B.tolist()]
-        places = [order[place // samples_each] * samples_each + place % samples_each for place in global_rows]
-        if not len(kept_B):
-            nothing = Sequences.of([], [], rows_B.device)
-            empty_BR = self.sampling_logprobs_BR[:0, : nothing.response_width]
-            return replace(
-                self,
-                sequences=nothing,
-                global_rows=[],
-                places=[],
-                scores_B=self.scores_B[:0],
-                ended_B=self.ended_B[:0],
-                sampling_logprobs_BR=empty_BR,
-            )
         sequences = self.sequences.take(kept_B)
         return Samples(
             sequences=sequences,
             global_rows=global_rows,
-            places=places,
+            places=[order[place // samples_each] * samples_each + place % samples_each for place in global_rows],
             scores_B=self.scores_B[kept_B],
             ended_B=self.ended_B[kept_B],
             sampling_logprobs_BR=self.sampling_logprobs_BR[kept_B, : sequences.response_width],

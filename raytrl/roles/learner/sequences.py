@@ -84,6 +84,8 @@ class Sequences:
 
     def take(self, rows_B: Tensor) -> "Sequences":
         """These rows, without the columns that are padding in all of them."""
+        if not len(rows_B):
+            return Sequences.of([], [], rows_B.device)
         prompt_lengths_B, response_lengths_B = self.prompt_lengths_B[rows_B], self.response_lengths_B[rows_B]
         prompt_width, response_width = int(prompt_lengths_B.max()), int(response_lengths_B.max())
         start = self.prompt_width - prompt_width

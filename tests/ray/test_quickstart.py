@@ -96,6 +96,7 @@ def eval_words(folder: Path) -> list[str]:
     return [str(folder / "eval/config.yaml")]
 
 
+@pytest.mark.slow
 def test_greedy_by_two_actors_and_by_one(small: tuple[Path, str]) -> None:
     """How many actors there are changes no response; a run of other settings is refused, not overwritten."""
     folder, _ = small

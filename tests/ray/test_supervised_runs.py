@@ -120,6 +120,7 @@ def test_fewer_workers_go_on_and_say_what_changes(folder: Path) -> None:
     assert [row["step"] for row in metrics(folder / "runs/shrunk")] == list(range(1, 9))
 
 
+@pytest.mark.slow
 def test_zero_checkpoints_keep_their_worker_count(folder: Path) -> None:
     learner = {"workers": 2, "deepspeed": {"zero_optimization": {"stage": 3}, "train_batch_size": "auto"}}
     file = run_file(folder, "zero3", learner=learner)

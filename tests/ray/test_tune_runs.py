@@ -229,6 +229,7 @@ def test_median_stopping_on_sft(folder: Path) -> None:
     assert json.loads((folder / "runs/median/manifest.json").read_text())["best"] == trials[0]["name"]
 
 
+@pytest.mark.slow
 def test_too_many_failures_end_the_sweep_with_their_causes(folder: Path) -> None:
     base = base_file(folder)
     file = sweep_file(

@@ -24,7 +24,7 @@ from raytrl.roles.rollout.engine import RolloutEngine
 WIDTH = 64  # vLLM's attention on CPUs has heads of 32 and more
 
 
-@pytest.fixture(params=["transformers", "vllm"])
+@pytest.fixture(params=["transformers", pytest.param("vllm", marks=pytest.mark.slow)])
 def engine(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[RolloutEngine]:
     model = gpt2(1, width=WIDTH)
     if request.param == "transformers":

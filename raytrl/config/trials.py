@@ -50,12 +50,29 @@ def load_base(sweep: LoadedRun) -> LoadedRun:
     return base
 
 
-def _check_metrics(sweep: LoadedRun, run: TuneRun, base: TrainingRun) -> None:
+# Keys of `ppo` that decide which metrics there are: where one is searched, its own values are asked, not the base.
+_DECIDE = (
+    "ppo.algorithm",
+    "ppo.advantage",
+    "ppo.kl.coef",
+    "ppo.kl.place",
+    "ppo.responses_per_prompt",
+    "reference.path",
+)
+
+
+def _check_metrics(sweep: LoadedRun, run: TuneRun, base: TrainingRun, of: str | None = None) -> None:
     """A metric that comes from an evaluation, a reference or a critic needs one. Other unknown names show at a trial's first
-    step."""
+    step.
+
+    Args:
+        of: the searched key that this base has a value of; None: the base as it is.
+    """
+    decided = [key for key in run.search if key in _DECIDE]
     for key in ("metric", "limit"):
         for name in [run.metric] if key == "metric" else run.limit:
-            if (why := base.why_without(name)) is not None:
+            is_asked = name.startswith("eval") or not decided or of in decided
+            if is_asked and (why := base.why_without(name)) is not None:
                 raise ConfigError(
                     f"{sweep.where(key)}: {key}: {name!r} {why[0]}; found: {why[1]} in {run.base}; expected: {why[2]}"
                 )
@@ -75,13 +92,28 @@ def check_edges(sweep: LoadedRun) -> list[Edge]:
             try:
                 edge = trial_run(run, {key: value}, "edge", run.output_dir)
                 assert isinstance(edge.run, TrainingRun)
-                _check_metrics(sweep, run, edge.run)
+                _check_metrics(sweep, run, edge.run, key)
                 edges.append(Edge(key, value, edge))
             except ConfigError as error:
                 problems.append(f"{sweep.where(f'search.{key}')}: search.{key}: {_value_error(value, error)}")
     if problems:
         raise ConfigError("\n".join(dict.fromkeys(problems)))
+    _check_algorithms(sweep, [edge for edge in edges if edge.key == "ppo.algorithm"])
     return edges
+
+
+def _check_algorithms(sweep: LoadedRun, edges: Sequence[Edge]) -> None:
+    """An algorithm is a set of defaults, and a base that has every key written leaves it none to set."""
+    seen: dict[str, Any] = {}
+    for edge in edges:
+        keys = edge.loaded.run.model_dump(mode="json")["ppo"] | {"algorithm": None}
+        for value, others in seen.items():
+            if others == keys:
+                raise ConfigError(
+                    f"{sweep.where('search.ppo.algorithm')}: search.ppo.algorithm: {value} and {edge.value} are the same run, "
+                    f"as the base has all of their keys written (ppo.advantage, ppo.loss …); expected: a base without them"
+                )
+        seen[str(edge.value)] = keys
 
 
 def trial_run(run: TuneRun, values: Mapping[str, Any], name: str, output_dir: str) -> LoadedRun:

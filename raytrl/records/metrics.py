@@ -44,7 +44,11 @@ _PPO = (
     Metric("objective/entropy", "nats a response", "sum of the response's negative log-probs"),
     Metric("objective/non_score_reward", "", "mean KL penalty of a response"),
     Metric("objective/rlhf_reward", "", "mean score with the KL penalty"),
-    Metric("groups/kept", "", "prompts whose responses differ in score: what a comparison within groups learns from"),
+    Metric(
+        "groups/kept",
+        "",
+        "sampled prompts whose responses differ in score: what a comparison within groups can learn from",
+    ),
     Metric(EQUAL, "", "share of prompts whose responses all have one score: they teach nothing"),
     Metric("groups/score_std", "", "standard deviation of the scores of a prompt's responses, mean over prompts"),
     Metric("frac_reward_zero_std", "", "groups/equal_fraction, by TRL's name"),

@@ -85,6 +85,8 @@ class PpoRun(TrainingRun, RolloutRun):
     def microbatch_tokens(self, token_bytes: float) -> int:
         """Tokens in one forward pass of the learner, as `PpoLearner` chooses them, see `PpoSection.microbatch_tokens`."""
         rows = -(-self.ppo.batch_size // self.learner.max_workers)
+        if self.ppo.candidates > 1:  # which may all lie in one worker
+            rows = self.ppo.batch_size
         tokens = self.ppo.microbatch_tokens(token_bytes, self.learner.uses_gpu)
         return min(max(tokens, self.longest_row), rows * self.longest_row)
 
@@ -114,8 +116,16 @@ class PpoRun(TrainingRun, RolloutRun):
         return super().why_never_evaluated()
 
     def why_without(self, metric: str) -> tuple[str, str, str] | None:
-        if metric.startswith("objective/kl") and not self.has_reference:
-            return "is measured against a reference", "ppo.kl.coef 0, without one,", "more, or a reference.path"
+        of_reward = ("objective/rlhf_reward", "objective/non_score_reward")
+        if metric.startswith("objective/kl") or metric in of_reward:
+            if not self.has_reference:
+                return "is measured against a reference", "ppo.kl.coef 0, without one,", "more, or a reference.path"
+            if metric in of_reward and self.ppo.kl.place == "loss":
+                return "counts a KL in the reward", "ppo.kl.place loss", "reward"
+        if metric == "loss/kl_avg" and (self.ppo.kl.place == "reward" or self.ppo.kl.coef == 0):
+            return "is of a KL in the loss", f"ppo.kl.place {self.ppo.kl.place}, coef {self.ppo.kl.coef:g}", "both"
+        if metric.startswith("groups/") and self.ppo.responses_per_prompt == 1:
+            return "is of several responses to a prompt", "ppo.responses_per_prompt 1", "2 or more"
         if metric in ("loss/value_avg", "val/explained_variance", "val/clipfrac_avg") and not self.has_critic:
             return "is of a value function", f"ppo.advantage {self.ppo.advantage}, without one,", "critic"
         return super().why_without(metric)
@@ -182,10 +192,19 @@ class PpoRun(TrainingRun, RolloutRun):
             lines.append("reference.path: changes only the metric objective/kl, as ppo.kl.coef is 0")
         if self.has_critic and ppo.value_coef == 0:
             lines.append("ppo.value_coef: is 0: the value function would never learn")
-        meant = ppo.model_fields_set | set(defaults_of(ppo.algorithm)) | ({"clip_range"} if self.has_critic else set())
+        plain = PpoSection()
+        meant = {key for key in ppo.model_fields_set if getattr(ppo, key) != getattr(plain, key)}
+        meant |= set(defaults_of(ppo.algorithm)) | ({"clip_range"} if self.has_critic else set())
         if ppo.is_one_step and (keys := [key for key in _OF_RATIOS if key in meant]):
             named, act = ", ".join(f"ppo.{key}" for key in keys), "act" if len(keys) > 1 else "acts"
             lines.append(f"{named}: {act} on nothing: with one optimizer step a batch the ratio is always 1")
+        if ppo.max_lag and ppo.importance is None:
+            lines.append("ppo.importance: null, so samples of older weights count as if they were of today's")
+        own = defaults_of(ppo.algorithm).get("advantage", "critic")
+        if ppo.advantage != own:
+            lines.append(
+                f"ppo.algorithm: {ppo.algorithm} compares with {own} by itself, and ppo.advantage says {ppo.advantage}"
+            )
         return lines + self._idle_actors()
 
     def savings(self) -> Iterator[Mapping[str, Any]]:

@@ -76,8 +76,8 @@ class PpoSection(Section):
     responses_per_prompt: PositiveInt = 1
     """Responses to each prompt; a step has batch_size / responses_per_prompt prompts."""
     candidates: PositiveInt = 1
-    """So many times as many prompts are sampled, and the first ones learned from whose responses differ in score (dynamic
-    sampling). It costs so many times the sampling, always."""
+    """So many times as many prompts are sampled, and the first ones learned from whose responses differ in score, as cut and
+    penalised, and are trained (dynamic sampling). It costs so many times the sampling, always."""
     epochs: PositiveInt = 4
     """How often the updates of a step go through its responses."""
     minibatches: PositiveInt = 4
@@ -100,7 +100,8 @@ class PpoSection(Section):
     """What a response is compared with: a value function's estimates (critic), the mean over the responses to its prompt
     (group_mean), the mean of the others (leave_one_out), nothing (none)."""
     advantage_scale: Literal["none", "group", "batch"] = "none"
-    """What the difference is divided by: the standard deviation over the prompt's group, or of the batch's scores; or nothing."""
+    """What the difference is divided by: the standard deviation, over the prompt's group or over the batch, of what responses
+    are worth, a KL in the reward included; or nothing."""
     loss: Literal["clip", "cispo"] = "clip"
     """clip: what leaves the clip range has no gradient. cispo: every token has one, weighted by its ratio up to ratio_limit."""
     loss_mean: Literal["tokens", "responses", "max_tokens"] = "tokens"
@@ -121,7 +122,7 @@ class PpoSection(Section):
     value_coef: Annotated[float, Field(ge=0.0)] = 0.1
     """Weight of the value loss beside the policy loss."""
     kl: KlSection = KlSection()
-    """The KL penalty: what keeps the policy near its reference. With coef 0 no reference is loaded."""
+    """The KL penalty: what keeps the policy near its reference. With coef 0 there is none, and no reference is loaded."""
     missing_eos_penalty: Annotated[float, Field(ge=0.0)] | None = None
     """Subtracted from the score of a response that was cut before it ended. null: nothing is."""
     reward_scaling: bool = False

@@ -144,6 +144,16 @@ class Kind(ABC, Generic[R, O_co]):
         """What the directory of a finished run holds."""
 
 
+def _settling(ray: Session, show: Show) -> Show:
+    """Rows are tried for minutes, and a Ray that has started meanwhile would abort the process of a SIGTERM."""
+
+    def shown(progress: Progress) -> None:
+        ray.settle()
+        show(progress)
+
+    return shown
+
+
 def _not_shown(_: Progress) -> None:
     """Until somebody runs it."""
 
@@ -184,7 +194,7 @@ def run_to_end(kind: Kind[Any, O_co], command: str, fresh: bool, show: Show) -> 
         _tell(standing.notices, show)
         show(Progress("phase", text="checking models and data"))
         with cluster_of(run) as cluster, Session(run) as ray:
-            kind.begin_ray = ray.begin
+            kind.begin_ray, kind.show = ray.begin, _settling(ray, show)
             planned = _planned(kind, cluster, run_dir, standing)
             words = [*planned.words, ("output", str(run_dir)), ("logs", log_place(run_dir))]
             if standing.resume:

@@ -11,7 +11,6 @@ from typing import Any, TypeVar
 
 from raytrl.config.runs.base import TrainingRun
 from raytrl.launch.runs.run import Kind, Start
-from raytrl.plan.where import joins_cluster
 from raytrl.records.outcome import Trained
 from raytrl.records.progress import Progress
 from raytrl.roles.context import EXCHANGE_LIMIT_S
@@ -49,14 +48,11 @@ class TrainingKind(Kind[T, Trained]):
             board = start_board(run)
             start.show(Progress("phase", text="starting workers"))
             with self.running(start.command) as (worker, config):
-                trainer = make_trainer(run, run_dir, board, worker, config, alone=self._is_alone)
+                trainer = make_trainer(
+                    run, run_dir, board, worker, config, alone=start.ray.is_own and self.lent is None
+                )
                 metrics = Watch(run, run_dir, board, start.clock, start.show).until_done(trainer)
         return {"model": f"{run_dir}/model", "metrics": metrics, "startup": start.clock}
-
-    @property
-    def _is_alone(self) -> bool:
-        """Whether its Ray runs nothing else, and ends with it."""
-        return self.lent is None and not joins_cluster(self.run)
 
     def outcome(self, run_dir: RunDirectory, already_done: bool) -> Trained:
         manifest = run_dir.manifest()

@@ -268,6 +268,17 @@ class Session:
         if self._begun is None and not ray.is_initialized() and not joins_cluster(self._run):
             self._begun = self._starter.submit(_start_local, need)
 
+    @property
+    def is_own(self) -> bool:
+        """Whether its Ray ends with the run, and serves nobody else."""
+        return self._begun is not None
+
+    def settle(self) -> None:
+        """Takes SIGTERM back once Ray has started; in the main thread, from time to time."""
+        if self._begun is not None and self._begun.done():
+            with _own_sigterm_handler():
+                pass
+
     @contextmanager
     def running(self, need: Need) -> Iterator[None]:
         """Ray runs within the block.

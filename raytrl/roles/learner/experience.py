@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from raytrl.algo.groups import Groups
+from raytrl.algo.rewards import shaped_scores
 from raytrl.config.sections.ppo import PpoSection
 from raytrl.errors import NonFiniteError, RunError, WeightsVersionError
 from raytrl.records.samples import Prompt, Response, Score
@@ -27,19 +28,32 @@ class Samples:
     sampling_logprobs_BR: Tensor  # float32, 0 on padding, NaN where the engine gave none
     num_dropped: int
 
-    def that_differ(self, config: PpoSection) -> "Samples":
-        """Those of the first prompts whose responses differ in score, as many as a step learns from; fewer where there are
-        fewer. Where none differ nothing can be learned, and the first ones are as good as any.
+    def that_differ(self, config: PpoSection, scale: float) -> "Samples":
+        """Those of the first prompts whose responses differ in what they are worth, as many as a step learns from; fewer
+        where there are fewer. Where none differ nothing can be learned, and the first ones are as good as any.
 
-        In the order of rows, whoever finished first: it is a function of the step. Collective.
+        The order is one of rows, whoever finished first, so it is a function of the step; and it goes through the rows in
+        strides, as each worker holds rows that follow one another. Collective.
+
+        Args:
+            scale: what scores are divided by before they are cut and compared.
         """
         samples_each, wanted = config.responses_per_prompt, config.batch_size // config.responses_per_prompt
         rows_B = self.rows_B(samples_each)
-        groups = Groups.of(self.scores_B, rows_B)
+        shaped_B = shaped_scores(
+            self.scores_B,
+            self.ended_B,
+            scale=scale,
+            clip=config.reward_clip,
+            missing_eos_penalty=config.missing_eos_penalty,
+        )
+        groups = Groups.of(shaped_B, rows_B)
+        trained_K = torch.zeros_like(groups.counts_K).index_add(0, groups.places_B, self.trained_B(config).double())
         kept, differ = torch.zeros(2, config.prompts_per_step, device=rows_B.device)
-        kept[groups.rows_K], differ[groups.rows_K] = 1.0, groups.differ_K.float()
+        kept[groups.rows_K], differ[groups.rows_K] = 1.0, (groups.differ_K & (trained_K > 0)).float()
         kept, differ = sum_over_workers(torch.stack([kept, differ]))
-        chosen = (differ if bool(differ.any()) else kept).nonzero().flatten()[:wanted]
+        found = (differ if bool(differ.any()) else kept).nonzero().flatten()
+        chosen = found[torch.argsort(found % config.candidates, stable=True)][:wanted].sort().values
         kept_B = torch.isin(rows_B, chosen).nonzero().flatten()
         order = {row: i for i, row in enumerate(chosen.tolist())}
         global_rows = [self.global_rows[i] for i in kept_B.tolist()]

@@ -103,7 +103,9 @@ class PpoLearner:
                 step=self._step,
                 device=self._backend.device,
             )
-        samples = sampled.that_differ(self._config) if self._config.candidates > 1 else sampled
+        samples = sampled
+        if self._config.candidates > 1:
+            samples = sampled.that_differ(self._config, self._running.scale if self._config.reward_scaling else 1.0)
         zeros_BR = torch.zeros_like(samples.sampling_logprobs_BR)
         old_BR, values_BR = zeros_BR.clone(), zeros_BR.clone() if self._config.has_critic else None
         ref_BR = None if self._reference is None else zeros_BR.clone()

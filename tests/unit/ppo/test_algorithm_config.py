@@ -136,6 +136,16 @@ def test_what_acts_on_ratios_is_told_where_every_ratio_is_1(overrides: list[str]
     assert told is None or lines[0].startswith(told)
 
 
+def test_a_name_whose_comparison_is_overwritten_is_told() -> None:
+    resolved = load("ppo.algorithm=grpo").as_yaml()
+    run = load("ppo.algorithm=rloo", text=resolved).run
+    assert any("rloo compares with leave_one_out by itself" in line for line in run.idle_settings(10))
+    again = load(text=resolved).run
+    assert not any(line.startswith(("ppo.algorithm", "ppo.clip_range")) for line in again.idle_settings(10))
+    late = load("ppo.max_lag=1", text=resolved).run
+    assert any(line.startswith("ppo.importance: null, so samples of older") for line in late.idle_settings(10))
+
+
 def test_importance_is_on_where_the_batch_is_older() -> None:
     assert run_of().ppo.importance is None
     late = run_of("ppo.max_lag=1").ppo.importance

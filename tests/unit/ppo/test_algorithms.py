@@ -182,9 +182,9 @@ def test_where_fewer_differ_fewer_are_learned_from() -> None:
     experience, metrics = of_candidates({6})
     assert {place // 4 for place in experience.samples.global_rows} == {6} and metrics["episode"] == 4
     experience, metrics = of_candidates(set())
-    assert {place // 4 for place in experience.samples.global_rows} == {0, 1} and metrics["val/grad_norm"] == 0
+    assert {place // 4 for place in experience.samples.global_rows} == {0, 4} and metrics["val/grad_norm"] == 0
     experience, _ = of_candidates(set(), dropped={0, 1, 2, 3})  # a single response is kept of each
-    assert {place // 4 for place in experience.samples.global_rows} == {0, 1} and len(experience.samples.places) == 2
+    assert {place // 4 for place in experience.samples.global_rows} == {0, 4} and len(experience.samples.places) == 5
     experience, _ = of_candidates({1, 2, 3}, dropped={1})  # whose only kept response differs from nothing
     assert {place // 4 for place in experience.samples.global_rows} == {2, 3}
 

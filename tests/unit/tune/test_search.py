@@ -80,17 +80,36 @@ def test_the_base_must_train_and_hold_the_metric(sweep: Load) -> None:
     with pytest.raises(ConfigError, match=r"more than ppo.steps 8, so never"):
         load_base(sweep(metric="eval/score", base={"data": {"train": "a.jsonl", "eval": "b.jsonl"}}))
     grpo = {"ppo": {"algorithm": "grpo", "batch_size": 16}}
+    rates = {"ppo.learning_rate": {"choice": [1e-5, 1e-4]}}
     with pytest.raises(ConfigError, match=r"'objective/kl' is measured against a reference; found: ppo.kl.coef 0"):
-        load_base(sweep(limit={"objective/kl": 6.0}, base=grpo))
+        load_base(sweep(limit={"objective/kl": 6.0}, base=grpo, search=rates))
     with pytest.raises(
         ConfigError, match=r"'val/explained_variance' is of a value function; found: ppo.advantage group_mean"
     ):
-        load_base(sweep(metric="val/explained_variance", base=grpo))
+        load_base(sweep(metric="val/explained_variance", base=grpo, search=rates))
     with pytest.raises(ConfigError, match=r"search.ppo.kl.coef: value 0.0 .*'objective/kl' is measured against"):
         check_edges(sweep(limit={"objective/kl": 6.0}, search={"ppo.kl.coef": {"choice": [0.0, 0.1]}}))
+    for search in (
+        {"ppo.kl.coef": {"choice": [0.01, 0.1]}},
+        {"ppo.algorithm": {"grid": ["rloo", "reinforce_baseline"]}},
+    ):
+        loaded = sweep(
+            limit={"objective/kl": 6.0}, base=grpo, search=search, trials=None if "grid" in str(search) else 2
+        )
+        load_base(loaded)  # each trial has a reference, whatever the base has
+        assert len(check_edges(loaded)) == 2
     loaded = sweep()
     with pytest.raises(ConfigError, match="base: found: a run file of kind 'tune'"):
         load_base(load_run(loaded.file, [f"base={loaded.file}"], "tune"))
+
+
+def test_algorithms_that_a_base_leaves_no_key_to_set_are_refused(sweep: Load) -> None:
+    grid = {"ppo.algorithm": {"grid": ["rloo", "grpo"]}}
+    assert len(check_edges(sweep(search=grid, trials=None, base={"ppo": {"batch_size": 16}}))) == 2
+    written = load_run(sweep(base={"ppo": {"algorithm": "grpo", "batch_size": 16}}).run.base, []).run  # type: ignore[attr-defined]
+    resolved = {"ppo": written.model_dump(mode="json")["ppo"]}
+    with pytest.raises(ConfigError, match=r"search.ppo.algorithm: rloo and grpo are the same run"):
+        check_edges(sweep(search=grid, trials=None, base=resolved))
 
 
 def test_overrides_reach_into_the_search_space(sweep: Load) -> None:

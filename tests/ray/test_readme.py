@@ -30,7 +30,7 @@ CUTS = {
         "search.ppo.kl.coef={grid: [0.05]}",
     ],
     "configs/sweep-algorithm.yaml": [
-        f"fixed={{{', '.join(word.replace('=', ': ') for word in SMALL_PPO)}}}",
+        f"fixed={{{', '.join(word.replace('=', ': ') for word in [*SMALL_PPO, 'eval.every=1'])}}}",
         "search.ppo.algorithm={grid: [grpo, rloo]}",
     ],
 }

@@ -1,6 +1,7 @@
 """What is checked before anything starts: resources, the CPU, trackers, the model's place."""
 
 import os
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +13,14 @@ from raytrl.config.load import load_run
 from raytrl.config.runs.supervised import SupervisedRun
 from raytrl.errors import ConfigError, ResourceError, RunError
 from raytrl.launch.session.nodes import machine_resources
-from raytrl.launch.session.session import _join, _start_local, check_address, check_temp_dir, prepare_environment
+from raytrl.launch.session.session import (
+    Session,
+    _join,
+    _start_local,
+    check_address,
+    check_temp_dir,
+    prepare_environment,
+)
 from raytrl.plan import capacity
 from raytrl.plan.capacity import Room
 from raytrl.plan.checks.common import Facts
@@ -48,6 +56,27 @@ def test_ray_is_begun_before_what_takes_longest_and_not_for_rows_of_another_form
     with pytest.raises(ConfigError, match="row 1"):
         prepare_supervised(run, into, before_last=lambda: order.append("begin again"))
     assert "begin again" not in order
+
+
+@pytest.mark.parametrize("failures", [1, 2])
+def test_a_ray_that_did_not_start_beside_the_checks_is_tried_once_more(
+    failures: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tries, ended = list[int](), list[int]()
+
+    def start(_: Need) -> None:
+        tries.append(1)
+        if len(tries) <= failures:
+            raise RunError("Ray did not start on this machine")
+
+    monkeypatch.setattr("raytrl.launch.session.session._start_local", start)
+    monkeypatch.setattr(ray, "shutdown", lambda: ended.append(1))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with Session(run_of(tmp_path)) as session:
+        session.begin(Need(()))
+        with pytest.raises(RunError) if failures == 2 else nullcontext(), session.running(Need(())):
+            assert session.is_own
+    assert len(tries) == 2 and len(ended) == 2
 
 
 def test_this_machine_has_the_processors_this_process_may_use() -> None:

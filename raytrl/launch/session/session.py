@@ -297,10 +297,21 @@ class Session:
         try:
             if self._begun is not None:  # else `cluster_of`, `kept_ray` or a sweep's trial has started it, and ends it
                 with _own_sigterm_handler():
-                    self._begun.result()
+                    self._wait(need)
             yield
         finally:
             self._end()
+
+    def _wait(self, need: Need) -> None:
+        import ray
+
+        assert self._begun is not None
+        try:
+            self._begun.result()
+        except RunError:  # a busy machine is the usual cause, and the checks were part of that
+            ray.shutdown()
+            self._begun = self._starter.submit(_start_local, need)
+            self._begun.result()
 
     def _end(self) -> None:
         import ray

@@ -83,15 +83,16 @@ def policy_loss(
         cut_BR = (clipped_BR > plain_BR) | ((ratio_BR > limited_BR) & (advantages_BR < 0))
     if weights_BR is not None:
         losses_BR = losses_BR * weights_BR
-    kl_BR = torch.zeros_like(losses_BR)
+
+    def mean(x_BR: Tensor) -> Tensor:
+        return masked_sum(x_BR if shares_BR is None else x_BR * shares_BR, mask_BR) / divisor
+
+    kl_loss = losses_BR.new_zeros(())
     if ref_logprobs_BR is not None:
         away_BR = torch.where(mask_BR, ref_logprobs_BR - logprobs_BR, torch.zeros_like(logprobs_BR))
         away_BR = away_BR.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-        kl_BR = kl_coef * ratio_BR * (torch.expm1(away_BR) - away_BR)
-    if shares_BR is not None:
-        losses_BR, kl_BR = losses_BR * shares_BR, kl_BR * shares_BR
-    kl_loss = masked_sum(kl_BR, mask_BR) / divisor
-    loss = masked_sum(losses_BR, mask_BR) / divisor + kl_loss
+        kl_loss = mean(kl_coef * ratio_BR * (torch.expm1(away_BR) - away_BR))
+    loss = mean(losses_BR) + kl_loss
     with torch.no_grad():
         return PolicyLoss(
             loss=loss,

@@ -17,9 +17,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from tests.benchmarks.ppo_against_trl import SPLIT, cpu_seconds
+from tests.benchmarks.ppo_against_trl import SPLIT, timed_run
 from tests.benchmarks.ppo_workload import WORKLOAD, make
-from tests.runs import ENVIRONMENT, last_step, metrics, start, wait_for, write_run_file
+from tests.runs import ENVIRONMENT
 
 PEER = str(Path(__file__).with_name("trl_grpo.py"))
 GROUP, LEARNING_RATE = 8, 1e-4
@@ -59,21 +59,11 @@ def run_raytrl(folder: Path, name: str, steps: int, seed: int) -> dict[str, Any]
         "checkpoint": {"every": 100000},
         "report_to": [],
     }
-    run = folder / "runs" / name
-    # Ray starts its workers at niceness 15, so whatever else the machine does would slow this side alone.
-    process = start("ppo", write_run_file(folder, name, values, {}), RAY_worker_niceness="0")
-    spent = []
-    for step in (1, steps):
-        wait_for(f"step {step}", lambda step=step: last_step(run) >= step, process, 600)  # type: ignore[misc]
-        spent.append(cpu_seconds(process.pid))
-    output, _ = process.communicate(timeout=120)
-    if process.returncode:
-        raise SystemExit(output[-3000:])
-    rows = metrics(run)
+    rows, cpu = timed_run(folder, name, values, steps)
     split = {key: statistics.median(row[f"time/{key}_s"] for row in rows[1:]) for key in sorted(SPLIT)}
     return {
         "step": statistics.median(row["time/step_s"] for row in rows[1:]),
-        "cpu": (spent[1] - spent[0]) / (steps - 1),
+        "cpu": cpu,
         "reward": [row["reward"] for row in rows],
         "length": statistics.mean(row["response/length"] for row in rows),
         "split": ", ".join(f"{key} {value:.2f}" for key, value in split.items()),

@@ -7,7 +7,6 @@ round; all do as many optimizer steps on as many tokens. Prints the median secon
 that the process held above what it held before its networks, each beside PPO's.
 """
 
-import random
 import resource
 import statistics
 import subprocess
@@ -20,11 +19,10 @@ from typing import Any
 import torch
 
 from raytrl.config.sections.ppo import PpoSection
-from raytrl.loop.protocols import Rollout
-from raytrl.records.samples import Prompt, Response, Score
 from raytrl.roles.learner.build import build_backend, build_networks
 from raytrl.roles.learner.learner import PpoLearner
-from tests.benchmarks.ppo_workload import EOS, VOCABULARY, WORKLOAD, make
+from tests.benchmarks.ppo_update import rollout
+from tests.benchmarks.ppo_workload import WORKLOAD, make
 
 LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
 KINDS: dict[str, dict[str, Any]] = {
@@ -34,22 +32,6 @@ KINDS: dict[str, dict[str, Any]] = {
     "grpo": {"algorithm": "grpo"},
 }
 SAMPLES = 4  # responses to a prompt
-
-
-def rollout(step: int) -> Rollout:
-    draw = random.Random(step)
-
-    def words(count: int) -> tuple[int, ...]:
-        return tuple(draw.randrange(2, VOCABULARY) for _ in range(count))
-
-    prompts, responses, scores = [], [], []
-    for row in range(WORKLOAD["batch_size"] // SAMPLES):
-        prompts.append(Prompt(step, row, "", words(draw.randint(8, 24))))
-        for sample in range(SAMPLES):
-            tokens = (*words(draw.randint(1, WORKLOAD["max_new_tokens"] - 1)), EOS)
-            responses.append(Response(step, row, sample, tokens, "", True, (-6.0,) * len(tokens), step))
-            scores.append(Score(step, row, sample, draw.random(), {}))
-    return Rollout(prompts, responses, scores)
 
 
 def one(folder: str, kind: str, lora: bool) -> None:
@@ -70,7 +52,7 @@ def one(folder: str, kind: str, lora: bool) -> None:
     experience_s, update_s = [], []
     for step in range(3):
         began = time.perf_counter()
-        experience = learner.experience(rollout(step))
+        experience = learner.experience(rollout(step, SAMPLES))
         middle = time.perf_counter()
         learner.update(experience)
         experience_s.append(middle - began)

@@ -54,6 +54,14 @@ def run_raytrl(folder: Path, name: str, steps: int, seed: int) -> dict[str, floa
         "checkpoint": {"every": 100000},
         "report_to": [],
     }
+    rows, cpu = timed_run(folder, name, values, steps)
+    rows = rows[1:]
+    split = {key: statistics.mean(row[f"time/{key}_s"] for row in rows) for key in [*sorted(SPLIT), "step"]}
+    return split | {"length": statistics.mean(row["response/length"] for row in rows), "cpu": cpu}
+
+
+def timed_run(folder: Path, name: str, values: dict[str, Any], steps: int) -> tuple[list[dict[str, Any]], float]:
+    """Its metrics, and CPU-seconds a step after the first of all its processes."""
     # Ray starts its workers at niceness 15, so whatever else the machine does would slow this side alone.
     run = folder / "runs" / name
     process = start("ppo", write_run_file(folder, name, values, {}), RAY_worker_niceness="0")
@@ -64,10 +72,7 @@ def run_raytrl(folder: Path, name: str, steps: int, seed: int) -> dict[str, floa
     output, _ = process.communicate(timeout=120)
     if process.returncode:
         raise SystemExit(output[-3000:])
-    rows = metrics(run)[1:]
-    split = {key: statistics.mean(row[f"time/{key}_s"] for row in rows) for key in [*sorted(SPLIT), "step"]}
-    length = statistics.mean(row["response/length"] for row in rows)
-    return split | {"length": length, "cpu": (spent[1] - spent[0]) / (steps - 1)}
+    return metrics(run), (spent[1] - spent[0]) / (steps - 1)
 
 
 def cpu_seconds(pid: int) -> float:

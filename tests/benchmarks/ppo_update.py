@@ -40,20 +40,21 @@ class Recorded(PpoLearner):
             yield rows_B, batch
 
 
-def rollout(step: int) -> Rollout:
-    """Prompts and responses of random words, as long as the workload's."""
+def rollout(step: int, samples: int = 1) -> Rollout:
+    """Prompts and responses of random words, as long as the workload's; `samples` responses to each prompt."""
     draw = random.Random(step)
 
     def words(count: int) -> tuple[int, ...]:
         return tuple(draw.randrange(2, VOCABULARY) for _ in range(count))
 
     prompts, responses, scores = [], [], []
-    for row in range(WORKLOAD["batch_size"]):
+    for row in range(WORKLOAD["batch_size"] // samples):
         prompts.append(Prompt(step, row, "", words(draw.randint(8, 24))))
-        tokens = (*words(draw.randint(1, WORKLOAD["max_new_tokens"] - 1)), EOS)
-        logprobs = (-6.0,) * len(tokens)
-        responses.append(Response(step, row, 0, tokens, "", True, logprobs, step))
-        scores.append(Score(step, row, 0, draw.random(), {}))
+        for sample in range(samples):
+            tokens = (*words(draw.randint(1, WORKLOAD["max_new_tokens"] - 1)), EOS)
+            logprobs = (-6.0,) * len(tokens)
+            responses.append(Response(step, row, sample, tokens, "", True, logprobs, step))
+            scores.append(Score(step, row, sample, draw.random(), {}))
     return Rollout(prompts, responses, scores)
 
 

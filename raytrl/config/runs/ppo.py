@@ -25,6 +25,7 @@ class PpoRun(TrainingRun, RolloutRun):
     row_checks: ClassVar[str] = "raytrl.plan.checks.ppo:try_data"
     task: ClassVar[str] = "proximal policy optimisation (PPO)"
     step_name: ClassVar[str] = "PPO steps"
+
     kind: Literal["ppo"] = "ppo"
     """PPO or one of its kin without a critic, against reward models, rules or endpoints."""
     ppo: PpoSection = PpoSection()

@@ -57,14 +57,14 @@ class DeepSpeedBackend(Backend):
                 set here; its optimizer and scheduler must be left out for the same reason.
         """
         super().__init__(networks)
-        self._rates = (learning_rate, value_learning_rate)
+        groups = networks.groups()
+        self._rates = (learning_rate, value_learning_rate)[: len(groups)]  # one where there is no critic
         stage = config.get("zero_optimization", {}).get("stage", 0)
         if stage not in (1, 2, 3):
             raise ConfigError(
                 f"learner.deepspeed: zero_optimization.stage must be 1, 2 or 3; found {stage}; for stage 0, which is "
                 f"plain data parallelism, leave learner.deepspeed out"
             )
-        groups = [{"params": group} for group in networks.groups()]
         settings = {key: value for key, value in config.items() if key != "train_batch_size"} | {
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": 1,
@@ -73,7 +73,7 @@ class DeepSpeedBackend(Backend):
             # Offloaded states are stepped by torch's Adam as well: DeepSpeed's own has to be compiled on each node.
             "zero_force_ds_cpu_optimizer": False,
         }
-        optimizer = torch.optim.Adam(groups, lr=learning_rate, eps=epsilon)
+        optimizer = torch.optim.Adam([{"params": group} for group in groups], lr=learning_rate, eps=epsilon)
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=networks, optimizer=optimizer, config=settings, dist_init_required=False
         )
@@ -96,7 +96,7 @@ class DeepSpeedBackend(Backend):
             self._engine.step()
 
     def step(self, factor: float) -> float:
-        for group, rate in zip(self._optimizer.param_groups, self._rates, strict=False):  # one where there is no critic
+        for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
             group["lr"] = rate * factor
         self._engine.step()
         norm = float(self._engine.get_global_grad_norm())

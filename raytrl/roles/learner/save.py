@@ -41,25 +41,21 @@ def save_value(backend: Backend, folder: Path) -> None:
     """The value function: a sequence classifier's folder; with LoRA the adapter and `value_head.pt`; shared, that
     alone. Collective; the first worker writes."""
     networks = backend.networks
-    if networks.is_shared:
-        assert networks.value_head is not None
-        head = _gathered(backend, dict(networks.value_head.named_parameters()), torch.float32)
-        if worker_rank() == 0:
-            torch.save(head, folder / "value_head.pt")
-        return
     if networks.value is not None:
         _save_whole(backend, networks.value, folder)
         return
-    assert isinstance(networks.policy, PeftModel) and networks.value_head is not None
+    assert networks.value_head is not None
     adapter = {name: p for name, p in networks.policy.named_parameters() if f".{VALUE_ADAPTER}." in name}
     tensors = _gathered(backend, adapter, torch.float32)
     head = _gathered(backend, dict(networks.value_head.named_parameters()), torch.float32)
     if worker_rank() != 0:
         return
-    networks.policy.save_pretrained(str(folder), selected_adapters=[VALUE_ADAPTER], state_dict=tensors)
-    for file in (folder / VALUE_ADAPTER).iterdir():  # PEFT puts an adapter of another name than its default there
-        file.replace(folder / file.name)
-    (folder / VALUE_ADAPTER).rmdir()
+    if not networks.is_shared:
+        assert isinstance(networks.policy, PeftModel)
+        networks.policy.save_pretrained(str(folder), selected_adapters=[VALUE_ADAPTER], state_dict=tensors)
+        for file in (folder / VALUE_ADAPTER).iterdir():  # PEFT puts an adapter of another name than its default there
+            file.replace(folder / file.name)
+        (folder / VALUE_ADAPTER).rmdir()
     torch.save(head, folder / "value_head.pt")
 
 

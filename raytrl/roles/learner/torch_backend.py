@@ -21,12 +21,14 @@ class TorchBackend(Backend):
         self, networks: Networks, *, learning_rate: float, value_learning_rate: float, epsilon: float, max_norm: float
     ) -> None:
         super().__init__(networks)
-        self._rates = (learning_rate, value_learning_rate)
+        groups = networks.groups()
+        self._rates = (learning_rate, value_learning_rate)[: len(groups)]  # one where there is no critic
         self._max_norm = max_norm
-        self._parameters = [parameter for group in networks.groups() for parameter in group]
+        self._parameters = [parameter for group in groups for parameter in group]
         copy_from_first([parameter.data for parameter in self._parameters])
-        groups = [{"params": group} for group in networks.groups()]
-        self._optimizer = torch.optim.Adam(groups, lr=learning_rate, eps=epsilon, fused=True)
+        self._optimizer = torch.optim.Adam(
+            [{"params": group} for group in groups], lr=learning_rate, eps=epsilon, fused=True
+        )
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         loss.backward()  # type: ignore[no-untyped-call]
@@ -39,7 +41,7 @@ class TorchBackend(Backend):
         norm = float(torch.nn.utils.clip_grad_norm_(self._parameters, self._max_norm))
         if not math.isfinite(norm):
             raise NonFiniteError(f"learner: the gradient norm is {norm}; nothing was updated")
-        for group, rate in zip(self._optimizer.param_groups, self._rates, strict=False):  # one where there is no critic
+        for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
             group["lr"] = rate * factor
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)

@@ -30,7 +30,7 @@ class Advantages:
 
 def advantages_of(
     samples: Samples,
-    old_BR: Tensor,
+    old_BR: Tensor | None,
     ref_BR: Tensor | None,
     values_BR: Tensor | None,
     *,
@@ -42,6 +42,7 @@ def advantages_of(
     """Rewards, advantages and whitening over the global batch; `running` takes in the batch's scores.
 
     Args:
+        old_BR: None: they are not known yet, and `metrics_of_logprobs` is called when they are. There is no reference then.
         ref_BR: None: there is no reference, and no KL in the reward.
         values_BR: None: there is no critic.
         sampled: what `samples` were chosen from, where they were: what is said of the scores is said of these.
@@ -58,14 +59,15 @@ def advantages_of(
         clip=config.reward_clip,
         missing_eos_penalty=config.missing_eos_penalty,
     )
-    kl_BR = None if ref_BR is None else kl_estimate(old_BR, ref_BR, "k1")
-    penalty_BR = torch.zeros_like(old_BR) if kl_BR is None or config.kl.place == "loss" else kl_coef * kl_BR
+    zeros_BR = torch.zeros_like(samples.sampling_logprobs_BR)
+    kl_BR = None if old_BR is None or ref_BR is None else kl_estimate(old_BR, ref_BR, "k1")
+    penalty_BR = zeros_BR if kl_BR is None or config.kl.place == "loss" else kl_coef * kl_BR
     returns_BR = None
     if config.in_groups:
         advantages_BR = _of_groups(samples, shaped_B, penalty_BR, config)
     else:
         rewards_BR = token_rewards(shaped_B, penalty_BR, mask_BR, 1.0)
-        baseline_BR = torch.zeros_like(old_BR) if values_BR is None else values_BR
+        baseline_BR = zeros_BR if values_BR is None else values_BR
         lam = config.lam if config.has_critic else 1.0
         advantages_BR, returns_BR = gae(rewards_BR, baseline_BR, mask_BR, gamma=config.gamma, lam=lam)
     if config.whiten_advantages:
@@ -77,16 +79,13 @@ def advantages_of(
     def mean(per_response_B: Tensor) -> float:
         return float(sum_over_workers(per_response_B.double().sum())) / num_responses
 
-    def total_B(x_BR: Tensor) -> Tensor:
-        return torch.where(mask_BR, x_BR, torch.zeros_like(x_BR)).double().sum(-1)
-
     shaped = mean(shaped_B)
     kl, metrics = None, dict[str, float]()
-    if ref_BR is not None and kl_BR is not None:
-        kl = mean(total_B(kl_BR))
+    if old_BR is not None and ref_BR is not None and kl_BR is not None:
+        kl = mean(_totals_B(kl_BR, mask_BR))
         metrics |= {
             "objective/kl": kl,
-            "objective/kl_k3": mean(total_B(kl_estimate(old_BR, ref_BR, "k3"))),
+            "objective/kl_k3": mean(_totals_B(kl_estimate(old_BR, ref_BR, "k3"), mask_BR)),
             "objective/kl_coef": kl_coef,
         }
         if config.kl.place == "reward":
@@ -97,24 +96,17 @@ def advantages_of(
         metrics["val/explained_variance"] = 1.0 - left.variance / whole.variance if whole.variance > 0 else math.nan
     if config.responses_per_prompt > 1:
         metrics |= _metrics_of_groups(sampled or samples, config)
-    known_BR = mask_BR & samples.sampling_logprobs_BR.isfinite()
-    gap_BR = torch.where(known_BR, (old_BR - samples.sampling_logprobs_BR).abs(), torch.zeros_like(old_BR))
-    known = mean(known_BR.sum(-1))
     ended, length = mean(samples.ended_B), mean(samples.sequences.response_lengths_B)
     metrics |= {
-        "objective/entropy": mean(total_B(-old_BR)),
         "objective/scores": shaped,
         "objective/scores_raw": raw.mean,
         "objective/scores_raw_std": math.sqrt(raw.variance),
         "objective/dropped": float(
-            sum_over_workers(torch.tensor(float((sampled or samples).num_dropped), device=old_BR.device))
+            sum_over_workers(torch.tensor(float((sampled or samples).num_dropped), device=mask_BR.device))
         ),
         "val/num_eos_tokens": ended * num_responses,
         "response/ended_fraction": ended,
         "response/length": length,
-        "rollout/logprob_gap_max": _largest(gap_BR),
-        "rollout/logprob_gap_mean": mean(total_B(gap_BR)) / known if known else math.nan,
-        "rollout/logprobs_missing": (length - known) * num_responses,
     }
     if not config.has_critic:  # under the names that TRL gives them, where the meaning is the same
         metrics |= {
@@ -122,7 +114,30 @@ def advantages_of(
             "completions/mean_length": length,
             "completions/clipped_ratio": 1.0 - ended,
         }
+    if old_BR is not None:
+        metrics |= metrics_of_logprobs(samples, old_BR, num_responses)
     return Advantages(advantages_BR, returns_BR if config.has_critic else None, kl, num_responses, metrics)
+
+
+def metrics_of_logprobs(samples: Samples, old_BR: Tensor, num_responses: int) -> dict[str, float]:
+    """How sure the policy was of what was sampled, and how far the engine's log-probs are from the learner's. Collective."""
+    mask_BR = samples.sequences.response_mask_BR
+    known_BR = mask_BR & samples.sampling_logprobs_BR.isfinite()
+    gap_BR = torch.where(known_BR, (old_BR - samples.sampling_logprobs_BR).abs(), torch.zeros_like(old_BR))
+    sums = torch.stack(
+        [_totals_B(-old_BR, mask_BR).sum(), gap_BR.double().sum(), known_BR.double().sum(), mask_BR.double().sum()]
+    )
+    surprise, gap, known, tokens = sum_over_workers(sums).tolist()
+    return {
+        "objective/entropy": surprise / num_responses,
+        "rollout/logprob_gap_max": _largest(gap_BR),
+        "rollout/logprob_gap_mean": gap / known if known else math.nan,
+        "rollout/logprobs_missing": tokens - known,
+    }
+
+
+def _totals_B(x_BR: Tensor, mask_BR: Tensor) -> Tensor:
+    return torch.where(mask_BR, x_BR, torch.zeros_like(x_BR)).double().sum(-1)
 
 
 def _of_groups(samples: Samples, shaped_B: Tensor, penalty_BR: Tensor, config: PpoSection) -> Tensor:

@@ -83,7 +83,7 @@ class Experience:
     """Everything that one step learns from; all float32 (B, R), detached."""
 
     samples: Samples
-    old_logprobs_BR: Tensor
+    old_logprobs_BR: Tensor | None  # None: those of the update's only pass
     ref_logprobs_BR: Tensor | None  # where the KL penalty is in the loss
     values_BR: Tensor | None  # with a critic
     advantages_BR: Tensor

@@ -23,7 +23,7 @@ from raytrl.roles.learner.collectives import (
     wait_for_all,
     worker_rank,
 )
-from raytrl.roles.learner.credit import advantages_of
+from raytrl.roles.learner.credit import advantages_of, metrics_of_logprobs
 from raytrl.roles.learner.experience import Experience, Samples, refuse_non_finite, samples_of
 from raytrl.roles.learner.minibatch import Divisors, Part, Totals
 from raytrl.roles.learner.sequences import Sequences, minibatch_rows, pack
@@ -106,25 +106,11 @@ class PpoLearner:
         samples = sampled
         if self._config.candidates > 1:
             samples = sampled.that_differ(self._config, self._running.scale if self._config.reward_scaling else 1.0)
-        zeros_BR = torch.zeros_like(samples.sampling_logprobs_BR)
-        old_BR, values_BR = zeros_BR.clone(), zeros_BR.clone() if self._config.has_critic else None
-        ref_BR = None if self._reference is None else zeros_BR.clone()
-        for rows_B, batch in self._microbatches(samples.sequences, range(len(samples.sequences))):
-            self._beat()
-            old_N, _, values_N = self._policy_and_values(batch)
-            found = [(old_BR, old_N)]
-            if ref_BR is not None:
-                found.append((ref_BR, self._backend.logprobs("reference", batch, self._temperature)[0]))
-            if values_BR is not None and values_N is not None:
-                found.append((values_BR, values_N))
-            if rows_B is not None:
-                for target_BR, source_N in found:
-                    target_BR[rows_B[batch.rows_N], batch.columns_N] = source_N
-        named = {"log-probs of the policy": old_BR}
-        named |= {} if ref_BR is None else {"log-probs of the reference": ref_BR}
-        named |= {} if values_BR is None else {"values": values_BR}
+        known = None if self._learns_in_one_pass else self._passes(samples.sequences)
+        old_BR, ref_BR, values_BR = (None, None, None) if known is None else known
+        named = {"log-probs of the policy": old_BR, "log-probs of the reference": ref_BR, "values": values_BR}
         with failing_together(self._backend.device):
-            refuse_non_finite(named, samples, self._step)
+            refuse_non_finite({name: x_BR for name, x_BR in named.items() if x_BR is not None}, samples, self._step)
             if self._backend.device.type == "cpu":  # a GPU has a copy
                 self._backend.networks.files.check()
         kl_coef = self._controller.coef
@@ -141,7 +127,7 @@ class PpoLearner:
         if credit.kl is not None:
             self._check_first_kl(credit.kl)
         importance_BR = None
-        if self._config.importance is not None:
+        if self._config.importance is not None and old_BR is not None:
             mask_BR, how = samples.sequences.response_mask_BR, self._config.importance.model_dump()
             importance_BR = importance_weights(old_BR, samples.sampling_logprobs_BR, mask_BR, **how)
         return Experience(
@@ -167,6 +153,8 @@ class PpoLearner:
         """
         config, factor = self._config, schedule_factor(self._config.lr_schedule, self._step, self._config.steps)
         totals = Totals(self._backend.device, self._config)
+        # Filled by the only pass, where there is one.
+        seen_BR = None if experience.old_logprobs_BR is not None else torch.zeros_like(experience.advantages_BR)
         for epoch in range(config.epochs):
             minibatches = minibatch_rows(self._seed, self._step, epoch, config.batch_size, config.minibatches)
             kept = [self._local_rows(experience.samples, rows) for rows in minibatches]
@@ -182,7 +170,7 @@ class PpoLearner:
                     continue
                 first = totals.optimizer_steps == 0
                 divisors = Divisors.of(self._config.loss_mean, num_tokens, num_kept, self._max_new_tokens)
-                problems = self._minibatch(experience, rows.tolist(), divisors, totals)
+                problems = self._minibatch(experience, rows.tolist(), divisors, totals, seen_BR)
                 with failing_together(self._backend.device):
                     if problems:
                         raise NonFiniteError(f"learner: step {self._step}: {problems[0]}")
@@ -191,6 +179,8 @@ class PpoLearner:
                 totals.add_step(self._backend.step(factor), num_tokens)
         rate = config.learning_rate * factor
         metrics = {**experience.metrics, **totals.metrics(), "lr": rate, "val/first_log_ratio": totals.first_log_ratio}
+        if seen_BR is not None:
+            metrics |= metrics_of_logprobs(experience.samples, seen_BR, experience.num_responses)
         if experience.kl is not None:
             self._controller.update(experience.kl, experience.num_responses)
         self._step += 1
@@ -239,7 +229,34 @@ class PpoLearner:
         self._controller.load_state_dict(state["kl"])
         self._running.load_state_dict(state["scores"])
 
-    def _minibatch(self, experience: Experience, rows: list[int], divisors: Divisors, totals: Totals) -> list[str]:
+    @property
+    def _learns_in_one_pass(self) -> bool:
+        """Whether nothing needs the old log-probs before the update's only pass, which has them: ratios are 1 there."""
+        config = self._config
+        needs = config.has_critic or self._reference is not None or config.importance is not None
+        return config.is_one_step and config.train_unfinished and not needs
+
+    def _passes(self, sequences: Sequences) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Log-probs of the policy and the reference, and values: float32 (B, R), 0 on padding."""
+        zeros_BR = torch.zeros(sequences.response_mask_BR.shape, device=self._backend.device)
+        old_BR, values_BR = zeros_BR.clone(), zeros_BR.clone() if self._config.has_critic else None
+        ref_BR = None if self._reference is None else zeros_BR.clone()
+        for rows_B, batch in self._microbatches(sequences, range(len(sequences))):
+            self._beat()
+            old_N, _, values_N = self._policy_and_values(batch)
+            found = [(old_BR, old_N)]
+            if ref_BR is not None:
+                found.append((ref_BR, self._backend.logprobs("reference", batch, self._temperature)[0]))
+            if values_BR is not None and values_N is not None:
+                found.append((values_BR, values_N))
+            if rows_B is not None:
+                for target_BR, source_N in found:
+                    target_BR[rows_B[batch.rows_N], batch.columns_N] = source_N
+        return old_BR, ref_BR, values_BR
+
+    def _minibatch(
+        self, experience: Experience, rows: list[int], divisors: Divisors, totals: Totals, seen_BR: Tensor | None
+    ) -> list[str]:
         """Add up the gradients of this worker's rows of one minibatch; says which losses were not finite.
 
         Does not raise for them: sharded parameters are gathered in every pass, so all workers must run all passes.
@@ -255,6 +272,8 @@ class PpoLearner:
                 self._backend.backward(0.0 * nothing, last=last)
                 continue
             assert entropies_N is not None
+            if seen_BR is not None:
+                seen_BR[rows_B[batch.rows_N], batch.columns_N] = logprobs_N.detach()
             part = Part(experience, rows_B[batch.rows_N], batch.columns_N, divisors, self._config)
             policy = part.policy_loss(logprobs_N)
             value = None if values_N is None else part.value_loss(values_N)

@@ -53,7 +53,7 @@ class Part:
             shares_N = 1.0 / experience.samples.sequences.response_lengths_B[self._rows_N].to(logprobs_N.dtype)
         return policy_loss(
             logprobs_N,
-            self._cut(experience.old_logprobs_BR),
+            logprobs_N.detach() if experience.old_logprobs_BR is None else self._cut(experience.old_logprobs_BR),
             self._cut(experience.advantages_BR),
             self._mask_N,
             clip_range=config.clip_range,

@@ -25,6 +25,9 @@ from raytrl.roles.rollout.engine import (
 )
 from raytrl.roles.weights.buckets import Bucket, PolicyCopy
 
+# Rows that have ended leave the batch once they are so large a part of it: the cache is copied then, as with each token.
+_ENDED_LEAVE = 0.25
+
 
 class TransformersEngine(RolloutEngine):
     """Any Hugging Face causal language model, batch by batch, with a key-value cache."""
@@ -135,12 +138,13 @@ class TransformersEngine(RolloutEngine):
 
     @torch.inference_mode()
     def _sample(self, prompts: Sequence[Prompt], draws_BR: Tensor | None, wanted: Wanted) -> "_Drawn":
-        """Sample until every row has ended or is full. Rows that ended go on in the batch and are cut afterwards."""
+        """Sample until every row has ended or is full. Some rows that ended may go on in the batch, and are cut afterwards."""
         device = next(self._model.parameters()).device
         draws_BR = None if draws_BR is None else draws_BR.to(device)
         input_ids, mask = _left_padded([prompt.token_ids for prompt in prompts], device)
         drawn = _Drawn.empty(len(prompts), self._sampling.max_new_tokens)
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        rows_B = torch.arange(len(prompts))
         cache: Any = None
         for t in range(self._sampling.max_new_tokens):
             if not wanted():
@@ -160,24 +164,33 @@ class TransformersEngine(RolloutEngine):
             logprobs_B = token_logprobs(logits_BV.unsqueeze(1), tokens_B.unsqueeze(1), self._sampling.temperature)
             input_ids = tokens_B.unsqueeze(-1)
             tokens_B = tokens_B.cpu()  # with the log-probs all that leaves the device
-            drawn.append(t, tokens_B, logprobs_B.squeeze(1).cpu(), self._ends(prompts, drawn, tokens_B, t))
-            if bool((drawn.lengths_B > 0).all()):
+            drawn.append(
+                t, rows_B, tokens_B, logprobs_B.squeeze(1).cpu(), self._ends(prompts, drawn, rows_B, tokens_B, t)
+            )
+            go_on_B = drawn.lengths_B[rows_B] == 0
+            if not bool(go_on_B.any()):
                 break
-            mask = torch.cat([mask, mask.new_ones(len(prompts), 1)], dim=-1)
+            mask = torch.cat([mask, mask.new_ones(len(rows_B), 1)], dim=-1)
             positions = positions[:, -1:] + 1
+            if int((~go_on_B).sum()) >= _ENDED_LEAVE * len(rows_B):
+                kept = go_on_B.nonzero().flatten()
+                rows_B, kept = rows_B[kept], kept.to(device)
+                input_ids, mask, positions = input_ids[kept], mask[kept], positions[kept]
+                draws_BR = None if draws_BR is None else draws_BR[kept]
+                cache.reorder_cache(kept)  # beam search's way to choose rows, which every kind of layer has
         return drawn
 
-    def _ends(self, prompts: Sequence[Prompt], drawn: "_Drawn", tokens_B: Tensor, t: int) -> Tensor:
+    def _ends(self, prompts: Sequence[Prompt], drawn: "_Drawn", rows_B: Tensor, tokens_B: Tensor, t: int) -> Tensor:
         """True where this token, the t-th, ends its row."""
-        ends_B = torch.tensor([int(token) in self._endings.of(p) for p, token in zip(prompts, tokens_B, strict=True)])
+        rows, tokens = rows_B.tolist(), tokens_B.tolist()
+        ends = [token in self._endings.of(prompts[row]) for row, token in zip(rows, tokens, strict=True)]
         if self._stop:
             first = max(0, t + 1 - self._stop.window)
-            for i in range(len(tokens_B)):
-                if drawn.lengths_B[i] == 0 and not ends_B[i]:
-                    last = int(tokens_B[i])
-                    may_end = self._stop.may_end([*drawn.tokens_BR[i, first:t].tolist(), last])
-                    ends_B[i] = may_end and self._stop.are_in(prompts[i], [*drawn.tokens_BR[i, :t].tolist(), last])
-        return ends_B
+            for i, (row, token) in enumerate(zip(rows, tokens, strict=True)):
+                if drawn.lengths_B[row] == 0 and not ends[i]:
+                    may_end = self._stop.may_end([*drawn.tokens_BR[row, first:t].tolist(), token])
+                    ends[i] = may_end and self._stop.are_in(prompts[row], [*drawn.tokens_BR[row, :t].tolist(), token])
+        return torch.tensor(ends)
 
     def _response(self, prompt: Prompt, sample: int, drawn: "_Drawn", i: int, version: int) -> Response:
         ended = bool(drawn.lengths_B[i] > 0)
@@ -208,10 +221,10 @@ class _Drawn:
         tokens_BR = torch.zeros(rows, width, dtype=torch.long)
         return cls(tokens_BR, torch.zeros(rows, width), torch.zeros(rows, dtype=torch.long))
 
-    def append(self, t: int, tokens_B: Tensor, logprobs_B: Tensor, ends_B: Tensor) -> None:
-        self.tokens_BR[:, t] = tokens_B
-        self.logprobs_BR[:, t] = logprobs_B
-        self.lengths_B[ends_B & (self.lengths_B == 0)] = t + 1
+    def append(self, t: int, rows_B: Tensor, tokens_B: Tensor, logprobs_B: Tensor, ends_B: Tensor) -> None:
+        self.tokens_BR[rows_B, t] = tokens_B
+        self.logprobs_BR[rows_B, t] = logprobs_B
+        self.lengths_B[rows_B[ends_B & (self.lengths_B[rows_B] == 0)]] = t + 1
 
 
 def _left_padded(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:

@@ -19,6 +19,7 @@ from raytrl.loop.protocols import Rollout
 from raytrl.records.metrics import METRICS
 from raytrl.records.samples import Score
 from raytrl.roles.learner.experience import Experience
+from raytrl.roles.learner.learner import PpoLearner
 from raytrl.roles.weights.buckets import checksum
 
 WITHOUT_CRITIC = sorted(PRESETS.keys() - {"ppo"})
@@ -74,6 +75,48 @@ def test_how_a_batch_is_cut_and_ordered_changes_nothing(algorithm: str) -> None:
     shuffled.update(shuffled.experience(backwards))
     assert difference(whole, cut) < 1e-5
     assert whole.weights().checksum == shuffled.weights().checksum
+
+
+@pytest.mark.parametrize("changes", [{}, {"candidates": 2, "batch_size": 8}, {"loss_mean": "responses"}], ids=str)
+def test_the_only_pass_of_an_update_has_the_old_logprobs(
+    changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With one optimizer step a batch, and nothing else that needs them before: the same step, the same metrics."""
+    settings = of("grpo", **{"epochs": 1, "minibatches": 1, "adam_epsilon": 1e-5} | changes)
+    rollout, passes = a_rollout(4), list[int]()
+
+    def learned() -> tuple[PpoLearner, dict[str, float]]:
+        learner, count = make_learner(gpt2(width=16), config(**settings)), 0
+        policy = learner._backend.logprobs
+
+        def counted(*arguments: Any) -> Any:
+            nonlocal count
+            count += 1
+            return policy(*arguments)
+
+        monkeypatch.setattr(learner._backend, "logprobs", counted)
+        metrics = dict(learner.update(learner.experience(rollout)))
+        passes.append(count)
+        return learner, metrics
+
+    one, metrics = learned()
+    monkeypatch.setattr(PpoLearner, "_learns_in_one_pass", False)
+    two, expected = learned()
+    assert 2 * passes[0] == passes[1]
+    assert difference(one, two) < 1e-6
+    assert metrics.keys() == expected.keys()
+    assert metrics == pytest.approx(expected, rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"kl": {"coef": 0.1}}, {"importance": {}}, {"minibatches": 2}, {"max_lag": 1}, {"train_unfinished": False}],
+    ids=str,
+)
+def test_what_needs_the_old_logprobs_has_a_pass_for_them(changes: dict[str, Any]) -> None:
+    settings = of("grpo", **{"epochs": 1, "minibatches": 1} | changes)
+    learner = make_learner(gpt2(width=16), config(**settings))
+    assert learner.experience(a_rollout(4)).old_logprobs_BR is not None
 
 
 def test_a_row_is_a_group_whatever_its_text() -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 from toy import EOS, PROMPTS, LocalGenerator, gpt2, llama, make_engine, prompt_batch
+from transformers import Lfm2Config, Lfm2ForCausalLM
 
 from raytrl.algo.logprobs import token_logprobs
 from raytrl.errors import NonFiniteError, StaleAttemptError, WeightsVersionError
@@ -32,7 +33,26 @@ def loaded_engine(model: nn.Module, **sampling: object):  # type: ignore[no-unty
     return engine
 
 
-@FAMILIES
+def convolutions() -> nn.Module:
+    """Half of its layers keep a state that is no row of keys."""
+    torch.manual_seed(0)
+    config = Lfm2Config(
+        vocab_size=8,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        layer_types=["conv", "full_attention"],
+        initializer_range=0.3,
+        bos_token_id=None,
+        eos_token_id=EOS,
+        pad_token_id=0,
+    )
+    return Lfm2ForCausalLM(config)
+
+
+@pytest.mark.parametrize("family", [gpt2, llama, convolutions])
 def test_left_padding_changes_no_logprob(family: Callable[[], nn.Module]) -> None:
     """Each response's log-probs are those of an unpadded forward pass of prompt + response on its own."""
     model = family().eval()
@@ -69,12 +89,27 @@ def test_responses_do_not_depend_on_the_engines(family: Callable[[], nn.Module])
 
 def test_a_chunk_is_a_batch_of_its_own() -> None:
     """At this size other batches happen to give the same bits, so look at the batches themselves."""
-    engine, sizes = loaded_engine(gpt2(), chunk=4), set()
-    engine._model.register_forward_pre_hook(
-        lambda _, args, kwargs: sizes.add(len(kwargs["input_ids"])), with_kwargs=True
-    )
+    engine, sizes = loaded_engine(gpt2(), chunk=4), list[int]()
+
+    def note(_: nn.Module, args: object, kwargs: dict) -> None:  # type: ignore[type-arg]
+        if kwargs["input_ids"].shape[1] > 1:  # prompts
+            sizes.append(len(kwargs["input_ids"]))
+
+    engine._model.register_forward_pre_hook(note, with_kwargs=True)
     engine.generate(prompt_batch(0, range(12)), 0, samples=2)
-    assert sizes == {8}
+    assert sizes == [8, 8, 8]
+
+
+def test_rows_that_ended_leave_the_batch() -> None:
+    """Each forward pass has less than a quarter of rows that have ended; what they sampled stands as if none had left."""
+    engine, rows = loaded_engine(gpt2(), chunk=24, max_new_tokens=16), list[int]()
+    engine._model.register_forward_pre_hook(
+        lambda _, args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    responses = engine.generate(prompt_batch(0, range(24)), 0)
+    alive = [sum(len(r.token_ids) > t for r in responses) for t in range(len(rows))]
+    assert rows[0] == 24 and 0 < alive[-1] < 12
+    assert all(going <= batch < going / 0.75 + 1e-9 for going, batch in zip(alive, rows, strict=True))
 
 
 def test_another_batch_composition_samples_the_same_tokens() -> None:

@@ -127,7 +127,7 @@ def test_what_is_held_stored_and_resumed(lora: bool, tmp_path: Path) -> None:
 def test_it_reaches_the_known_optimum() -> None:
     model = gpt2(1, width=64)
     optimum = Optimum.of(model, length=3, beta=0.5)
-    ppo = config(steps=80, batch_size=256, epochs=4, minibatches=1, kl={"coef": 0.5})
+    ppo = config(steps=80, batch_size=256, epochs=4, minibatches=1, kl={"coef": 0.5}, learning_rate=5e-4)
     learner = make_learner(deepcopy(model), ppo, shared=True)
     generator = LocalGenerator([make_engine(deepcopy(model), chunk=256)], 1, 256)
     run(Schedule(80), Prompts(256), generator, LocalScorer(), learner, Log())

@@ -13,6 +13,7 @@
     │   ├── ActorBrokenError
     │   ├── WeightsVersionError
     │   ├── WeightsGoneError
+    │   ├── ActorsGoneError
     │   ├── WeightGroupError
     │   └── StaleAttemptError
     └── TrialStoppedError          1   of a sweep
@@ -83,6 +84,10 @@ class WeightsVersionError(RunError):
 
 class WeightsGoneError(RunError):
     """A rollout engine has not the weights it should serve, and they are sent only once; it takes the next ones."""
+
+
+class ActorsGoneError(RunError):
+    """All actors of a pool are gone for good."""
 
 
 class WeightGroupError(RunError):

@@ -5,7 +5,6 @@ over micro-batches and workers it is one mean over the minibatch, however that w
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -62,8 +61,8 @@ def policy_loss(
             (GSPO, 2507.18071). None: ρ is the token's own.
         divisor: a number of the minibatch over all workers: tokens, responses …
         shares_BR: what a token counts in the mean; None is 1.
-        weights_BR: importance weights of samples that other weights made, `importance_weights`; None is 1. The KL penalty
-            is not weighted.
+        weights_BR: of samples that other weights made (`importance.importance_weights`); None is 1. The KL penalty is not
+            weighted.
         ref_logprobs_BR: of the reference, where there is a KL penalty.
     """
     high = clip_range if clip_range_high is None else clip_range_high
@@ -143,29 +142,3 @@ def value_loss(
         clipped_sum = masked_sum((near_squares_BR > squares_BR).float(), mask_BR)
     loss = 0.5 * masked_sum(torch.maximum(squares_BR, near_squares_BR), mask_BR) / divisor
     return ValueLoss(loss, clipped_sum)
-
-
-def importance_weights(
-    old_logprobs_BR: Tensor,
-    sampling_logprobs_BR: Tensor,
-    mask_BR: Tensor,
-    *,
-    level: Literal["token", "sequence"] = "token",
-    mode: Literal["truncate", "mask"] = "truncate",
-    low: float | None = None,
-    high: float | None = None,
-) -> Tensor:
-    """π_old / π_sampling, kept between `low` and `high`: detached, 1 on padding.
-
-    Of a token (truncated: Espeholt et al. 2018, ρ-bar of V-trace; masked: a token outside counts nothing), or the product
-    over a response, which all its tokens get. Where the sampler's log-prob is NaN it is not known, and nothing is corrected.
-    """
-    known_BR = mask_BR & sampling_logprobs_BR.isfinite()
-    log_ratio_BR = torch.where(known_BR, old_logprobs_BR - sampling_logprobs_BR, torch.zeros_like(old_logprobs_BR))
-    if level == "sequence":
-        log_ratio_BR = log_ratio_BR.sum(-1, keepdim=True).expand_as(log_ratio_BR)
-    ratio_BR = log_ratio_BR.detach().clamp(max=MAX_LOG_RATIO).exp()
-    kept_BR = ratio_BR.clamp(min=low, max=high) if low is not None or high is not None else ratio_BR
-    if mode == "mask":
-        kept_BR = torch.where(kept_BR == ratio_BR, ratio_BR, torch.zeros_like(ratio_BR))
-    return torch.where(mask_BR, kept_BR, torch.ones_like(kept_BR))

@@ -1,7 +1,8 @@
-"""Notices when rollout engines and learner drift apart: the same weights must give the same log-probs."""
+"""Notices when rollout engines and learner drift apart, and when samples of older weights no longer tell of today's."""
 
 _FLOOR = 1e-3  # nats a token; float32 differs by 1e-6, bfloat16 by 1e-2
 _GROWTH = 10.0
+_FEW = 0.5  # of the batch's responses: half of it tells nothing
 
 
 class GapAlarm:
@@ -27,4 +28,27 @@ class GapAlarm:
             f"step {step}: rollout/logprob_gap_mean is {gap:.3g} nats a token; found {self._first:.3g} at first; the "
             f"rollout engines sample from other probabilities than the learner computes with; compare with "
             f"rollout.engine=transformers, and with model.dtype=float32"
+        )
+
+
+class StaleAlarm:
+    """Watches the effective sample size of batches that older weights made."""
+
+    def __init__(self) -> None:
+        self._said = 2 * _FEW
+
+    def check(self, step: int, ess: float, kl: float, max_lag: int) -> str | None:
+        """What to tell the user; None while all is well, and until the size has halved since it was told.
+
+        Args:
+            ess: of the batch, 1 is all of it.
+            kl: from the sampler to the learner's policy, nats a response.
+        """
+        if ess >= self._said / 2:
+            return None
+        self._said = ess
+        return (
+            f"step {step}: the batch counts as {ess:.0%} of its size (importance/ess): the policy has moved {kl:.2g} nats a "
+            f"response since it was sampled, and weights by token correct little of that; lower ppo.max_lag, found "
+            f"{max_lag}, or ppo.learning_rate"
         )

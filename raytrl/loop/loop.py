@@ -1,13 +1,19 @@
 """The PPO loop. Every learner worker runs it on its share of the batch."""
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
+from raytrl.errors import RunError
+from raytrl.loop.ahead import Request, taken_up
 from raytrl.loop.protocols import E, Generator, Learner, PromptSource, Reporter, Rollout, Scorer, W
-from raytrl.records.metrics import EVAL_SCORE, PHASES, STEP_S, time_of
+from raytrl.records.metrics import DRAIN, EVAL_SCORE, PHASES, STEP_S, time_of
 from raytrl.records.samples import Prompt, Response
+
+_TRIES = 3  # at responses whose weights were lost, before the run is
 
 
 @dataclass(frozen=True)
@@ -18,10 +24,14 @@ class Schedule:
     checkpoint_every: int = 0
     eval_every: int = 0
     eval_greedy: bool = True
-    max_lag: int = 0  # 1: the next batch is generated while this one is learned from
+    max_lag: int = 0  # so many batches are on their way while one is learned from
 
     def due(self, every: int, step: int) -> bool:
         return every > 0 and (step % every == 0 or step == self.steps)
+
+    def lane(self, step: int) -> int | None:
+        """The lane that makes the batch of a step, which has one batch on its way at a time; None: without a lag."""
+        return step % self.max_lag if self.max_lag else None
 
 
 def run(
@@ -34,69 +44,103 @@ def run(
 ) -> None:
     """From `learner.step` to `schedule.steps`.
 
-    With `max_lag` 0 a resumed run repeats an unbroken one exactly. With 1 the batch in flight at a checkpoint is not
-    part of it: the first batch after a resume is made by newer weights than it would have been.
+    The batch of step s is made by version max(0, s - max_lag), whatever comes first: what is on its way at a checkpoint is
+    waited for and stored with it. So a resumed run repeats an unbroken one exactly, at any lag.
     """
-    if learner.step >= schedule.steps:
+    first, lag, steps = learner.step, schedule.max_lag, schedule.steps
+    if first >= steps:
         return
-    generator.load_weights(learner.weights())
-    ahead: _Request | None = None
-    for step in range(learner.step, schedule.steps):
-        clock = Clock()
-        request = ahead or _Request.send(generator, prompts.next(step), learner.step)
-        rollout = _collect(request, scorer, clock)
+    ahead: deque[Request] = deque()
+
+    def send(step: int, questions: Sequence[Prompt]) -> Request:
+        """To the step's lane, which is idle: by the newest weights."""
+        lane = schedule.lane(step)
+        generator.load_weights(learner.weights(), lane)
+        return Request(questions, generator.generate(questions, learner.step, greedy=False, lane=lane))
+
+    def finish_all() -> None:
+        """On all workers: nothing is on its way then."""
+        with clock.phase(DRAIN if lag else "generate"):
+            for request in ahead:
+                request.finish()
+            learner.any_worker(False)
+
+    clock = Clock.of(schedule)
+    generator.load_weights(learner.weights(), None)
+    for step in range(first, min(first + lag, steps)):
+        ahead.append(taken_up(learner.ahead, step, prompts.next(step), send))
+    for step in range(first, steps):
+        clock = Clock.of(schedule)
+        if not lag:
+            with clock.phase("sync"):
+                ahead.append(send(step, prompts.next(step)))
+        request = ahead.popleft()
+        responses = _collect(request, scorer, clock)
+        for _ in range(_TRIES):
+            lost = request.without(responses)
+            if not learner.any_worker(bool(lost)):
+                break
+            # Nobody has their weights any more: the newest make them, wherever there is somebody.
+            finish_all()
+            with clock.phase("sync"):
+                generator.load_weights(learner.weights(), None, anew=True)
+            again = Request(lost, generator.generate(lost, learner.step, greedy=False, lane=None))
+            responses += _collect(again, scorer, clock)
+        else:
+            raise RunError(
+                f"step {step}: its responses were lost {_TRIES} times, each time with all who could make them"
+            )
+        if lag and step + lag < steps:  # its lane is idle now
+            with clock.phase("sync"):
+                ahead.append(send(step + lag, prompts.next(step + lag)))
+        with clock.phase("score"):  # what scoring costs beyond generation
+            rollout = Rollout(request.prompts, responses, scorer.collect())
         with clock.phase("experience"):
             experience = learner.experience(rollout)
-        more = step + 1 < schedule.steps
-        ahead = _Request.send(generator, prompts.next(step + 1), learner.step) if schedule.max_lag and more else None
         with clock.phase("update"):
             metrics = dict(learner.update(experience))
-        if ahead is not None:
-            # All of it, before the weights move: no actor ever has to serve two versions.
-            with clock.phase("generate"):
-                ahead = ahead.finished()
-        with clock.phase("sync"):
-            generator.load_weights(learner.weights())
+        evaluates = schedule.due(schedule.eval_every, learner.step)
+        saves = schedule.due(schedule.checkpoint_every, learner.step)
+        if ahead and (evaluates or saves):
+            finish_all()
         evaluation = None
-        if schedule.due(schedule.eval_every, learner.step):
+        if evaluates:
+            with clock.phase("sync"):
+                generator.load_weights(learner.weights(), None)
             with clock.phase("eval"):
                 evaluation = _evaluate(prompts, generator, scorer, learner, schedule.eval_greedy)
             metrics[EVAL_SCORE] = learner.mean_score(evaluation.scores)
-        save = learner.save if schedule.due(schedule.checkpoint_every, learner.step) else None
-        reporter.report(learner.step, metrics | clock.metrics(), rollout, evaluation, save)
+        made = [chunk for request in ahead for chunk in request.chunks] if saves else []
+        reporter.report(
+            learner.step,
+            metrics | clock.metrics(),
+            rollout,
+            evaluation,
+            partial(learner.save, ahead=made) if saves else None,
+        )
 
 
-@dataclass(frozen=True)
-class _Request:
-    prompts: Sequence[Prompt]
-    chunks: Iterable[Sequence[Response]]
-
-    @classmethod
-    def send(cls, generator: Generator[W], prompts: Sequence[Prompt], version: int) -> "_Request":
-        return cls(prompts, generator.generate(prompts, version, greedy=False))
-
-    def finished(self) -> "_Request":
-        return _Request(self.prompts, list(self.chunks))
-
-
-def _collect(request: _Request, scorer: Scorer, clock: "Clock") -> Rollout:
+def _collect(request: Request, scorer: Scorer, clock: "Clock") -> list[Response]:
     """Wait for the responses, sending each chunk to be scored as it comes."""
     responses: list[Response] = []
     with clock.phase("generate"):
         for chunk in request.chunks:
             responses.extend(chunk)
             scorer.submit(request.prompts, chunk)
-    with clock.phase("score"):  # what scoring costs beyond generation
-        scores = scorer.collect()
-    return Rollout(request.prompts, responses, scores)
+    return responses
 
 
 def _evaluate(
     prompts: PromptSource, generator: Generator[W], scorer: Scorer, learner: Learner[E, W], greedy: bool
 ) -> Rollout:
     questions = prompts.evaluation(learner.step)
-    request = _Request(questions, generator.generate(questions, learner.step, greedy=greedy))
-    return _collect(request, scorer, Clock())
+    request = Request(questions, generator.generate(questions, learner.step, greedy=greedy, lane=None))
+    responses = _collect(request, scorer, Clock())
+    if request.without(responses):
+        raise RunError(
+            f"evaluation after step {learner.step}: the rollout actors were lost, with the weights to evaluate"
+        )
+    return Rollout(questions, responses, scorer.collect())
 
 
 @dataclass
@@ -105,6 +149,11 @@ class Clock:
 
     started: float = field(default_factory=time.perf_counter)
     phases: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
+
+    @classmethod
+    def of(cls, schedule: Schedule) -> "Clock":
+        """With the phase that only a lag brings."""
+        return cls(phases=dict.fromkeys((*PHASES, DRAIN) if schedule.max_lag else PHASES, 0.0))
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:

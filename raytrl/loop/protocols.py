@@ -40,16 +40,25 @@ class PromptSource(Protocol):
 class Generator(Protocol[W_contra]):
     """The rollout actors."""
 
-    def generate(self, prompts: Sequence[Prompt], version: int, *, greedy: bool) -> Iterable[Sequence[Response]]:
+    def generate(
+        self, prompts: Sequence[Prompt], version: int, *, greedy: bool, lane: int | None
+    ) -> Iterable[Sequence[Response]]:
         """Send the requests now; iterating waits for responses, a chunk at a time, in any order.
 
         Every response is made by the weights of exactly this version. Sampled: `responses_per_prompt` each; greedy:
-        one each.
+        one each. Where nobody has these weights any more, and nobody can get them, the iteration ends early.
+
+        Args:
+            lane: whose actors are asked; it has one batch on its way at a time. None: all of them.
         """
         ...
 
-    def load_weights(self, weights: W_contra) -> None:
-        """Returns when every actor that may serve has proved that it holds these weights. Called by every worker."""
+    def load_weights(self, weights: W_contra, lane: int | None, *, anew: bool = False) -> None:
+        """Returns when every actor of the lane, or of all, that may serve has proved that it holds these weights.
+
+        Nothing is on its way in that lane. Called by every worker; does nothing where these are the lane's last weights,
+        unless `anew`: whoever had them may be gone.
+        """
         ...
 
 
@@ -85,8 +94,17 @@ class Learner(Protocol[E, W_co]):
         """The policy under the current version. Collective."""
         ...
 
-    def save(self, folder: Path) -> None:
-        """A checkpoint that a run goes on from exactly."""
+    def save(self, folder: Path, ahead: Sequence[Sequence[Response]]) -> None:
+        """A checkpoint that a run goes on from exactly; `ahead`: chunks that this worker has got for later steps."""
+        ...
+
+    @property
+    def ahead(self) -> Sequence[Sequence[Response]]:
+        """What all workers had got for later steps, when the loaded checkpoint was written."""
+        ...
+
+    def any_worker(self, mine: bool) -> bool:
+        """Whether it is so on any worker: all have come to this point when it answers. Collective."""
         ...
 
     def mean_score(self, scores: Sequence[Score]) -> float:

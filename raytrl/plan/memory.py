@@ -243,7 +243,7 @@ def rollout_actor(run: RolloutRun, shape: ModelShape) -> Estimate:
     size = _size(run.model.dtype, run.uses_gpu)
     rows = run.rollout.chunk_prompts * run.samples_a_prompt
     parts = {
-        "weights": shape.parameters * float(size),
+        "weights": shape.parameters * float(size) * (run.engine_versions if run.loads_whole_models else 1),
         "cache": float(rows * run.longest_row * shape.layers * shape.kv_width * size),
         "activations": rows * run.rollout.max_prompt_length * (2.0 * shape.hidden + 3 * shape.widest) * size,
     }

@@ -8,12 +8,14 @@ from dataclasses import dataclass
 
 # Of a PPO step, in their order; `eval` only where an evaluation was due, `idle` is what no phase accounts for.
 PHASES = ("generate", "score", "experience", "update", "sync")
-ALL_PHASES = (*PHASES, "eval", "idle")
+DRAIN = "drain"  # only with a lag
+ALL_PHASES = (*PHASES, DRAIN, "eval", "idle")
 
 STEP_S = "time/step_s"
 LOSS, EVAL_LOSS, EVAL_ACCURACY = "loss", "eval_loss", "eval_accuracy"
 SCORE, EVAL_SCORE, KL, LENGTH = "objective/scores_raw", "eval/score", "objective/kl", "response/length"
 ENTROPY, CLIPPED, DROPPED = "policy/entropy_avg", "policy/clipfrac_avg", "objective/dropped"
+ESS, SAMPLING_KL, REDONE = "importance/ess", "rollout/kl_to_sampler", "rollout/redone_newer"
 GAP, NUM_TOKENS, EQUAL = "rollout/logprob_gap_mean", "num_tokens", "groups/equal_fraction"
 
 
@@ -63,6 +65,17 @@ _PPO = (
     Metric(GAP, "nats a token", "mean difference of the engines' log-probs from the learner's"),
     Metric("rollout/logprobs_missing", "", "tokens for which an engine gave no log-prob: they are not corrected"),
     Metric("rollout/actors", "", "rollout actors that serve"),
+    Metric(
+        "rollout/lag_mean", "updates", "how old the weights were that made the responses: ppo.max_lag after the start"
+    ),
+    Metric("rollout/lag_max", "updates", "those of the oldest response"),
+    Metric(REDONE, "", "responses made by newer weights than planned, as nobody had those any more"),
+    Metric(SAMPLING_KL, "nats a response", "KL from what responses were sampled from to the learner's policy (k3)"),
+    Metric(
+        ESS, "", "effective sample size of the batch, if responses were weighted by their whole ratio: 1 is all of it"
+    ),
+    Metric("importance/mean", "", "mean weight of a token"),
+    Metric("importance/capped_fraction", "", "share of tokens whose weight was cut or masked"),
     Metric("loss/policy_avg", "", "policy loss, mean over optimizer steps"),
     Metric("loss/kl_avg", "", "KL penalty where it is part of the loss, mean over optimizer steps"),
     Metric("loss/value_avg", "", "value loss, mean over optimizer steps"),
@@ -84,6 +97,7 @@ _PPO = (
     Metric("time/experience_s", "s", "log-probs, values and advantages"),
     Metric("time/update_s", "s", "epochs of optimizer steps"),
     Metric("time/sync_s", "s", "new weights on their way to the rollout actors"),
+    Metric("time/drain_s", "s", "waiting for what is sampled ahead, before a checkpoint or an evaluation"),
     Metric("time/eval_s", "s", "the evaluation after the step"),
     Metric("time/idle_s", "s", "what no phase accounts for"),
 )

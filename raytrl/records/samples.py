@@ -46,6 +46,12 @@ class Response:
     sampling_logprobs: tuple[float, ...]  # the engine's own, one a token; NaN where it gave none
     policy_version: int  # updates done when it was sampled
 
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "Response":
+        """From what `dataclasses.asdict` made of it, through JSON."""
+        tuples = {name: tuple(values[name]) for name in ("token_ids", "sampling_logprobs")}
+        return cls(**{**values, **tuples})
+
 
 @dataclass(frozen=True, slots=True)
 class Score:

@@ -123,7 +123,7 @@ def ray_calls(kind: type, count: int, role: str, make: Callable[[], Any]) -> Any
     remote = ray.remote(concurrency_groups=CONCURRENCY_GROUPS | {WORK: 1}, num_cpus=0)(kind)
     actors = [remote.remote(make) for _ in range(count)]
     ray.get([actor.doing.remote() for actor in actors], timeout=600)
-    return RayCalls(actors, RoleGauges("scale", role))
+    return RayCalls(actors, RoleGauges("scale", role).part())
 
 
 def thread_calls(kind: type, count: int, role: str, make: Callable[[], Any]) -> ThreadCalls:
@@ -145,7 +145,7 @@ def measure(actors: int, latency_s: float, calls: Callable[[type, int, str, Call
     rewards = calls(RewardActor, max(1, actors // 16), "reward", ConstantSources)
     section = RewardSection.model_validate({"sources": [{"name": "constant", "function": "x.py:y"}]})
     generator = PoolGenerator(
-        Pool(rollouts, "rollout actors", "the simulation", 120.0),
+        [Pool(rollouts, "rollout actors", "the simulation", 120.0)],
         RolloutSection(chunk_prompts=CHUNK),
         samples=1,
         attempt=Attempt("run", 1),

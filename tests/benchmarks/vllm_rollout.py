@@ -189,7 +189,7 @@ def pool_of(path: str, rollout: RolloutSection, lora: Any) -> Iterator[tuple[Any
     make = functools.partial(make_timed, path, rollout, lora)
     actors = [_make(group, i, Actor, {"CPU": 1}, make, threads) for i in range(rollout.actors)]
     pool = Pool(
-        RayCalls(actors, RoleGauges("benchmark", "rollout")),
+        RayCalls(actors, RoleGauges("benchmark", "rollout").part()),
         "rollout actors",
         "benchmark",
         300.0,
@@ -200,7 +200,7 @@ def pool_of(path: str, rollout: RolloutSection, lora: Any) -> Iterator[tuple[Any
         worker: Any = OnlyWorker()
         shelf = ray.remote(num_cpus=0)(Shelf).remote()
         share = WeightSender(worker, torch.device("cpu"), broadcasts=by_broadcast, shelf=shelf)
-        yield PoolGenerator(pool, rollout, samples=1, attempt=Attempt("run", 1), send_weights=share), actors
+        yield PoolGenerator([pool], rollout, samples=1, attempt=Attempt("run", 1), send_weights=share), actors
     finally:
         ray.shutdown()
 

@@ -111,6 +111,11 @@ class EvalRun(RolloutRun):
                 f"rollout.weight_transfer: does nothing for eval, whose engines read finished models; found: "
                 f"{rollout.weight_transfer}; leave it out"
             )
+        if rollout.versions is not None:
+            problems.append(
+                f"rollout.versions: does nothing for eval, whose engines hold one model after the other; found: "
+                f"{rollout.versions}; leave it out"
+            )
         if self.greedy and rollout.sampling.temperature != 1.0:
             problems.append(
                 f"rollout.sampling.temperature: does nothing with greedy: true; found: {rollout.sampling.temperature}; "

@@ -14,6 +14,8 @@ from raytrl.config.sections.model import TokenizerSpec
 from raytrl.config.sections.ppo import EvalSection, KlSection, PpoSection, ValueModelSection
 from raytrl.config.sections.weight_transfer import chosen_transfer, transfer_problems
 
+# A schedule of so many versions side by side is as fast as one without any bound.
+_ENOUGH_LAG = 3
 # Keys of `ppo` that act on ratios other than 1.
 _OF_RATIOS = ("clip_range", "clip_range_high", "ratio", "ratio_limit", "loss")
 
@@ -55,6 +57,20 @@ class PpoRun(TrainingRun, RolloutRun):
     @property
     def responses_a_step(self) -> int:
         return self.ppo.candidates * self.ppo.batch_size
+
+    @property
+    def engine_versions(self) -> int:
+        can = self.ppo.max_lag if self.rollout.engine == "transformers" else 1
+        return max(1, self.rollout.versions or can)
+
+    @property
+    def lanes(self) -> int:
+        """Batches that are on their way at a time."""
+        return max(1, self.ppo.max_lag)
+
+    @property
+    def lane_groups(self) -> int:
+        return -(-self.lanes // self.engine_versions)
 
     @property
     def has_critic(self) -> bool:
@@ -142,6 +158,7 @@ class PpoRun(TrainingRun, RolloutRun):
             self._rewards_in_words(),
             self._engine_in_words(),
             ("weights", f"{way}, at each step"),
+            *self._lag_in_words(),
             (
                 "step",
                 f"{self.responses_a_step} responses, {self.samples_a_prompt} to each of {prompts} prompts, over {learners}"
@@ -179,6 +196,16 @@ class PpoRun(TrainingRun, RolloutRun):
         value = "; its value function is a head on the policy" if self.value_model.shared else value
         return f"{ppo.algorithm}: a response against {against[ppo.advantage]}{scaled[ppo.advantage_scale]}{value}"
 
+    def _lag_in_words(self) -> list[tuple[str, str]]:
+        lag, versions, groups = self.ppo.max_lag, self.engine_versions, self.lane_groups
+        if not lag:
+            return []
+        batches = "one batch is" if lag == 1 else f"{lag} batches are"
+        where = "" if lag == 1 else f"; engines hold {versions} versions side by side" if versions > 1 else ""
+        where += f"; {groups} groups of actors take turns" if groups > 1 else ""
+        weights = "samples count by their own weight" if self.ppo.importance else "samples are not weighted"
+        return [("ahead", f"{batches} sampled ahead: step s learns from version s - {lag}; {weights}{where}")]
+
     def _kl_in_words(self) -> str:
         kl = self.ppo.kl
         if kl.coef == 0:
@@ -199,6 +226,10 @@ class PpoRun(TrainingRun, RolloutRun):
         if ppo.is_one_step and (keys := [key for key in _OF_RATIOS if key in meant]):
             named, act = ", ".join(f"ppo.{key}" for key in keys), "act" if len(keys) > 1 else "acts"
             lines.append(f"{named}: {act} on nothing: with one optimizer step a batch the ratio is always 1")
+        if ppo.max_lag > _ENOUGH_LAG:
+            lines.append(
+                f"ppo.max_lag: {ppo.max_lag}: with {_ENOUGH_LAG} nobody waits for anybody, and more only makes samples older"
+            )
         if ppo.max_lag and ppo.importance is None:
             lines.append("ppo.importance: null, so samples of older weights count as if they were of today's")
         own = defaults_of(ppo.algorithm).get("advantage", "critic")
@@ -261,11 +292,32 @@ class PpoRun(TrainingRun, RolloutRun):
             )
         if learner.deepspeed is not None:
             problems += check_for_ppo(learner.deepspeed)
-        problems += engine_problems(self.asked)
+        problems += engine_problems(self.asked) + self._lane_problems()
         if self.rollout.weight_transfer == "broadcast":
             problems += transfer_problems(self.rollout, self.learner)
         if "all" in self.report_to:
             problems.append("report_to: ppo needs trackers by name; found: 'all'; expected: for example [wandb]")
+        return problems
+
+    def _lane_problems(self) -> list[str]:
+        lag, versions, actors = self.ppo.max_lag, self.rollout.versions, self.rollout.actors
+        problems = []
+        if versions is not None and versions > self.lanes:
+            problems.append(
+                f"rollout.versions: with ppo.max_lag {lag} no more than {self.lanes} can be asked for at a time; found: "
+                f"{versions}; leave it out"
+            )
+        elif (versions or 1) > 1 and self.rollout.engine != "transformers":
+            problems.append(
+                f"rollout.versions: vllm holds one version; found: {versions}; expected: 1, and a rollout actor for each of "
+                f"ppo.max_lag {lag} batches, or rollout.engine: transformers"
+            )
+        elif actors < self.lane_groups:
+            held = f"an engine holds {self.engine_versions} of them"
+            problems.append(
+                f"rollout.actors: ppo.max_lag {lag} has batches of {lag} versions on their way, and {held}; found: {actors}; "
+                f"expected: at least {self.lane_groups}, or a max_lag of at most {actors * self.engine_versions}"
+            )
         return problems
 
     def _useless_settings(self) -> list[str]:

@@ -60,6 +60,16 @@ class RolloutRun(Run):
         """Whether engines are given whole models, not adapters alone."""
         return True
 
+    @property
+    def engine_versions(self) -> int:
+        """Versions of the policy that a rollout engine holds side by side."""
+        return 1
+
+    @property
+    def lane_groups(self) -> int:
+        """Groups that rollout actors are dealt to, each of which has its own batch in hand."""
+        return 1
+
     def processes(self) -> tuple[Processes, ...]:
         rollout, reward = self.rollout, self.reward
         return (
@@ -116,10 +126,11 @@ class RolloutRun(Run):
         rows, rollout, reward = self.prompts_at_a_time, self.rollout, self.reward
         chunks = None if rows is None else -(-rows // rollout.chunk_prompts)
         lines = []
-        if chunks is not None and rollout.actors > chunks:
+        at_a_time = None if chunks is None else chunks * self.lane_groups
+        if at_a_time is not None and rollout.actors > at_a_time:
             lines.append(
-                f"rollout.actors: {rollout.actors - chunks} of {rollout.actors} would always be idle: the prompts come in "
-                f"{chunks} chunks of rollout.chunk_prompts {rollout.chunk_prompts}"
+                f"rollout.actors: {rollout.actors - at_a_time} of {rollout.actors} would always be idle: the prompts come in "
+                f"{at_a_time} chunks of rollout.chunk_prompts {rollout.chunk_prompts}"
             )
         if chunks is not None and reward.actors > chunks:
             lines.append(

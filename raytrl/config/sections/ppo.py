@@ -136,10 +136,11 @@ class PpoSection(Section):
     backward pass, at most 16384."""
     gradient_checkpointing: bool = False
     """Whether layers are computed again in the backward pass instead of keeping their results: less memory, more time."""
-    max_lag: Literal[0, 1] = 0
-    """1: the next batch is sampled while this one is learned from, by weights one step older. 0: in turn."""
+    max_lag: Annotated[int, Field(ge=0, le=8)] = 0
+    """So many batches are sampled ahead while one is learned from: that of step s by the weights of step s - max_lag, exactly. 0:
+    in turn."""
     importance: ImportanceSection | None = None
-    """How samples are weighted that other weights made. Left out: as tokens, truncated at 2, with max_lag 1, else null. null: not
+    """How samples are weighted that other weights made. Left out: as tokens, truncated at 2, with a max_lag, else null. null: not
     at all."""
 
     @model_validator(mode="wrap")
@@ -235,6 +236,10 @@ class PpoSection(Section):
     def is_one_step(self) -> bool:
         """Whether every batch has one optimizer step, by the weights that made it: then every ratio is 1."""
         return self.epochs * self.minibatches == 1 and self.max_lag == 0
+
+    def version_of(self, step: int) -> int:
+        """The version of the weights that make the batch of a step."""
+        return max(0, step - self.max_lag)
 
     def microbatch_tokens(self, token_bytes: float, on_gpu: bool) -> int:
         """Tokens in one forward pass of the learner, of each of which a backward pass needs `token_bytes`."""

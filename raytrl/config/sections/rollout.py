@@ -74,6 +74,10 @@ class RolloutSection(ProcessSection):
     finds them too. broadcast: straight from the learner, by NCCL between GPUs and gloo between CPUs; an engine that dies
     comes back with the next step's weights. auto: broadcast where both have whole GPUs, there are two engines at least
     and no lora, else object_store."""
+    versions: PositiveInt | None = None
+    """With a ppo.max_lag of 2 or more: versions of the policy that an engine holds side by side, so that it starts on a new
+    batch before the last one ends. Where it holds fewer than max_lag, the actors are dealt to lanes that take turns. null:
+    max_lag, where the engine can (transformers; vllm holds one)."""
     start_timeout_s: PositiveFloat = 600.0
     """Seconds for rollout and reward actors to be placed, and to load their models."""
     timeout_s: PositiveFloat = 600.0

@@ -11,7 +11,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, TypeVar, cast
 
 import ray
@@ -95,9 +95,9 @@ class Actor:
             raise StaleAttemptError(f"{attempt.run}: request of attempt {attempt.number}; this actor serves {newest}")
 
     @contextmanager
-    def _busy(self, text: str, concurrent: bool = False) -> Iterator[None]:
-        """`concurrent`: beside other calls of that kind; else alone."""
-        with self._gate.passed(concurrent):
+    def _busy(self, text: str, concurrent: bool = False, beside: bool = False) -> Iterator[None]:
+        """`concurrent`: beside other calls of that kind; `beside`: beside any; else alone."""
+        with nullcontext() if beside else self._gate.passed(concurrent):
             if self._broken:
                 raise ActorBrokenError(self._broken)
             doing = f"{text}, since {time.strftime('%H:%M:%S')}"

@@ -9,7 +9,7 @@ import ray.exceptions
 
 from raytrl.errors import ActorBrokenError
 from raytrl.launch.actors.pool import ActorLostError, Arrivals
-from raytrl.launch.session.gauges import RoleGauges
+from raytrl.launch.session.gauges import PoolGauges
 
 _FINAL_AFTER = 10  # answers "died" in a row, half a second apart: it is not coming back
 
@@ -17,7 +17,7 @@ _FINAL_AFTER = 10  # answers "died" in a row, half a second apart: it is not com
 class RayCalls:
     """`pool.Calls` on Ray actors. A ticket is the future of a call's answer."""
 
-    def __init__(self, handles: Sequence[Any], gauges: RoleGauges) -> None:
+    def __init__(self, handles: Sequence[Any], gauges: PoolGauges) -> None:
         self._handles, self._gauges = handles, gauges
         self._down: set[int] = set()
         self._restarts = 0

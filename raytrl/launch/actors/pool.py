@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from raytrl.errors import RunError, StalledError, WeightsGoneError, WeightsVersionError
+from raytrl.errors import ActorsGoneError, RunError, StalledError, WeightsGoneError, WeightsVersionError
 
 _REVIVE_PAUSE_S = 0.5
 _BEAT_S = 1.0
@@ -141,6 +141,16 @@ class Pool:
         """Actors in the pool, living or not."""
         return len(self._calls)
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether requests are under way."""
+        return bool(self._flying or self._unsent)
+
+    @property
+    def last_loss(self) -> str:
+        """How the last actor was lost, for messages."""
+        return self._last_loss
+
     def prepare_all(self, method: str, *arguments: Any, expect: Any = None, timeout_s: float | None = None) -> None:
         """Bring all actors up to date; returns when at least one is, and the others are, or are down, or are far behind.
 
@@ -152,7 +162,8 @@ class Pool:
             timeout_s: default: the pool's.
 
         Raises:
-            StalledError: none was up in time. And what an actor raised.
+            StalledError: none was up in time.
+            ActorsGoneError, WeightsGoneError: none will be. And what an actor raised.
         """
         self.forget()
         self._prepare, self._expect = (method, *arguments), expect
@@ -211,12 +222,19 @@ class Pool:
 
     def forget(self) -> None:
         """Until `prepare_all` no actor is up to date, and nothing is kept that it was brought up to date with."""
-        assert not self._flying and not self._unsent, "requests are under way"
+        assert not self.is_busy, "requests are under way"
         self._prepare, self._expect = (), None
         self._up.clear()
         self._drop(self._preparing)
         self._preparing.clear()
         self._next_try.clear()
+
+    def abandon(self) -> None:
+        """Nobody waits any more for what was sent and not answered."""
+        self._drop(self._flying)
+        self._flying.clear()
+        self._unsent.clear()
+        self._load = [0] * len(self._calls)
 
     def send(self, request: Request) -> None:
         """Returns at once; the request goes to the least busy actor that is up, of several to its actor of choice."""
@@ -237,7 +255,9 @@ class Pool:
         """The answer to every request that was sent, as they come.
 
         Raises:
-            StalledError: no actor answered within the limit. And what an actor raised.
+            StalledError: no actor answered within the limit.
+            WeightsGoneError: nobody has the weights any more that were asked for, nor can get them.
+            ActorsGoneError: all actors are gone for good. And what an actor raised.
         """
         deadline = time.monotonic() + self._timeout_s
         while self._flying or self._unsent:
@@ -275,7 +295,7 @@ class Pool:
         except WeightsGoneError as gone:  # until the next round nothing brings it up to date
             self._last_loss = f"actor {actor}: {gone}"
             if not (self._up or self._preparing or self._next_try):
-                raise RunError(
+                raise WeightsGoneError(
                     f"{self._who}: no {self._what} are up to date any more, nor can any be; last: {self._last_loss}"
                 ) from None
             return
@@ -321,7 +341,9 @@ class Pool:
             self._gone[actor] = str(loss)
             self._next_try.pop(actor, None)
             if len(self._gone) == len(self._calls):
-                raise RunError(f"{self._who}: all {self._what} are gone for good; last: {self._last_loss}") from None
+                raise ActorsGoneError(
+                    f"{self._who}: all {self._what} are gone for good; last: {self._last_loss}"
+                ) from None
         elif actor not in self._preparing.values():
             self._next_try.setdefault(actor, time.monotonic() + _REVIVE_PAUSE_S)
 

@@ -33,7 +33,7 @@ class RolloutActor(Actor):
     def take_bucket(self, attempt: Attempt, version: int, number: int, packed: "PackedBucket") -> None:
         """Load a part of new weights ahead of `load_weights`."""
         self.begin(attempt)
-        with self._busy(f"taking bucket {number} of weights of version {version}"):
+        with self._busy(f"taking bucket {number} of weights of version {version}", beside=self._takes_beside):
             self._refuse_if_old(attempt)
             self._intake.take(attempt, version, number, packed)
 
@@ -55,7 +55,7 @@ class RolloutActor(Actor):
     def receive_bucket(self, attempt: Attempt, version: int, number: int, announced: "Announcement") -> None:
         """As `take_bucket`, with the group's next message."""
         self.begin(attempt)
-        with self._busy(f"receiving bucket {number} of weights of version {version}"):
+        with self._busy(f"receiving bucket {number} of weights of version {version}", beside=self._takes_beside):
             self._refuse_if_old(attempt)
             self._intake.receive(attempt, version, number, announced)
 
@@ -71,7 +71,7 @@ class RolloutActor(Actor):
     ) -> tuple[int, str]:
         """`WeightIntake.load`: the proof that it holds these weights. `buckets` may be `OnShelf`: most often none is read."""
         self.begin(attempt)
-        with self._busy(f"loading weights of version {version}"):
+        with self._busy(f"loading weights of version {version}", beside=self._takes_beside):
             self._refuse_if_old(attempt)
             held = self._intake.load(attempt, version, checksum, num_buckets, buckets)
             set_version(version)
@@ -103,6 +103,11 @@ class RolloutActor(Actor):
         with self._busy(f"log-probabilities of {rows}", self._concurrent):
             self._check(attempt, version)
             return self._loaded().logprobs(prompts, responses, version)
+
+    @property
+    def _takes_beside(self) -> bool:
+        """Whether new weights need not wait for those that sample: they lie elsewhere."""
+        return self._engine is not None and self._engine.num_versions > 1
 
     @property
     def _concurrent(self) -> bool:

@@ -74,7 +74,7 @@ def scorer_on(
     `Pool`."""
     limit_s = scoring_limit_s(run)
     return PoolScorer(
-        Pool(RayCalls(handles, RoleGauges(run.name, "reward")), "reward actors", who, limit_s, beat=beat),
+        Pool(RayCalls(handles, RoleGauges(run.name, "reward").part()), "reward actors", who, limit_s, beat=beat),
         run.reward,
         attempt=attempt,
         start_timeout_s=run.rollout.start_timeout_s,

@@ -41,12 +41,13 @@ class WeightSender:
         """`shelf`: an actor that is a `Shelf`, for what `put` makes; None where that is no reference."""
         self._context, self._device, self._broadcasts = context, device, broadcasts
         self._shelf, self._put, self._limit_s = shelf, put, limit_s
-        self._group: WeightGroup | None = None
+        self._groups: dict[int, WeightGroup] = {}  # by that of the actors
 
     def __call__(self, weights: Weights, receivers: Receivers) -> SentWeights:
         if self._shelf is not None and self._context.rank == 0:  # the object store must not hold two versions
-            ray.get(self._shelf.keep.remote(weights.version, []), timeout=self._limit_s)
-        sent = self._round(weights, receivers, by_broadcast=self._broadcasts and receivers.complete)
+            ray.get(self._shelf.keep.remote(weights.version, [], receivers.oldest), timeout=self._limit_s)
+        by_broadcast = self._broadcasts and receivers.complete and receivers.group is not None
+        sent = self._round(weights, receivers, by_broadcast=by_broadcast)
         if sent is None:
             sent = self._round(weights, receivers, by_broadcast=False)
         assert sent is not None
@@ -61,28 +62,32 @@ class WeightSender:
         elif by_broadcast:
             sent = self._broadcast(weights, receivers)
         else:
-            self.close()  # an actor that is lost or new is not in it
-            sent = self._stored(send(weights, receivers, self._put))
+            if not receivers.complete:  # an actor that is lost or new is not in it
+                self._leave(receivers)
+            sent = self._stored(send(weights, receivers, self._put), receivers)
         return self._context.from_rank_zero(sent) if self._context.world_size > 1 else sent
 
-    def _stored(self, sent: SentWeights) -> SentWeights:
+    def _stored(self, sent: SentWeights, receivers: Receivers) -> SentWeights:
         if self._shelf is None:
             return sent
-        ray.get(self._shelf.keep.remote(sent.version, list(sent.buckets)), timeout=self._limit_s)
+        keep = self._shelf.keep.remote(sent.version, list(sent.buckets), receivers.oldest)
+        ray.get(keep, timeout=self._limit_s)
         return replace(sent, buckets=OnShelf(self._shelf, sent.version, sent.num_buckets))
 
     def _broadcast(self, weights: Weights, receivers: Receivers) -> SentWeights | None:
         buckets = iter(weights.buckets)
         try:
             # No message is started, from which NCCL has no way back, while an actor may be lost.
-            group_version = None if self._group is None else self._group.first_version
+            assert receivers.group is not None
+            group = self._groups.get(receivers.group)
+            group_version = None if group is None else group.first_version
             if not receivers.agree("can_receive", weights.version, group_version):
                 raise WeightGroupError("weights by broadcast: a rollout actor was lost, or does not answer")
-            if self._group is None:
-                self._group = self._gathered(weights.version, receivers)
-            return broadcast(Weights(weights.version, buckets), receivers, self._group)
+            if group is None:
+                group = self._groups[receivers.group] = self._gathered(weights.version, receivers)
+            return broadcast(Weights(weights.version, buckets), receivers, group)
         except WeightGroupError as error:
-            self.close()
+            self._leave(receivers)
             text = f"weights of version {weights.version} go through the object store: {error}"
             self._context.progress(Progress("notice", weights.version, text=text))
             for _ in buckets:  # the other workers gather them all
@@ -100,8 +105,14 @@ class WeightSender:
         LOG.info("weights go by broadcast from version %d on, to %d rollout actors", version, receivers.count)
         return group
 
+    def _leave(self, receivers: Receivers) -> None:
+        """The next broadcast to them makes another group; to several groups: all do."""
+        for name in list(self._groups) if receivers.group is None else [receivers.group]:
+            if name in self._groups:
+                self._groups.pop(name).close()
+
     def close(self) -> None:
-        """Leaves the group; the next broadcast makes another."""
-        if self._group is not None:
-            self._group.close()
-            self._group = None
+        """Leaves all groups."""
+        for group in self._groups.values():
+            group.close()
+        self._groups = {}

@@ -17,19 +17,19 @@ _LIMIT_S = 600.0  # for a bucket to come from another node
 
 
 class Shelf:
-    """The part of an actor that holds the references of one version at a time."""
+    """The part of an actor that holds the references of the versions that are still asked for."""
 
     def __init__(self) -> None:
-        self._version = -1
-        self._places: list[Any] = []
+        self._places: dict[int, list[Any]] = {}
 
-    def keep(self, version: int, places: list[Any]) -> None:
-        """In place of those of another version, which is then freed."""
-        self._version, self._places = version, places
+    def keep(self, version: int, places: list[Any], oldest: int) -> None:
+        """And no version before `oldest`, nor of an attempt that had come further: these are freed."""
+        kept = {each: there for each, there in self._places.items() if oldest <= each < version}
+        self._places = kept | {version: places}
 
     def kept(self, version: int, number: int) -> list[Any]:
         """One bucket's; none, where they have made room for another version."""
-        return self._places[number : number + 1] if version == self._version else []
+        return self._places.get(version, [])[number : number + 1]
 
 
 @dataclass(frozen=True)

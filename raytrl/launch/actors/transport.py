@@ -11,12 +11,14 @@ from raytrl.roles.weights.packed import PackedBucket, pack
 
 @dataclass(frozen=True)
 class Receivers:
-    """All rollout actors, as the one who sends them weights sees them."""
+    """The rollout actors that take new weights, as the one who sends them sees them."""
 
     tell: Callable[..., None]  # starts a call of each that nobody waits for: method, version, what else it takes
     agree: Callable[..., bool]  # whether each answers True to such a call; False as soon as one does not, or is lost
     count: int
     complete: bool  # whether all of them were up to date until now
+    group: int | None = 0  # which of the groups that weights go to apart; None: several
+    oldest: int = 0  # the oldest version that anybody may still have to load
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from raytrl.config.runs.evaluation import EvalRun
-from raytrl.errors import NonFiniteError
+from raytrl.errors import ActorsGoneError, NonFiniteError
 from raytrl.launch.runs.resume import Standing
 from raytrl.launch.runs.run import Kind, Start
 from raytrl.plan.checks.common import Facts
@@ -102,6 +102,8 @@ def _answers(
     for part in generator.generate(prompts, version, greedy=greedy):
         scorer.submit(prompts, part)  # scored while the next are sampled
         responses += part
+    if len(responses) < len(prompts):
+        raise ActorsGoneError(f"rollout actors: all were lost; found {len(responses)} of {len(prompts)} answers")
     responses.sort(key=lambda response: (response.row, response.sample))
     return Answers(prompts, responses, scorer.collect())
 

@@ -56,6 +56,7 @@ def make_engine(run: PpoRun) -> "RolloutEngine":
         dtype=torch_dtype(run.model.dtype, run.learner.uses_gpu),
         device="cuda" if run.rollout.uses_gpu else "cpu",
         trust_remote_code=run.model.trust_remote_code,
+        num_versions=run.engine_versions,
     )
 
 

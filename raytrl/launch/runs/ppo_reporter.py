@@ -1,7 +1,7 @@
 """What a PPO step tells the driver: metrics, samples, trackers."""
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +9,9 @@ from raytrl.config.load import flatten
 from raytrl.config.runs.ppo import PpoRun
 from raytrl.launch.runs.worker import RayWorkerContext
 from raytrl.launch.session.logs import LOG, set_version
-from raytrl.loop.alarm import GapAlarm
+from raytrl.loop.alarm import GapAlarm, StaleAlarm
 from raytrl.loop.protocols import Rollout
-from raytrl.records.metrics import GAP, STEP_S
+from raytrl.records.metrics import ESS, GAP, REDONE, SAMPLING_KL, STEP_S
 from raytrl.records.progress import Progress
 from raytrl.records.samples import sample_row
 from raytrl.roles.learner.collectives import gather_over_workers
@@ -33,7 +33,7 @@ class PpoReporter:
     ) -> None:
         self._run, self._context, self._num_actors = run, context, num_actors
         self.last: Mapping[str, float] = {}
-        self._alarm = GapAlarm()
+        self._alarm, self._stale = GapAlarm(), StaleAlarm()
         self._writer: Any = None
         self._trackers: Trackers | None = None
         if context.rank == 0:
@@ -60,10 +60,8 @@ class PpoReporter:
         self.last = metrics
         samples = self._samples(rollout, evaluation, step)
         if self._context.rank == 0:
-            if self._run.ppo.max_lag == 0:  # else the gap is also how far the policy has moved meanwhile
-                notice = self._alarm.check(step, metrics[GAP])
-                if notice is not None:
-                    self._context.progress(Progress("notice", step, text=notice))
+            for notice in self._notices(step, metrics):
+                self._context.progress(Progress("notice", step, text=notice))
             self._context.progress(Progress("step", step, self._run.ppo.steps, metrics=metrics, samples=samples))
             if self._writer is not None:
                 for name, value in metrics.items():
@@ -76,6 +74,20 @@ class PpoReporter:
             LOG.info("step %d/%d in %.3f s", step, self._run.ppo.steps, metrics[STEP_S])
         if save is not None:
             self._checkpoint(step, save)
+
+    def _notices(self, step: int, metrics: Mapping[str, float]) -> Iterator[str]:
+        lag = self._run.ppo.max_lag
+        if not lag:  # else the gap is also how far the policy has moved meanwhile
+            drift = self._alarm.check(step, metrics[GAP])
+        else:
+            drift = self._stale.check(step, metrics[ESS], metrics[SAMPLING_KL], lag)
+        if drift is not None:
+            yield drift
+        if count := int(metrics.get(REDONE, 0)):
+            yield (
+                f"step {step}: {count} responses were made by newer weights than planned, as all were lost that had those; "
+                f"from here on the run is not the one that it would have been"
+            )
 
     def close(self) -> None:
         """The last step is done."""

@@ -62,6 +62,9 @@ def train_ppo(
         send_weights=sender,
         team=context if context.world_size > 1 else None,
         beat=context.beat,
+        lanes=run.lanes,
+        groups=run.lane_groups,
+        ahead=run.ppo.max_lag > 0,
     )
     scorer = scorer_on(reward_actors, run, who=who, attempt=attempt, gather=gather_over_workers, beat=context.beat)
     if run.rollout.shares_gpu:

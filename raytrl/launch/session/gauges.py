@@ -1,6 +1,7 @@
 """What a run shows in Ray's metrics: gauges that Ray's dashboard and Prometheus read as `ray_raytrl_…`."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import assert_never
 
 from ray.util.metrics import Gauge
@@ -103,16 +104,40 @@ class StepGauges:
 
 
 class RoleGauges:
-    """How a pool of actors looks from one learner worker."""
+    """How the pools of one role look from one learner worker, all together."""
 
     def __init__(self, run: str, role: str) -> None:
         self._gauges, self._role = Gauges(run), role
+        self._waiting: dict[int, int] = {}
+        self._restarts: dict[int, int] = {}
+
+    def part(self) -> "PoolGauges":
+        """Of a further pool."""
+        number = len(self._waiting)
+        self._waiting[number] = self._restarts[number] = 0
+        return PoolGauges(self, number)
+
+    def waiting(self, requests: int, part: int = 0) -> None:
+        self._waiting[part] = requests
+        self._gauges.set("raytrl_requests_waiting", sum(self._waiting.values()), role=self._role)
+
+    def restarts(self, count: int, part: int = 0) -> None:
+        self._restarts[part] = count
+        self._gauges.set("raytrl_restarts", sum(self._restarts.values()), role=self._role)
+
+
+@dataclass(frozen=True)
+class PoolGauges:
+    """What one pool adds to its role's."""
+
+    role: RoleGauges
+    number: int
 
     def waiting(self, requests: int) -> None:
-        self._gauges.set("raytrl_requests_waiting", requests, role=self._role)
+        self.role.waiting(requests, self.number)
 
     def restarts(self, count: int) -> None:
-        self._gauges.set("raytrl_restarts", count, role=self._role)
+        self.role.restarts(count, self.number)
 
 
 def step_gauges(run: TrainingRun) -> StepGauges:

@@ -26,6 +26,7 @@ class Samples:
     scores_B: Tensor  # float32
     ended_B: Tensor  # bool
     sampling_logprobs_BR: Tensor  # float32, 0 on padding, NaN where the engine gave none
+    lags_B: Tensor  # float32: updates done since the weights that made it
     num_dropped: int
 
     def that_differ(self, config: PpoSection, scale: float) -> "Samples":
@@ -65,6 +66,7 @@ class Samples:
             scores_B=self.scores_B[kept_B],
             ended_B=self.ended_B[kept_B],
             sampling_logprobs_BR=self.sampling_logprobs_BR[kept_B, : sequences.response_width],
+            lags_B=self.lags_B[kept_B],
             num_dropped=self.num_dropped,
         )
 
@@ -122,10 +124,11 @@ def samples_of(
             f"unmatched); expected {len(wanted)} of each; this is a fault in raytrl, please report it"
         )
     for response in responses:
-        if not 0 <= step - response.policy_version <= config.max_lag or response.step != step:
+        if not config.version_of(step) <= response.policy_version <= step or response.step != step:
             raise WeightsVersionError(
                 f"learner: step {step}, row {response.row}: the response is of step {response.step} and weights "
-                f"version {response.policy_version}; expected version {step} or at most {config.max_lag} older"
+                f"version {response.policy_version}; expected version {config.version_of(step)}, or a newer one where its "
+                f"weights were lost"
             )
     bad = sorted(key for key, score in by_key.items() if score.value is not None and not math.isfinite(score.value))
     if bad:
@@ -146,6 +149,7 @@ def samples_of(
         scores_B=torch.tensor([by_key[r.row, r.sample].value for r in kept], device=device).float(),
         ended_B=torch.tensor([r.ended for r in kept], dtype=torch.bool, device=device),
         sampling_logprobs_BR=sampling_BR.to(device),
+        lags_B=torch.tensor([step - r.policy_version for r in kept], device=device).float(),
         num_dropped=len(responses) - len(kept),
     )
 

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -10,7 +11,6 @@ import torch
 from torch import Tensor
 
 from raytrl.algo.kl import KlController
-from raytrl.algo.losses import importance_weights
 from raytrl.algo.rewards import RunningMoments
 from raytrl.config.sections.ppo import PpoSection
 from raytrl.errors import NonFiniteError, RunError
@@ -27,8 +27,10 @@ from raytrl.roles.learner.credit import advantages_of, metrics_of_logprobs
 from raytrl.roles.learner.experience import Experience, Samples, refuse_non_finite, samples_of
 from raytrl.roles.learner.minibatch import Divisors, Part, Totals
 from raytrl.roles.learner.sequences import Sequences, minibatch_rows, pack
+from raytrl.roles.learner.staleness import weighted
 from raytrl.roles.weights.buckets import GatheredBuckets, Weights
 
+_AHEAD = "ahead-{}.jsonl"  # in a checkpoint, of each worker: a chunk a line
 # Two forward passes of the same float32 weights differ by about 1e-6 a token; bfloat16 by about 1e-2.
 MAX_FIRST_LOG_RATIO = {torch.float32: 1e-3}
 MAX_FIRST_KL = {torch.float32: 1e-3, torch.bfloat16: 1e-3}  # of one forward pass by two equal networks
@@ -77,6 +79,7 @@ class PpoLearner:
         self._beat = beat
         self._step = 0
         self._episodes = 0
+        self._ahead: list[list[Response]] = []
         self._controller = KlController(config.kl.coef, config.kl.target, config.kl.horizon)
         self._running = RunningMoments()
 
@@ -126,10 +129,10 @@ class PpoLearner:
         )
         if credit.kl is not None:
             self._check_first_kl(credit.kl)
-        importance_BR = None
-        if self._config.importance is not None and old_BR is not None:
-            mask_BR, how = samples.sequences.response_mask_BR, self._config.importance.model_dump()
-            importance_BR = importance_weights(old_BR, samples.sampling_logprobs_BR, mask_BR, **how)
+        importance_BR: Tensor | None = None
+        ages: Mapping[str, float] = {}
+        if old_BR is not None:
+            importance_BR, ages = weighted(samples, old_BR, self._config, self._step, credit.num_responses)
         return Experience(
             samples=samples,
             old_logprobs_BR=old_BR,
@@ -141,7 +144,7 @@ class PpoLearner:
             kl=credit.kl,
             kl_coef=kl_coef,
             num_responses=credit.num_responses,
-            metrics=credit.metrics,
+            metrics={**credit.metrics, **ages},
         )
 
     def update(self, experience: Experience) -> Mapping[str, float]:
@@ -198,10 +201,26 @@ class PpoLearner:
         total, count = sum_over_workers(sums).tolist()
         return total / count if count else math.nan
 
-    def save(self, folder: Path) -> None:
-        """Everything that `load` needs to go on bit by bit: weights, optimizer, KL coefficient, moments, counters."""
+    @property
+    def ahead(self) -> Sequence[Sequence[Response]]:
+        """Chunks for later steps, of all workers, that the loaded checkpoint holds."""
+        return self._ahead
+
+    def any_worker(self, mine: bool) -> bool:
+        """Whether it is so on any worker."""
+        return bool(max_over_workers(torch.tensor(float(mine), device=self._backend.device)) > 0)
+
+    def save(self, folder: Path, ahead: Sequence[Sequence[Response]] = ()) -> None:
+        """Everything that `load` needs to go on bit by bit: weights, optimizer, KL coefficient, moments, counters.
+
+        Args:
+            ahead: chunks of responses that this worker has for later steps.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         self._backend.save(folder)
+        if ahead:
+            rows = [json.dumps([asdict(response) for response in chunk]) for chunk in ahead]
+            (folder / _AHEAD.format(worker_rank())).write_text("".join(f"{row}\n" for row in rows))
         if worker_rank() == 0:
             state = {
                 "step": self._step,
@@ -228,6 +247,11 @@ class PpoLearner:
         self._step, self._episodes = int(state["step"]), int(state["episodes"])
         self._controller.load_state_dict(state["kl"])
         self._running.load_state_dict(state["scores"])
+        self._ahead = [
+            [Response.from_json(values) for values in json.loads(line)]
+            for file in sorted(folder.glob(_AHEAD.format("*")))
+            for line in file.read_text().splitlines()
+        ]
 
     @property
     def _learns_in_one_pass(self) -> bool:

@@ -25,7 +25,7 @@ class Tokenizer(Protocol):
 
 
 class RolloutEngine(ABC):
-    """Samples responses with weights of a known version.
+    """Samples responses with weights of a known version, or of several that it holds side by side.
 
     A fresh engine holds no version and refuses to serve: an actor that was restarted cannot answer with its first
     weights by mistake.
@@ -33,15 +33,18 @@ class RolloutEngine(ABC):
 
     concurrent = False  # whether `generate` may be called from several threads at a time
 
-    def __init__(self) -> None:
-        self._version: int | None = None
+    def __init__(self, num_versions: int = 1) -> None:
+        """`num_versions`: how many it holds; one more takes the place of the oldest. With several, weights come while it
+        samples."""
+        self.num_versions = num_versions
+        self._versions: list[int] = []  # in the order in which they came
         self._loading: int | None = None  # the version that is being loaded
         self._checksums: list[str] = []  # of its buckets so far
 
     @property
-    def version(self) -> int | None:
-        """The version of the loaded weights; None before the first load."""
-        return self._version
+    def versions(self) -> Sequence[int]:
+        """Those that it serves; none before the first load."""
+        return tuple(self._versions)
 
     def load_weights(self, weights: Weights) -> str:
         """Load and prove them; returns the checksum of what the engine now holds.
@@ -55,9 +58,23 @@ class RolloutEngine(ABC):
         return self.finish_weights()
 
     def begin_weights(self, version: int) -> None:
-        """New weights are coming, bucket by bucket; until all are proven, the engine serves nothing."""
-        self._version, self._loading, self._checksums = None, version, []
+        """New weights are coming, bucket by bucket; until all are proven, they are not served, nor is the oldest version
+        where there is no room for another."""
+        self._loading, self._checksums = version, []
+        if version in self._versions:
+            self._lose(version)
+        while len(self._versions) >= self.num_versions:
+            self._lose(min(self._versions))
         self._begin()
+
+    def forget_weights(self) -> None:
+        """Nothing is served until new weights have come."""
+        for version in tuple(self._versions):
+            self._lose(version)
+
+    def _lose(self, version: int) -> None:
+        self._versions.remove(version)
+        self._drop(version)
 
     def take_bucket(self, bucket: Bucket) -> None:
         """Load a part of them and prove it. After an error only `begin_weights` goes on.
@@ -88,8 +105,8 @@ class RolloutEngine(ABC):
             raise WeightsVersionError(
                 "rollout engine: weights are not whole; a bucket of them failed, or none was sent"
             )
-        self._finish()
-        self._version = version
+        self._finish(version)
+        self._versions.append(version)
         return combined(self._checksums)
 
     def generate(
@@ -129,17 +146,20 @@ class RolloutEngine(ABC):
             WeightsVersionError: the engine holds another version than `version`.
         """
         self._check_version(version)
-        return self._logprobs(prompts, responses)
+        return self._logprobs(prompts, responses, version)
 
     def _check_version(self, version: int) -> None:
-        if self._version != version:
+        if version not in self._versions:
             raise WeightsVersionError(
-                f"rollout engine: asked for responses of weights version {version}; found version {self._version}; "
-                f"load_weights must come first"
+                f"rollout engine: asked for responses of weights version {version}; found version "
+                f"{', '.join(map(str, self._versions)) or None}; load_weights must come first"
             )
 
     def close(self) -> None:  # noqa: B027 (most engines hold nothing that outlives them)
         """Let go of threads and memory; the engine is of no use afterwards."""
+
+    def _drop(self, version: int) -> None:  # noqa: B027 (most engines hold one version, which is written over)
+        """It is not served any more."""
 
     @abstractmethod
     def _begin(self) -> None: ...
@@ -149,7 +169,7 @@ class RolloutEngine(ABC):
         """Returns the checksum of what the engine has of it."""
 
     @abstractmethod
-    def _finish(self) -> None: ...
+    def _finish(self, version: int) -> None: ...
 
     @abstractmethod
     def _generate(
@@ -157,7 +177,7 @@ class RolloutEngine(ABC):
     ) -> list[Response]: ...
 
     @abstractmethod
-    def _logprobs(self, prompts: Sequence[Prompt], responses: Sequence[Response]) -> list[float]: ...
+    def _logprobs(self, prompts: Sequence[Prompt], responses: Sequence[Response], version: int) -> list[float]: ...
 
 
 def response_seed(run_seed: int, step: int, row: int, sample: int) -> int:

@@ -45,7 +45,7 @@ class FolderEngine(RolloutEngine):
         (held,) = weights_on_disk(self._wanted, path).buckets
         return checksum(held)
 
-    def _finish(self) -> None:
+    def _finish(self, version: int) -> None:
         pass
 
     def _generate(
@@ -53,8 +53,8 @@ class FolderEngine(RolloutEngine):
     ) -> list[Response]:
         return self._held()._generate(prompts, version, samples, greedy, wanted)
 
-    def _logprobs(self, prompts: Sequence[Prompt], responses: Sequence[Response]) -> list[float]:
-        return self._held()._logprobs(prompts, responses)
+    def _logprobs(self, prompts: Sequence[Prompt], responses: Sequence[Response], version: int) -> list[float]:
+        return self._held()._logprobs(prompts, responses, version)
 
     def _held(self) -> RolloutEngine:
         assert self._engine is not None

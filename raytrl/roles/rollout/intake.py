@@ -17,20 +17,21 @@ class WeightIntake:
     """The book that one engine's weights are kept by.
 
     Buckets come in order, ahead of `load`, which makes up for those that did not come and proves the whole. From the first
-    bucket on nothing is served until then. A bucket that is out of turn is left to `load`.
+    bucket on the oldest version is not served any more, where the engine has no room for another. A bucket that is out of
+    turn is left to `load`.
     """
 
     def __init__(self, engine: "Callable[[], RolloutEngine]") -> None:
         """`engine`: gives the engine, and makes it when it is first asked for."""
         self._engine = engine
-        self._held: tuple[Attempt, int, str] | None = None  # attempt, version, checksum
+        self._held: dict[int, tuple[Attempt, str]] = {}  # by version: attempt, checksum
         self._arrived: tuple[Attempt, int, int] | None = None  # of new weights: attempt, version, buckets so far
         self._group: WeightGroup | None = None  # for weights by broadcast
         self._failure: RaytrlError | None = None  # of a bucket that came by broadcast
 
     def take(self, attempt: Attempt, version: int, number: int, packed: "PackedBucket") -> None:
         """A bucket through the object store."""
-        if self._held is not None and self._held[0] == attempt and self._held[1] >= version:
+        if any(held >= version and of == attempt for held, (of, _) in self._held.items()):
             return  # another worker's `load` was here before
         self._unpack_in_turn(attempt, version, number, packed)
 
@@ -45,7 +46,7 @@ class WeightIntake:
 
     def can_receive(self, attempt: Attempt, group_version: int | None) -> bool:
         """Whether it serves this attempt, and is in the group whose first version that was (None: in whichever)."""
-        serves = self._held is not None and self._held[0] == attempt
+        serves = any(of == attempt for of, _ in self._held.values())
         is_member = self._group is not None and self._group.first_version == group_version
         return serves and (group_version is None or is_member)
 
@@ -81,7 +82,7 @@ class WeightIntake:
         Raises:
             WeightsGoneError: they came by broadcast, when this engine was not there.
         """
-        if self._held is None or self._held != (attempt, version, checksum):
+        if self._held.get(version) != (attempt, checksum):
             arrived = self._arrived[2] if self._arrived is not None and self._arrived[:2] == (attempt, version) else 0
             if arrived < num_buckets and not buckets:
                 raise self._failure or WeightsGoneError(
@@ -90,17 +91,17 @@ class WeightIntake:
             for number in range(arrived, num_buckets):
                 self._unpack_in_turn(attempt, version, number, buckets[number])
             self._arrived = None
-            self._held = (attempt, version, self._engine().finish_weights())
-        return self._held[1], self._held[2]
+            self._held[version] = (attempt, self._engine().finish_weights())
+        return version, self._held[version][1]
 
     def check(self, attempt: Attempt, version: int) -> None:
         """
         Raises:
             WeightsVersionError: the engine holds others, or none since it was made.
         """
-        if self._held is None or self._held[:2] != (attempt, version):
+        if version not in self._held or self._held[version][0] != attempt:
             raise WeightsVersionError(
-                f"rollout actor: asked for attempt {attempt.number}, version {version}; found: {self._held}"
+                f"rollout actor: asked for attempt {attempt.number}, version {version}; found: {self._held or None}"
             )
 
     def _unpack_in_turn(self, attempt: Attempt, version: int, number: int, packed: "PackedBucket") -> None:
@@ -112,8 +113,13 @@ class WeightIntake:
             self._take_in_turn(attempt, version, number, unpack(packed))
 
     def _begin(self, attempt: Attempt, version: int) -> None:
-        self._held, self._arrived, self._failure = None, (attempt, version, 0), None
-        self._engine().begin_weights(version)
+        self._arrived, self._failure = (attempt, version, 0), None
+        engine = self._engine()
+        if any(of != attempt for of, _ in self._held.values()):  # its versions count from another checkpoint
+            self._held = {}
+            engine.forget_weights()
+        engine.begin_weights(version)
+        self._held = {held: of for held, of in self._held.items() if held in engine.versions}
 
     def _take_in_turn(self, attempt: Attempt, version: int, number: int, bucket: "Bucket") -> None:
         if self._arrived == (attempt, version, number):

@@ -35,9 +35,13 @@ class LoraMerge:
             parameter.data = parameter.data.to(device)
         self._device = device
         self._copy = PolicyCopy(self._policy)
+        self._is_whole = False
 
     def begin(self) -> None:
-        """A new adapter is coming."""
+        """A new adapter is coming, in place of the last one."""
+        if self._is_whole:
+            self._copy.drop(0)
+        self._is_whole = False
         self._copy.begin()
 
     def take(self, tensors: Mapping[str, Tensor]) -> str:
@@ -50,7 +54,8 @@ class LoraMerge:
 
     def finish(self) -> None:
         """Raises WeightsVersionError where a part of the adapter is missing."""
-        self._copy.finish()
+        self._copy.finish(0)
+        self._is_whole = True
 
     def changed(self) -> Iterator[tuple[str, Tensor]]:
         """The parameters of every block that the adapter changes, merged, one by one, by their Hugging Face names.

@@ -41,9 +41,10 @@ class TransformersEngine(RolloutEngine):
         seed: int,
         stop_token_ids: Sequence[int] = (),
         chunk_prompts: int = 8,
+        num_versions: int = 1,
     ) -> None:
         """`stop_token_ids` are the model's own, see `Endings`; `seed` is the run's."""
-        super().__init__()
+        super().__init__(num_versions)
         self._model = model.eval()
         self._copy = PolicyCopy(model)
         self._tokenizer = tokenizer
@@ -64,6 +65,7 @@ class TransformersEngine(RolloutEngine):
         dtype: torch.dtype = torch.float32,
         device: str = "cpu",
         trust_remote_code: bool = False,
+        num_versions: int = 1,
     ) -> "TransformersEngine":
         """An engine for the learner's model; `lora` and `dtype` must be the learner's, or no weights will fit.
 
@@ -83,20 +85,25 @@ class TransformersEngine(RolloutEngine):
             seed=seed,
             stop_token_ids=stop_token_ids,
             chunk_prompts=rollout.chunk_prompts,
+            num_versions=num_versions,
         )
 
     def _begin(self) -> None:
         self._copy.begin()
 
+    def _drop(self, version: int) -> None:
+        self._copy.drop(version)
+
     def _take(self, bucket: Bucket) -> str:
         return self._copy.take(bucket.tensors)
 
-    def _finish(self) -> None:
-        self._copy.finish()
+    def _finish(self, version: int) -> None:
+        self._copy.finish(version)
 
     def _generate(
         self, prompts: Sequence[Prompt], version: int, samples: int, greedy: bool, wanted: Wanted
     ) -> list[Response]:
+        self._use(version)
         responses: list[Response] = []
         for chunk in chunks(prompts, self._chunk_prompts):
             rows = [(prompt, sample) for prompt in chunk for sample in range(samples)]
@@ -105,8 +112,16 @@ class TransformersEngine(RolloutEngine):
                 responses.append(self._response(prompt, sample, drawn, i, version))
         return responses
 
+    def _logprobs(self, prompts: Sequence[Prompt], responses: Sequence[Response], version: int) -> list[float]:
+        self._use(version)
+        return self._sums_of(prompts, responses)
+
+    def _use(self, version: int) -> None:
+        if self.num_versions > 1:  # a single one lies in the model's own memory
+            self._copy.use(version)
+
     @torch.inference_mode()
-    def _logprobs(self, prompts: Sequence[Prompt], responses: Sequence[Response]) -> list[float]:
+    def _sums_of(self, prompts: Sequence[Prompt], responses: Sequence[Response]) -> list[float]:
         by_row = {prompt.row: prompt.token_ids for prompt in prompts}
         device = next(self._model.parameters()).device
         sums: list[float] = []

@@ -155,43 +155,62 @@ def combined(checksums: Sequence[str]) -> str:
 
 
 class PolicyCopy:
-    """A model in an engine's process whose policy parameters become those that are sent."""
+    """A model in an engine's process whose policy parameters become those that are sent, of one version or of several."""
 
     def __init__(self, model: nn.Module) -> None:
         self._parameters = policy_parameters(model)
         self._missing: set[str] = set()
+        # The model's own memory is the first version's; each further one takes as much again, once.
+        self._spare = [{name: parameter.data for name, parameter in self._parameters.items()}]
+        self._versions: dict[int, dict[str, Tensor]] = {}
+        self._coming: dict[str, Tensor] = {}
 
     def begin(self) -> None:
-        """All parameters are to come."""
+        """All parameters of a version are to come; those of others stay until they are dropped."""
         self._missing = set(self._parameters)
+        if not self._coming:  # else what came of one that was never whole is written over
+            self._coming = self._spare.pop() if self._spare else self._more()
+
+    def _more(self) -> dict[str, Tensor]:
+        return {name: torch.empty_like(parameter.data) for name, parameter in self._parameters.items()}
+
+    def drop(self, version: int) -> None:
+        """The next version that begins is written where this one lies."""
+        self._spare.append(self._versions.pop(version))
+
+    def use(self, version: int) -> None:
+        """The model computes with this version."""
+        for name, tensor in self._versions[version].items():
+            self._parameters[name].data = tensor
 
     @torch.no_grad()
     def take(self, tensors: Mapping[str, Tensor]) -> str:
-        """Copy into the model; returns the checksum of what the model then holds.
+        """Copy them; returns the checksum of what is then held.
 
         Raises:
             WeightsVersionError: names or shapes that the model does not have.
         """
         for name, tensor in tensors.items():
-            if name not in self._parameters:
+            if name not in self._coming:
                 raise WeightsVersionError(_other_parameters(f"{name!r} is not one of the model's"))
-            parameter = self._parameters[name]
-            if parameter.shape != tensor.shape:
+            held = self._coming[name]
+            if held.shape != tensor.shape:
                 raise WeightsVersionError(
                     f"rollout engine: {name} has another shape; found {tuple(tensor.shape)}; "
-                    f"expected {tuple(parameter.shape)}; the engine must load the learner's model and LoRA"
+                    f"expected {tuple(held.shape)}; the engine must load the learner's model and LoRA"
                 )
-            parameter.copy_(tensor)
+            held.copy_(tensor)
         self._missing -= tensors.keys()
         # In the dtype that was sent: what transformers keeps in float32 holds a bfloat16 number exactly.
-        return checksum({name: self._parameters[name].data.to(tensor.dtype) for name, tensor in tensors.items()})
+        return checksum({name: self._coming[name].to(tensor.dtype) for name, tensor in tensors.items()})
 
-    def finish(self) -> None:
-        """Raises WeightsVersionError where a parameter got none."""
+    def finish(self, version: int) -> None:
+        """This version is whole; raises WeightsVersionError where a parameter got none."""
         if self._missing:
             raise WeightsVersionError(
                 _other_parameters(f"none were sent for {len(self._missing)}, {min(self._missing)!r}")
             )
+        self._versions[version], self._coming = self._coming, {}
 
 
 def _other_parameters(found: str) -> str:

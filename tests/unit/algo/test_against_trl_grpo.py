@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from raytrl.algo.groups import Groups, group_advantages
-from raytrl.algo.losses import importance_weights, policy_loss
+from raytrl.algo.importance import importance_weights
+from raytrl.algo.losses import policy_loss
 from raytrl.algo.masked import Moments, moment_sums
 from raytrl.roles.learner.minibatch import Divisors
 

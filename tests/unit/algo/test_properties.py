@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from raytrl.algo.advantages import gae
+from raytrl.algo.importance import importance_weights
 from raytrl.algo.kl import kl_estimate
 from raytrl.algo.logprobs import token_entropy, token_logprobs
-from raytrl.algo.losses import importance_weights, policy_loss, value_loss
+from raytrl.algo.losses import policy_loss, value_loss
 from raytrl.algo.masked import Moments, explained_variance, masked_mean, moment_sums, whiten
 from raytrl.algo.rewards import RunningMoments, shaped_scores, token_rewards
 

@@ -25,7 +25,7 @@ def test_defaults_are_valid() -> None:
         ({"kl": {"target": 0.0}}, "greater than 0"),
         ({"kl": {"coef": -0.1}}, "greater than or equal to 0"),
         ({"gamma": 1.1}, "less than or equal to 1"),
-        ({"max_lag": 2}, "0 or 1"),
+        ({"max_lag": 9}, "less than or equal to 8"),
         ({"learning_rate": 0}, "greater than 0"),
         ({"lerning_rate": 1}, "Extra inputs"),
     ],

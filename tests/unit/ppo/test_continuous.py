@@ -47,7 +47,7 @@ def test_chunks_come_whole_in_any_order() -> None:
     calls = engines(3)
     rollout = RolloutSection(engine="vllm", chunk_prompts=4)
     pool = PoolGenerator(
-        Pool(calls, "rollout actors", "w", 5.0, window=2), rollout, samples=2, attempt=ATTEMPT, send_weights=send
+        [Pool(calls, "rollout actors", "w", 5.0, window=2)], rollout, samples=2, attempt=ATTEMPT, send_weights=send
     )
     pool.load_weights(weights(0))
     made = list(pool.generate(prompt_batch(0, range(14)), 0, greedy=False))
@@ -118,7 +118,7 @@ class Meeting(RolloutEngine):
     def _take(self, bucket: Bucket) -> str:
         return bucket.checksum
 
-    def _finish(self) -> None:
+    def _finish(self, version: int) -> None:
         assert self.inside == 0
 
     def _generate(
@@ -129,7 +129,7 @@ class Meeting(RolloutEngine):
         self.inside -= 1
         return []
 
-    def _logprobs(self, prompts: Sequence[Prompt], responses: Sequence[Response]) -> list[float]:
+    def _logprobs(self, prompts: Sequence[Prompt], responses: Sequence[Response], version: int) -> list[float]:
         return []
 
 

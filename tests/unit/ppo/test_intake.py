@@ -18,14 +18,22 @@ FIRST, SECOND = Attempt("run", 1), Attempt("run", 2)
 class Engine:
     """What the intake asks of an engine: counts what it is given, and proves what `RolloutEngine` proves."""
 
-    def __init__(self) -> None:
+    def __init__(self, num_versions: int = 1) -> None:
         self.calls: list[str] = []
         self.checksums: list[str] = []
         self.fails_at = -1
+        self.num_versions, self.versions = num_versions, list[int]()
 
     def begin_weights(self, version: int) -> None:
         self.calls.append(f"begin {version}")
         self.checksums = []
+        self.versions = (
+            sorted(set(self.versions) - {version})[-self.num_versions + 1 :] if self.num_versions > 1 else []
+        )
+        self.coming = version
+
+    def forget_weights(self) -> None:
+        self.versions = []
 
     def take_bucket(self, bucket: Bucket) -> None:
         number = len(self.checksums)
@@ -37,6 +45,7 @@ class Engine:
 
     def finish_weights(self) -> str:
         self.calls.append("finish")
+        self.versions.append(self.coming)
         return combined(self.checksums)
 
 

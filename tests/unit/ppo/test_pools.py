@@ -126,7 +126,7 @@ def pool_on(
 ) -> PoolGenerator:
     pool = Pool(calls, "rollout actors", "worker 0", timeout_s)
     share = partial(send, put=put)
-    return PoolGenerator(pool, ROLLOUT, samples=2, attempt=Attempt("run", attempt), send_weights=share)
+    return PoolGenerator([pool], ROLLOUT, samples=2, attempt=Attempt("run", attempt), send_weights=share)
 
 
 def responses(pool: PoolGenerator, version: int, step: int = 0) -> dict[tuple[int, int], Response]:
@@ -195,7 +195,7 @@ def test_an_engine_that_raises_is_started_anew_and_its_requests_go_to_others(liv
     pool.load_weights(weights(0))
     for step in range(6):
         assert responses(pool, 0, step) == expected(0, step=step)
-        pool.load_weights(weights(0))
+        pool.load_weights(weights(0), anew=True)
     assert pool.num_up == (1 if lives == 100 else 2)
     assert breaks.born == min(lives + 1, 3)  # three times in a row, and it is left out
 
@@ -432,7 +432,7 @@ def test_one_worker_asks_for_all() -> None:
     for _ in range(2):
         pool = Pool(calls, "rollout actors", "a worker", 5.0)
         attempt = Attempt("run", 1)
-        pools.append(PoolGenerator(pool, ROLLOUT, samples=2, attempt=attempt, send_weights=team.send, team=team))
+        pools.append(PoolGenerator([pool], ROLLOUT, samples=2, attempt=attempt, send_weights=team.send, team=team))
     for version in range(3):
         calls.deaths = once((1, "load_weights")) if version == 2 else lambda actor, method: False
         for team.rank, generator in enumerate(pools):
@@ -444,7 +444,7 @@ def test_one_worker_asks_for_all() -> None:
         assert responses(pools[1], version) == expected(version, seed=version)
         assert pools[1].num_up >= 2
     # The one that was down is brought up to date by whoever needs it.
-    pools[1]._pool._next_try = {1: 0.0}
+    pools[1]._lanes[0]._next_try = {1: 0.0}
     responses(pools[1], 2)
     assert pools[1].num_up == 3
     assert [actor for actor, method in calls.ran if method == "load_weights"] == [1]

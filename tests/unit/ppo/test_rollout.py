@@ -177,7 +177,7 @@ def test_a_fresh_engine_and_another_version_are_refused() -> None:
     with pytest.raises(WeightsVersionError, match="found version None"):
         engine.generate(prompt_batch(0, [0]), 0)
     engine.load_weights(weights_of(gpt2(), version=3))
-    assert engine.version == 3
+    assert engine.versions == (3,)
     assert engine.generate(prompt_batch(0, [0]), 3)[0].policy_version == 3
     with pytest.raises(WeightsVersionError, match="version 4; found version 3"):
         engine.generate(prompt_batch(0, [0]), 4)

@@ -64,13 +64,18 @@ def test_every_worker_learns_where_the_weights_are_and_no_reference_is_told() ->
     assert [call[:3] for call in told[-2:]] == [("take_bucket", 1, n) for n in range(sent.num_buckets)][-2:]
 
 
-def test_there_is_one_version_at_a_time() -> None:
+def test_it_holds_the_versions_that_are_still_asked_for() -> None:
     packed = pack(Bucket.of({"a": torch.ones(3)}))
-    SHELF.keep(3, [Reference(packed)])
-    old = OnShelf(Remote(), 3, 1)
-    assert unpack(old[0]).checksum == packed.checksum
-    SHELF.keep(4, [])  # before the next ones are made, so that there is room for them
+    for version in (3, 4):
+        SHELF.keep(version, [Reference(packed)], 3)
+    old, newer = (OnShelf(Remote(), version, 1) for version in (3, 4))
+    assert unpack(old[0]).checksum == unpack(newer[0]).checksum == packed.checksum
+    SHELF.keep(5, [], 4)  # before the next ones are made, so that there is room for them
     with pytest.raises(WeightsGoneError):
         old[0]
+    assert unpack(newer[0]).checksum == packed.checksum
     with pytest.raises(WeightsGoneError):
-        OnShelf(Remote(), 4, 1)[0]
+        OnShelf(Remote(), 5, 1)[0]
+    SHELF.keep(4, [Reference(packed)], 0)  # of a new attempt, which goes on from an older checkpoint
+    with pytest.raises(WeightsGoneError):
+        OnShelf(Remote(), 5, 1)[0]

@@ -109,21 +109,32 @@ def tensors_of(weights: Weights) -> dict[str, torch.Tensor]:
 
 
 class LocalGenerator:
-    """Engines in this process, taking the chunks in turn."""
+    """Engines in this process, taking the chunks in turn; with lanes, dealt to groups as `PoolGenerator`'s actors."""
 
-    def __init__(self, engines: Sequence[RolloutEngine], samples: int, chunk_prompts: int = 8) -> None:
+    def __init__(
+        self, engines: Sequence[RolloutEngine], samples: int, chunk_prompts: int = 8, *, lanes: int = 1
+    ) -> None:
         self.engines, self.samples, self.chunk_prompts = list(engines), samples, chunk_prompts
+        self.groups = -(-lanes // engines[0].num_versions)
+        self.asked: list[tuple[int, int | None, list[int]]] = []  # version, lane, steps
 
-    def generate(self, prompts: Sequence[Prompt], version: int, *, greedy: bool) -> list[list[Response]]:
-        samples = 1 if greedy else self.samples
+    def _of(self, lane: int | None) -> list[RolloutEngine]:
+        return self.engines if lane is None else self.engines[lane % self.groups :: self.groups]
+
+    def generate(
+        self, prompts: Sequence[Prompt], version: int, *, greedy: bool, lane: int | None = None
+    ) -> list[list[Response]]:
+        engines, samples = self._of(lane), 1 if greedy else self.samples
+        self.asked.append((version, lane, sorted({prompt.step for prompt in prompts})))
         return [
-            self.engines[i % len(self.engines)].generate(chunk, version, samples=samples, greedy=greedy)
+            engines[i % len(engines)].generate(chunk, version, samples=samples, greedy=greedy)
             for i, chunk in enumerate(chunks(prompts, self.chunk_prompts))
         ]
 
-    def load_weights(self, weights: Weights) -> None:
-        for engine in self.engines:
-            engine.load_weights(weights)
+    def load_weights(self, weights: Weights, lane: int | None = None, *, anew: bool = False) -> None:
+        for engine in self._of(lane):
+            if weights.version not in engine.versions:
+                engine.load_weights(weights)
 
 
 class LocalScorer:
@@ -222,6 +233,7 @@ def make_engine(
     seed: int = 0,
     chunk: int = 8,
     dtype: torch.dtype = torch.float32,
+    num_versions: int = 1,
     **sampling: Any,
 ) -> TransformersEngine:
     policy = add_policy_adapter(model.to(dtype), LORA) if lora else model.to(dtype)
@@ -231,4 +243,5 @@ def make_engine(
         SamplingSection(**({"max_new_tokens": 3} | sampling)),
         seed=seed,
         chunk_prompts=chunk,
+        num_versions=num_versions,
     )

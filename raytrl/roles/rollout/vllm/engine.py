@@ -71,11 +71,13 @@ class VllmEngine(RolloutEngine):
         dtype: torch.dtype = torch.float32,
         device: str = "cpu",
         trust_remote_code: bool = False,
+        num_versions: int = 1,
     ) -> "VllmEngine":
-        """An engine for the learner's model; as `TransformersEngine.from_pretrained`.
+        """An engine for the learner's model; as `TransformersEngine.from_pretrained`. It holds one version.
 
         `rollout.engine_args` are fields of vLLM's `EngineArgs` and replace what is chosen here.
         """
+        assert num_versions == 1, "refused with the run file"
         config = AutoConfig.from_pretrained(model_path, trust_remote_code=trust_remote_code)
         arguments = {
             "model": model_path,
@@ -106,7 +108,7 @@ class VllmEngine(RolloutEngine):
     def _take(self, bucket: Bucket) -> str:
         return self._batch.call(lambda engine: _take_weights(engine, bucket.tensors))
 
-    def _finish(self) -> None:
+    def _finish(self, version: int) -> None:
         self._batch.call(_finish_weights)
 
     def _generate(
@@ -157,7 +159,7 @@ class VllmEngine(RolloutEngine):
         """By a stop string; looked for here, since vLLM's own search can take in the prompt's last characters."""
         return self._stop.may_end(token_ids[-self._stop.window :]) and self._stop.are_in(prompt, token_ids)
 
-    def _logprobs(self, prompts: Sequence[Prompt], responses: Sequence[Response]) -> list[float]:
+    def _logprobs(self, prompts: Sequence[Prompt], responses: Sequence[Response], version: int) -> list[float]:
         from vllm import SamplingParams
 
         assert self._sampling.temperature == 1.0, "refused with the run file"

@@ -1,0 +1,46 @@
+"""Batches on their way: sent, and not yet learned from.
+
+With a lag of k the learner is at batch s while s + 1 … s + k are sampled. The k batches are in k lanes, s mod k, each with
+one batch on its way at a time; when batch s has come, its lane is idle, takes the newest weights, version s, and makes
+batch s + k. With k = 2, a column a step of the learner:
+
+    lane 0   batch 0, version 0 | batch 2, version 0 |                    | batch 4, version 2 | …
+    lane 1   batch 1, version 0                      | batch 3, version 1                      | …
+    learner                     | learns from 0      | learns from 1      | learns from 2      | …
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import chain
+
+from raytrl.records.samples import Prompt, Response
+
+
+@dataclass
+class Request:
+    """One worker's share of a step's batch, and what comes of it."""
+
+    prompts: Sequence[Prompt]
+    chunks: Iterable[Sequence[Response]]  # waits for them; ends early where the weights that made them are lost
+
+    def finish(self) -> None:
+        """Wait for all of it."""
+        self.chunks = list(self.chunks)
+
+    def without(self, responses: Sequence[Response]) -> list[Prompt]:
+        """The prompts that have no responses among these; a chunk comes whole or not at all."""
+        answered = {response.row for response in responses}
+        return [prompt for prompt in self.prompts if prompt.row not in answered]
+
+
+def taken_up(
+    made: Sequence[Sequence[Response]],
+    step: int,
+    questions: Sequence[Prompt],
+    send: Callable[[int, Sequence[Prompt]], Request],
+) -> Request:
+    """A batch of which a checkpoint may hold chunks, whoever of the workers made them; what it lacks is sent."""
+    rows = {prompt.row for prompt in questions}
+    kept = [chunk for chunk in made if chunk and chunk[0].step == step and chunk[0].row in rows]
+    lacking = Request(questions, ()).without([response for chunk in kept for response in chunk])
+    return Request(questions, chain(kept, send(step, lacking).chunks if lacking else ()))

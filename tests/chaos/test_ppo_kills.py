@@ -30,6 +30,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "lora": {"r": 4, "target_modules": "all-linear"},
     },
     "shared": {"value_model": {"shared": True}},
+    "lag1": {"ppo": {"max_lag": 1}},
+    "lanes": {"ppo": {"max_lag": 2}, "rollout": {"versions": 1}},
+    "lanes-broadcast": {"ppo": {"max_lag": 2}, "rollout": {"versions": 1, "weight_transfer": "broadcast"}},
+    "versions": {"ppo": {"max_lag": 3}},
     "zero2": {"learner": {"workers": 2, "resources": {"CPU": 0.25}, "deepspeed": {"zero_optimization": {"stage": 2}}}},
 }
 # The run that the others must equal. How weights get to the engines must not matter, so CI, which has time for one run

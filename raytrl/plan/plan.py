@@ -3,11 +3,13 @@
 from collections.abc import Sequence
 
 from raytrl.config.load import LoadedRun
+from raytrl.config.runs.ppo import PpoRun
 from raytrl.errors import ConfigError, UncountedError
 from raytrl.plan.capacity import CERTAINTY, Load, Room, check_memory
 from raytrl.plan.checks.common import check_rows
 from raytrl.plan.cluster import ADDED, Cluster, Node, amounts
 from raytrl.plan.fit import fitted, in_words
+from raytrl.plan.lag import lag_note
 from raytrl.plan.memory import GIB, Estimate, estimates
 from raytrl.plan.need import need_of
 from raytrl.plan.shapes import read_shapes
@@ -50,6 +52,8 @@ def plan(loaded: LoadedRun, cluster: Cluster, models: str = "") -> Plan:
         if each.count < each.most
     ]
     notes += [*tight, *room.emulated(run), *room.awaited(run)]
+    if isinstance(run, PpoRun) and (told_of_lag := lag_note(run)) is not None:
+        notes.append(told_of_lag)
     notes += [f"does nothing: {line}" for line in run.idle_settings(run.steps(rows))]
     return Plan(
         where=f"{room.where}: {_sum_of([node for node in room.nodes if not node.name.startswith(ADDED)])}",

@@ -23,6 +23,7 @@ from raytrl.records.metrics import (
     DROPPED,
     ENTROPY,
     EQUAL,
+    ESS,
     EVAL_ACCURACY,
     EVAL_LOSS,
     EVAL_SCORE,
@@ -147,6 +148,8 @@ def _ppo_text(metrics: Mapping[str, float]) -> str:
         f"length {metrics[LENGTH]:.1f}",
         f"clipped {metrics[CLIPPED]:.0%}",
     ]
+    if ESS in metrics:
+        parts.append(f"counts as {metrics[ESS]:.0%}")
     if EVAL_SCORE in metrics:
         parts.append(f"evaluation {metrics[EVAL_SCORE]:.3f}")
     if dropped := metrics.get(DROPPED):

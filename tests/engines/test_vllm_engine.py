@@ -364,6 +364,52 @@ def test_unknown_weights_are_named(case: Callable[..., Case], tmp_path: Path) ->
     one.load(31)
 
 
+def test_adapters_side_by_side(folders: dict[str, str]) -> None:
+    """Two versions in one continuous batch, the one as it was while the next comes; the third takes the place of the first."""
+    path = folders["llama"]
+    engine = VllmEngine.from_pretrained(path, path, rollout(), seed=7, lora=LORA, num_versions=2)
+    policies = []
+    for version in range(3):
+        base = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        policies.append(add_policy_adapter(base, LORA).eval())
+        torch.manual_seed(version)
+        for parameter in policy_parameters(policies[-1]).values():
+            torch.nn.init.normal_(parameter, std=0.1)
+
+    def load(version: int) -> None:
+        engine.load_weights(Weights.of(version, policy_parameters(policies[version]).items(), torch.float32))
+
+    def gap(responses: list[Response], policy: Any) -> float:
+        prompts, largest = {prompt.row: prompt.token_ids for prompt in some_prompts(8)}, 0.0
+        for response in responses:
+            asked, made = prompts[response.row], torch.tensor([response.token_ids])
+            with torch.no_grad():
+                logits = policy(input_ids=torch.tensor([[*asked, *response.token_ids]])).logits
+            expected = token_logprobs(logits[:, len(asked) - 1 : -1], made, 1.0)[0]
+            largest = max(largest, float((torch.tensor(response.sampling_logprobs) - expected).abs().max()))
+        return largest
+
+    try:
+        load(0)
+        alone = engine.generate(some_prompts(8), 0)
+        load(1)
+        with ThreadPoolExecutor(2) as threads:
+            both = [threads.submit(engine.generate, some_prompts(8), version) for version in (0, 1)]
+            found = [future.result() for future in both]
+        assert engine.versions == (0, 1)
+        assert [r.token_ids for r in found[0]] == [r.token_ids for r in alone]
+        for version in range(2):
+            assert gap(found[version], policies[version]) < 1e-4 < 0.01 < gap(found[version], policies[1 - version])
+        load(2)
+        assert engine.versions == (1, 2)
+        assert gap(engine.generate(some_prompts(8), 2), policies[2]) < 1e-4
+        assert gap(engine.generate(some_prompts(8), 1), policies[1]) < 1e-4
+        with pytest.raises(WeightsVersionError, match="found version 1, 2"):
+            engine.generate(some_prompts(8), 0)
+    finally:
+        engine.close()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["llama", "llama-lora"])
 def test_an_engine_of_two_processes(folders: dict[str, str], kind: str) -> None:

@@ -9,7 +9,7 @@ from raytrl.config.foreign.deepspeed import check_for_ppo
 from raytrl.config.runs.base import ModelUse, Processes, TrainingRun, or_raise
 from raytrl.config.runs.rollout import RolloutRun
 from raytrl.config.sections.algorithms import defaults_of
-from raytrl.config.sections.engines import Asked, chosen_engine, engine_problems
+from raytrl.config.sections.engines import Asked, chosen_engine, engine_problems, holds_several_versions
 from raytrl.config.sections.model import TokenizerSpec
 from raytrl.config.sections.ppo import EvalSection, KlSection, PpoSection, ValueModelSection
 from raytrl.config.sections.weight_transfer import chosen_transfer, transfer_problems
@@ -60,8 +60,9 @@ class PpoRun(TrainingRun, RolloutRun):
 
     @property
     def engine_versions(self) -> int:
-        can = self.ppo.max_lag if self.rollout.engine == "transformers" else 1
-        return max(1, self.rollout.versions or can)
+        if self.ppo.max_lag < 2:
+            return 1
+        return self.rollout.versions or (self.ppo.max_lag if holds_several_versions(self.asked) else 1)
 
     @property
     def lanes(self) -> int:
@@ -307,10 +308,11 @@ class PpoRun(TrainingRun, RolloutRun):
                 f"rollout.versions: with ppo.max_lag {lag} no more than {self.lanes} can be asked for at a time; found: "
                 f"{versions}; leave it out"
             )
-        elif (versions or 1) > 1 and self.rollout.engine != "transformers":
+        elif (versions or 1) > 1 and not holds_several_versions(self.asked):
             problems.append(
-                f"rollout.versions: vllm holds one version; found: {versions}; expected: 1, and a rollout actor for each of "
-                f"ppo.max_lag {lag} batches, or rollout.engine: transformers"
+                f"rollout.versions: vllm holds one version of this policy, and several only of adapters (lora) where its class "
+                f"for the model takes them; found: {versions}; expected: 1, and a rollout actor for each of ppo.max_lag {lag} "
+                f"batches, or rollout.engine: transformers"
             )
         elif actors < self.lane_groups:
             held = f"an engine holds {self.engine_versions} of them"

@@ -24,7 +24,7 @@ _OWNED = {
     "trust_remote_code": "model.trust_remote_code",
     "seed": "seed (every response has a seed of its own)",
     "logprobs_mode": "raytrl: log-probs are those of the distribution that was sampled from",
-    "enable_lora": "lora (the adapter is merged on the rollout side)",
+    "enable_lora": "lora (the adapter is merged on the rollout side, or several are held with ppo.max_lag)",
     "skip_tokenizer_init": "raytrl, which tokenizes itself",
     "data_parallel_size": "rollout.actors",
     "distributed_executor_backend": "rollout.resources (one process, or one a GPU)",
@@ -87,6 +87,33 @@ def engine_problems(asked: Asked) -> list[str]:
     if obstacles := vllm_obstacles(asked):
         return [f"rollout.engine: vllm cannot be taken: {obstacle}" for obstacle in obstacles]
     return _argument_problems(asked.rollout) + _placement_problems(asked.rollout)
+
+
+def holds_several_versions(asked: Asked) -> bool:
+    """Whether the engine that is taken can hold versions of the policy side by side: vLLM only adapters, of local models whose
+    class says so."""
+    if chosen_engine(asked) == "transformers":
+        return True
+    return asked.lora is not None and all(_serves_adapters(path) for path in asked.model_paths)
+
+
+def _serves_adapters(model_path: str) -> bool:
+    """Whether vLLM's class for this model takes adapters, from its source; False where that cannot be told."""
+    try:
+        (architecture,) = json.loads((Path(model_path) / "config.json").read_text(encoding="utf-8"))["architectures"]
+        models = package_folder("vllm") / "model_executor/models"
+        registry = ast.parse((models / "registry.py").read_text(encoding="utf-8"))
+        (known,) = [
+            ast.literal_eval(node.value)
+            for node in registry.body
+            if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "_TEXT_GENERATION_MODELS"
+        ]
+        module, name = known[architecture]
+        found = ast.parse((models / f"{module}.py").read_text(encoding="utf-8"))
+        (model,) = [node for node in found.body if isinstance(node, ast.ClassDef) and node.name == name]
+        return "SupportsLoRA" in map(ast.unparse, model.bases)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def engine_words(asked: Asked) -> str:

@@ -77,7 +77,7 @@ class RolloutSection(ProcessSection):
     versions: PositiveInt | None = None
     """With a ppo.max_lag of 2 or more: versions of the policy that an engine holds side by side, so that it starts on a new
     batch before the last one ends. Where it holds fewer than max_lag, the actors are dealt to lanes that take turns. null:
-    max_lag, where the engine can (transformers; vllm holds one)."""
+    max_lag, where the engine can: transformers any policy, vllm adapters (lora); else 1."""
     start_timeout_s: PositiveFloat = 600.0
     """Seconds for rollout and reward actors to be placed, and to load their models."""
     timeout_s: PositiveFloat = 600.0

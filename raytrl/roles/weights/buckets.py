@@ -178,6 +178,10 @@ class PolicyCopy:
         """The next version that begins is written where this one lies."""
         self._spare.append(self._versions.pop(version))
 
+    def held(self, version: int) -> Mapping[str, Tensor]:
+        """What is held of a version."""
+        return self._versions[version]
+
     def use(self, version: int) -> None:
         """The model computes with this version."""
         for name, tensor in self._versions[version].items():

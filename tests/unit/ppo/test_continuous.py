@@ -59,7 +59,7 @@ def test_chunks_come_whole_in_any_order() -> None:
 class Fickle:
     """An engine that answers something unknown, as after an error inside of it."""
 
-    def add_request(self, name: str, prompt: Any, params: Any) -> None: ...
+    def add_request(self, name: str, prompt: Any, params: Any, lora_request: Any) -> None: ...
 
     def step(self) -> list[Any]:
         return [SimpleNamespace(request_id="nobody's", finished=True)]

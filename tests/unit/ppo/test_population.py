@@ -33,15 +33,19 @@ RESPONSES = tuple(REWARD)
 BETA, EPSILON = 0.5, 1e-4
 
 
-def probability(response: str) -> float:
-    return math.prod(POLICY[token] for token in response)
+def probability(response: str, policy: Mapping[str, float] = POLICY) -> float:
+    return math.prod(policy[token] for token in response)
 
 
-ROWS = [
-    pair
-    for pair in itertools.product(RESPONSES, repeat=2)
-    for _ in range(round(256 * probability(pair[0]) * probability(pair[1])))
-]
+def rows_of(policy: Mapping[str, float]) -> list[tuple[str, str]]:
+    return [
+        pair
+        for pair in itertools.product(RESPONSES, repeat=2)
+        for _ in range(round(256 * probability(pair[0], policy) * probability(pair[1], policy)))
+    ]
+
+
+ROWS = rows_of(POLICY)
 
 
 class Tabular(Backend):
@@ -84,15 +88,17 @@ class Tabular(Backend):
     def load(self, folder: Path) -> None: ...
 
 
-def population(dropped: bool = False, rewards: Mapping[str, float] = REWARD) -> Rollout:
+def population(
+    dropped: bool = False, rewards: Mapping[str, float] = REWARD, sampler: Mapping[str, float] = POLICY
+) -> Rollout:
     """`dropped`: one more prompt, of whose responses one has no score."""
-    rows: Sequence[tuple[str, str]] = [*ROWS, *[("aa", "bE")] * (2 if dropped else 0)]
+    rows: Sequence[tuple[str, str]] = [*rows_of(sampler), *[("aa", "bE")] * (2 if dropped else 0)]
     prompts = [Prompt(step=0, row=row, text="", token_ids=(0,)) for row in range(len(rows))]
     responses, scores = [], []
     for row, pair in enumerate(rows):
         for sample, text in enumerate(pair):
             ids = tuple(TOKENS.index(token) for token in text)
-            logprobs = tuple(math.log(POLICY[token]) for token in text)
+            logprobs = tuple(math.log(sampler[token]) for token in text)
             responses.append(
                 Response(
                     step=0,

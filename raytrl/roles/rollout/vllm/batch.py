@@ -19,6 +19,7 @@ class _Request:
     params: Any  # vllm.SamplingParams
     ends: Callable[[Sequence[int]], bool] | None
     wanted: Callable[[], bool]
+    adapter: Any  # vllm.lora.request.LoRARequest
     future: "Future[Any]" = field(default_factory=Future)
 
 
@@ -52,14 +53,16 @@ class ContinuousBatch:
         params: Any,
         ends: Callable[[Sequence[int]], bool] | None = None,
         wanted: Callable[[], bool] = lambda: True,
+        adapter: Any = None,
     ) -> "Future[Any]":
         """The finished `RequestOutput`, in time; StaleAttemptError where it is not wanted any more.
 
         Args:
             ends: called with the tokens sampled so far; where it is true, the response ends. Needs cumulative outputs.
             wanted: asked between two steps of the engine.
+            adapter: a `LoRARequest`; None: the model as it is.
         """
-        request = _Request(token_ids, params, ends, wanted)
+        request = _Request(token_ids, params, ends, wanted, adapter)
         self._put(request)
         return request.future
 
@@ -128,7 +131,8 @@ class ContinuousBatch:
                     item.future.set_result(item.function(engine))
                 else:
                     name = str(next(self._numbers))
-                    engine.add_request(name, {"prompt_token_ids": list(item.token_ids)}, item.params)
+                    prompt = {"prompt_token_ids": list(item.token_ids)}
+                    engine.add_request(name, prompt, item.params, lora_request=item.adapter)
                     self._running[name] = item
             except Exception as error:
                 item.future.set_exception(error)

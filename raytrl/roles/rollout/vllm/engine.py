@@ -26,6 +26,7 @@ from raytrl.roles.rollout.engine import (
     response_seed,
     response_text,
 )
+from raytrl.roles.rollout.vllm.adapters import Adapters, adapter_arguments
 from raytrl.roles.rollout.vllm.batch import ContinuousBatch
 from raytrl.roles.weights.buckets import Bucket
 
@@ -53,9 +54,12 @@ class VllmEngine(RolloutEngine):
         *,
         seed: int,
         stop_token_ids: Sequence[int] = (),
+        adapters: Adapters | None = None,
+        num_versions: int = 1,
     ) -> None:
-        """`stop_token_ids` are the model's own, see `Endings`; `seed` is the run's."""
-        super().__init__()
+        """`stop_token_ids` are the model's own, see `Endings`; `seed` is the run's; `adapters`: what serves several versions."""
+        super().__init__(num_versions)
+        self._adapters = adapters
         self._batch, self._tokenizer, self._sampling, self._seed = batch, tokenizer, sampling, seed
         self._endings, self._stop = Endings(tokenizer, stop_token_ids), StopStrings(tokenizer, sampling.stop)
 
@@ -73,11 +77,11 @@ class VllmEngine(RolloutEngine):
         trust_remote_code: bool = False,
         num_versions: int = 1,
     ) -> "VllmEngine":
-        """An engine for the learner's model; as `TransformersEngine.from_pretrained`. It holds one version.
+        """An engine for the learner's model; as `TransformersEngine.from_pretrained`. Only of adapters it holds several versions.
 
         `rollout.engine_args` are fields of vLLM's `EngineArgs` and replace what is chosen here.
         """
-        assert num_versions == 1, "refused with the run file"
+        assert num_versions == 1 or lora is not None, "refused with the run file"
         config = AutoConfig.from_pretrained(model_path, trust_remote_code=trust_remote_code)
         arguments = {
             "model": model_path,
@@ -85,16 +89,28 @@ class VllmEngine(RolloutEngine):
             "trust_remote_code": trust_remote_code,
             "dtype": str(dtype).removeprefix("torch."),
             **_chosen_arguments(rollout, config.get_text_config(), dtype, device),
+            **(adapter_arguments(lora, num_versions) if lora is not None and num_versions > 1 else {}),
             **rollout.engine_args,
         }
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_path, trust_remote_code=trust_remote_code)
         if not os.path.isdir(model_path):  # of the hub: it was not here before the start, and vLLM asks less
             look_at(model_path, "causal", "rollout", trust_remote_code=trust_remote_code)
         batch = ContinuousBatch(_maker(arguments, device))
-        if lora is not None:
+        adapters = None
+        if lora is not None and num_versions > 1:
+            adapters = Adapters(batch, model_path, lora, dtype, trust_remote_code)
+        elif lora is not None:
             expected = (model_path, lora, trust_remote_code)
             batch.call(lambda engine: engine.collective_rpc("raytrl_expect_adapters", args=expected))
-        return cls(batch, tokenizer, rollout.sampling, seed=seed, stop_token_ids=_end_tokens(model_path, config))
+        return cls(
+            batch,
+            tokenizer,
+            rollout.sampling,
+            seed=seed,
+            stop_token_ids=_end_tokens(model_path, config),
+            adapters=adapters,
+            num_versions=num_versions,
+        )
 
     def close(self) -> None:
         self._batch.close()
@@ -103,13 +119,28 @@ class VllmEngine(RolloutEngine):
         cleanup_dist_env_and_memory()  # else its torch.distributed group outlives the engine
 
     def _begin(self) -> None:
-        self._batch.call(_begin_weights)
+        if self._adapters is not None:
+            self._adapters.begin()
+        else:
+            self._batch.call(_begin_weights)
+
+    def _drop(self, version: int) -> None:
+        if self._adapters is not None:
+            self._adapters.drop(version)
 
     def _take(self, bucket: Bucket) -> str:
+        if self._adapters is not None:
+            return self._adapters.take(bucket.tensors)
         return self._batch.call(lambda engine: _take_weights(engine, bucket.tensors))
 
     def _finish(self, version: int) -> None:
-        self._batch.call(_finish_weights)
+        if self._adapters is not None:
+            self._adapters.finish(version)
+        else:
+            self._batch.call(_finish_weights)
+
+    def _adapter(self, version: int) -> Any:
+        return None if self._adapters is None else self._adapters.of(version)
 
     def _generate(
         self, prompts: Sequence[Prompt], version: int, samples: int, greedy: bool, wanted: Wanted
@@ -130,7 +161,8 @@ class VllmEngine(RolloutEngine):
                     detokenize=False,
                     output_kind=RequestOutputKind.CUMULATIVE if stop else RequestOutputKind.FINAL_ONLY,
                 )
-                asked.append((prompt, sample, self._batch.submit(prompt.token_ids, params, stop, wanted)))
+                future = self._batch.submit(prompt.token_ids, params, stop, wanted, self._adapter(version))
+                asked.append((prompt, sample, future))
         found = [self._response(prompt, sample, future.result(), version) for prompt, sample, future in asked]
         # A fault at one token costs its correction; at all of them it is the weights'.
         if all(math.isnan(logprob) for response in found for logprob in response.sampling_logprobs):
@@ -165,7 +197,8 @@ class VllmEngine(RolloutEngine):
         assert self._sampling.temperature == 1.0, "refused with the run file"
         by_row = {prompt.row: prompt.token_ids for prompt in prompts}
         params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
-        asked = [self._batch.submit([*by_row[r.row], *r.token_ids], params) for r in responses]
+        adapter = self._adapter(version)
+        asked = [self._batch.submit([*by_row[r.row], *r.token_ids], params, adapter=adapter) for r in responses]
         sums = []
         for response, future in zip(responses, asked, strict=True):
             places = future.result().prompt_logprobs[-len(response.token_ids) :]

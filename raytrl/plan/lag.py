@@ -13,7 +13,7 @@ _LEARNING = tuple(phase for phase in PHASES if phase not in ("generate", "sync")
 
 def lag_note(run: PpoRun) -> str | None:
     """For people; None where the run directory tells nothing of it."""
-    return of_phases(RunDirectory(run.output_dir, run.name).rows("metrics.jsonl"), run.ppo.max_lag)
+    return of_phases(RunDirectory(run.output_dir, run.name).metrics(), run.ppo.max_lag)
 
 
 def of_phases(metrics: Sequence[Mapping[str, Any]], max_lag: int) -> str | None:
@@ -22,7 +22,7 @@ def of_phases(metrics: Sequence[Mapping[str, Any]], max_lag: int) -> str | None:
         metrics: rows of metrics.jsonl; the first step, in which everything is warmed up, does not count.
         max_lag: the one that is planned.
     """
-    rows = [row for row in metrics[1:] if time_of("generate") in row]
+    rows = [row for row in metrics[1:] if time_of("generate") in row][-50:]
     if not rows:
         return None
     median = {

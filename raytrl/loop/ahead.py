@@ -1,8 +1,10 @@
 """Batches on their way: sent, and not yet learned from.
 
-With a lag of k the learner is at batch s while s + 1 … s + k are sampled. The k batches are in k lanes, s mod k, each with
-one batch on its way at a time; when batch s has come, its lane is idle, takes the newest weights, version s, and makes
-batch s + k. With k = 2, a column a step of the learner:
+With a lag of k the learner is at batch s while s + 1 … s + k are sampled, that of step s + k by version s. Each lane makes one
+batch at a time. Where actors hold one version, there are k lanes of actors, s mod k: when batch s has come, its lane takes the
+newest weights and makes batch s + k. Where engines hold several, there are k + 1 lanes that share the actors, s mod (k + 1), of
+which one is always idle: batch s + k is sent before batch s has come, and no engine waits for the last response of a batch.
+With k = 2 and two lanes, a column a step of the learner:
 
     lane 0   batch 0, version 0 | batch 2, version 0 |                    | batch 4, version 2 | …
     lane 1   batch 1, version 0                      | batch 3, version 1                      | …

@@ -25,13 +25,15 @@ class Schedule:
     eval_every: int = 0
     eval_greedy: bool = True
     max_lag: int = 0  # so many batches are on their way while one is learned from
+    lanes: int = 1  # which make a batch at a time each; max_lag of them, or one more
 
     def due(self, every: int, step: int) -> bool:
         return every > 0 and (step % every == 0 or step == self.steps)
 
-    def lane(self, step: int) -> int | None:
-        """The lane that makes the batch of a step, which has one batch on its way at a time; None: without a lag."""
-        return step % self.max_lag if self.max_lag else None
+    @property
+    def is_early(self) -> bool:
+        """Whether a batch is sent before the one is there that is learned from: a lane is idle then."""
+        return self.lanes > self.max_lag
 
 
 def run(
@@ -54,9 +56,14 @@ def run(
 
     def send(step: int, questions: Sequence[Prompt]) -> Request:
         """To the step's lane, which is idle: by the newest weights."""
-        lane = schedule.lane(step)
+        lane = step % schedule.lanes
         generator.load_weights(learner.weights(), lane)
         return Request(questions, generator.generate(questions, learner.step, greedy=False, lane=lane))
+
+    def send_next(step: int) -> None:
+        if step < steps:
+            with clock.phase("sync"):
+                ahead.append(send(step, prompts.next(step)))
 
     def finish_all() -> None:
         """On all workers: nothing is on its way then."""
@@ -71,9 +78,8 @@ def run(
         ahead.append(taken_up(learner.ahead, step, prompts.next(step), send))
     for step in range(first, steps):
         clock = Clock.of(schedule)
-        if not lag:
-            with clock.phase("sync"):
-                ahead.append(send(step, prompts.next(step)))
+        if schedule.is_early:
+            send_next(step + lag)
         request = ahead.popleft()
         responses = _collect(request, scorer, clock)
         for _ in range(_TRIES):
@@ -90,9 +96,8 @@ def run(
             raise RunError(
                 f"step {step}: its responses were lost {_TRIES} times, each time with all who could make them"
             )
-        if lag and step + lag < steps:  # its lane is idle now
-            with clock.phase("sync"):
-                ahead.append(send(step + lag, prompts.next(step + lag)))
+        if not schedule.is_early:  # the lane of this batch is idle now
+            send_next(step + lag)
         with clock.phase("score"):  # what scoring costs beyond generation
             rollout = Rollout(request.prompts, responses, scorer.collect())
         with clock.phase("experience"):

@@ -85,6 +85,7 @@ class Prompts:
 
 class IdleLearner:
     step = 0
+    ahead: Sequence[Any] = ()
 
     def experience(self, rollout: Any) -> int:
         return len(rollout.responses)
@@ -96,7 +97,10 @@ class IdleLearner:
     def weights(self) -> NoWeights:
         return NoWeights(self.step)
 
-    def save(self, folder: Path) -> None:
+    def any_worker(self, mine: bool) -> bool:
+        return mine
+
+    def save(self, folder: Path, ahead: Any) -> None:
         raise AssertionError
 
     def mean_score(self, scores: Sequence[Score]) -> float:

@@ -53,13 +53,20 @@ KIN: dict[str, dict[str, Any]] = {
     "dr_grpo": IN_GROUPS,
     "grpo": IN_GROUPS | {"kl": {"coef": 1.0}},
 }
-CASES = [("ppo", "gpt2"), ("ppo", "llama"), *((algorithm, "gpt2") for algorithm in KIN if algorithm != "ppo")]
+CASES = [
+    ("ppo", "gpt2", 0),
+    ("ppo", "llama", 0),
+    *((algorithm, "gpt2", 0) for algorithm in KIN if algorithm != "ppo"),
+    *((algorithm, "gpt2", lag) for algorithm in ("ppo", "rloo") for lag in (1, 2)),
+]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("algorithm", "architecture"), CASES)
+@pytest.mark.parametrize(("algorithm", "architecture", "lag"), CASES)
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_the_command_ends_where_it_should(tmp_path: Path, algorithm: str, architecture: str, seed: int) -> None:
+def test_the_command_ends_where_it_should(
+    tmp_path: Path, algorithm: str, architecture: str, lag: int, seed: int
+) -> None:
     model = {"gpt2": gpt2, "llama": llama}[architecture](1)
     model.save_pretrained(tmp_path / "policy")
     write_digit_tokenizer(tmp_path / "policy")
@@ -84,7 +91,14 @@ def test_the_command_ends_where_it_should(tmp_path: Path, algorithm: str, archit
             "resources": {"CPU": 0.2},
             "sources": [{"name": "rule", "function": f"{tmp_path}/rule.py:rule"}],
         },
-        "ppo": {"algorithm": algorithm, "steps": 60, "epochs": 4, "minibatches": 1, **KIN[algorithm]},
+        "ppo": {
+            "algorithm": algorithm,
+            "steps": 100 if lag else 60,
+            "epochs": 4,
+            "minibatches": 1,
+            "max_lag": lag,
+            **KIN[algorithm],
+        },
         "report_to": [],
     }
     raytrl("ppo", write_run_file(tmp_path, "optimum", values, {}))
@@ -97,7 +111,7 @@ def test_the_command_ends_where_it_should(tmp_path: Path, algorithm: str, archit
     start, end = point.distance(deepcopy(model)), point.distance(deepcopy(trained))
     seconds = [row["time/step_s"] for row in metrics(tmp_path / "runs/optimum")]
     print(
-        f"{algorithm} {architecture} seed {seed}: KL to its point {start:.4f} -> {end:.4f}, to the optimum "
+        f"{algorithm} {architecture} lag {lag} seed {seed}: KL to its point {start:.4f} -> {end:.4f}, to the optimum "
         f"{optimum.distance(trained):.4f}, {sum(seconds):.0f} s of steps"
     )
     assert start > 0.1

@@ -60,14 +60,16 @@ class PpoRun(TrainingRun, RolloutRun):
 
     @property
     def engine_versions(self) -> int:
-        if self.ppo.max_lag < 2:
-            return 1
-        return self.rollout.versions or (self.ppo.max_lag if holds_several_versions(self.asked) else 1)
+        if self.rollout.versions is not None:
+            return self.rollout.versions
+        lag = self.ppo.max_lag
+        return lag + 1 if lag > 1 and holds_several_versions(self.asked) else 1
 
     @property
     def lanes(self) -> int:
-        """Batches that are on their way at a time."""
-        return max(1, self.ppo.max_lag)
+        """Batches that may be on their way at a time: with as many versions in an engine one more than its lag says."""
+        lag = self.ppo.max_lag
+        return lag + 1 if self.engine_versions > lag else lag
 
     @property
     def lane_groups(self) -> int:
@@ -303,9 +305,9 @@ class PpoRun(TrainingRun, RolloutRun):
     def _lane_problems(self) -> list[str]:
         lag, versions, actors = self.ppo.max_lag, self.rollout.versions, self.rollout.actors
         problems = []
-        if versions is not None and versions > self.lanes:
+        if versions is not None and versions > lag + 1:
             problems.append(
-                f"rollout.versions: with ppo.max_lag {lag} no more than {self.lanes} can be asked for at a time; found: "
+                f"rollout.versions: with ppo.max_lag {lag} no more than {lag + 1} can be asked for at a time; found: "
                 f"{versions}; leave it out"
             )
         elif (versions or 1) > 1 and not holds_several_versions(self.asked):

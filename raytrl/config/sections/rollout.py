@@ -75,9 +75,9 @@ class RolloutSection(ProcessSection):
     comes back with the next step's weights. auto: broadcast where both have whole GPUs, there are two engines at least
     and no lora, else object_store."""
     versions: PositiveInt | None = None
-    """With a ppo.max_lag of 2 or more: versions of the policy that an engine holds side by side, so that it starts on a new
-    batch before the last one ends. Where it holds fewer than max_lag, the actors are dealt to lanes that take turns. null:
-    max_lag, where the engine can: transformers any policy, vllm adapters (lora); else 1."""
+    """With a ppo.max_lag: versions of the policy that an engine holds side by side. max_lag + 1: no engine waits for the last
+    responses of a batch. Fewer than max_lag: the actors are dealt to groups that take turns. null: 1; with a max_lag of 2 or
+    more max_lag + 1, where the engine can: transformers any policy, vllm adapters (lora)."""
     start_timeout_s: PositiveFloat = 600.0
     """Seconds for rollout and reward actors to be placed, and to load their models."""
     timeout_s: PositiveFloat = 600.0

@@ -121,6 +121,7 @@ def _schedule(run: PpoRun) -> loop.Schedule:
         eval_every=run.eval.every if run.eval else 0,
         eval_greedy=run.eval.greedy if run.eval else True,
         max_lag=run.ppo.max_lag,
+        lanes=run.lanes,
     )
 
 

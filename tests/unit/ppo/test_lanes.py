@@ -52,11 +52,15 @@ class MortalCalls(ThreadCalls):
         return ticket
 
 
+def lanes_of(lag: int, versions: int) -> int:
+    return lag + 1 if versions > lag else lag
+
+
 def generator(lag: int, actors: int, versions: int, dies: Any = lambda *call: "", timeout_s: float = 20.0) -> Any:
     def make() -> RolloutActor:
         return RolloutActor(lambda: make_engine(gpt2(width=16), num_versions=versions))
 
-    everybody, lanes = [make() for _ in range(actors)], max(1, lag)
+    everybody, lanes = [make() for _ in range(actors)], lanes_of(lag, versions)
     groups = -(-lanes // versions)
     pools = []
     for lane in range(lanes):
@@ -78,13 +82,23 @@ def generator(lag: int, actors: int, versions: int, dies: Any = lambda *call: ""
 
 def learned(lag: int, pool: PoolGenerator, log: Log | None = None, **schedule: int) -> PpoLearner:
     learner = make_learner(gpt2(width=16), config(max_lag=lag))
-    run(Schedule(STEPS, max_lag=lag, **schedule), Prompts(16), pool, LocalScorer(), learner, log or Log())
+    run(
+        Schedule(STEPS, max_lag=lag, lanes=len(pool._lanes), **schedule),
+        Prompts(16),
+        pool,
+        LocalScorer(),
+        learner,
+        log or Log(),
+    )
     return learner
 
 
 @pytest.mark.parametrize(
     ("lag", "actors", "versions"),
-    [(0, 2, 1), (1, 1, 1), (1, 3, 1), (2, 2, 1), (2, 3, 1), (2, 1, 2), (2, 3, 2), (3, 3, 1), (3, 1, 3), (3, 2, 2)],
+    [
+        *((0, 2, 1), (1, 1, 1), (1, 3, 1), (1, 1, 2), (2, 2, 1), (2, 3, 1), (2, 1, 2), (2, 1, 3), (2, 3, 3)),
+        *((3, 3, 1), (3, 1, 3), (3, 2, 2), (3, 2, 4)),
+    ],
 )
 @pytest.mark.parametrize("eval_every", [0, 3])
 def test_lanes_of_actors_are_as_one_process(lag: int, actors: int, versions: int, eval_every: int) -> None:
@@ -107,7 +121,7 @@ class Death:
 
 @pytest.mark.parametrize("method", ["take_bucket", "load_weights", "generate"])
 @pytest.mark.parametrize("at", [1, 2, 3])
-@pytest.mark.parametrize(("lag", "actors", "versions"), [(1, 1, 1), (2, 2, 1), (2, 1, 2), (3, 2, 2)])
+@pytest.mark.parametrize(("lag", "actors", "versions"), [(1, 1, 1), (1, 1, 2), (2, 2, 1), (2, 1, 3), (3, 2, 2)])
 def test_a_death_in_any_phase_changes_nothing(method: str, at: int, lag: int, actors: int, versions: int) -> None:
     """Also where nobody else is in the lane: whoever is reborn finds the version that is asked for."""
     expected, _ = by_hand(lag)

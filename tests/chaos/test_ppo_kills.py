@@ -32,7 +32,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "shared": {"value_model": {"shared": True}},
     "lag1": {"ppo": {"max_lag": 1}},
     "lanes": {"ppo": {"max_lag": 2}, "rollout": {"versions": 1}},
-    "lanes-broadcast": {"ppo": {"max_lag": 2}, "rollout": {"versions": 1, "weight_transfer": "broadcast"}},
     "versions": {"ppo": {"max_lag": 3}},
     "zero2": {"learner": {"workers": 2, "resources": {"CPU": 0.25}, "deepspeed": {"zero_optimization": {"stage": 2}}}},
 }
@@ -111,6 +110,22 @@ def test_same_weights(folder: Path, undisturbed: Any, kind: str, victims: tuple[
 
 PHASES = ("generate", "score", "update", "sync", "checkpoint")
 PAUSED = str(Path(__file__).with_name("paused"))
+
+
+@pytest.mark.slow
+def test_a_batch_whose_weights_nobody_has_any_more_is_made_by_newer_ones(folder: Path) -> None:
+    """Two lanes of one actor each, which get their weights by broadcast, once: the lost one's batch is made by the other."""
+    how = {"ppo": {"max_lag": 2, "steps": STEPS, "batch_size": 16, "minibatches": 2}, "checkpoint": {"every": 1000}}
+    file = ppo_file(folder, "lost", rollout={"versions": 1, "weight_transfer": "broadcast"}, **how)
+    run, process = folder / "runs/lost", start("ppo", file)
+    wait_for("step 7", lambda: last_step(run) >= 7, process)
+    os.kill(worker_pids(process, "RolloutActor")[-1], signal.SIGKILL)
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, output
+    newer = [row["rollout/redone_newer"] for row in metrics(run)]
+    assert len(newer) == STEPS and sorted(newer) == [0.0] * (STEPS - 1) + [16.0]
+    assert "16 responses were made by newer weights than planned" in " ".join(output.split())
+    assert metrics(run)[-1]["rollout/actors"] == 2
 
 
 @pytest.mark.slow

@@ -93,11 +93,11 @@ def test_the_command_ends_where_it_should(
         },
         "ppo": {
             "algorithm": algorithm,
-            "steps": 100 if lag else 60,
+            "steps": 80 if lag else 60,
             "epochs": 4,
             "minibatches": 1,
-            "max_lag": lag,
             **KIN[algorithm],
+            **({"max_lag": lag, "batch_size": 512, "learning_rate": 1e-3} if lag else {}),
         },
         "report_to": [],
     }

@@ -20,10 +20,9 @@ from typing import Any
 
 import ray
 
-from raytrl.launch.actors.base import CONCURRENCY_GROUPS, MAX_IN_FLIGHT, WEIGHTS, WORK
-from raytrl.launch.actors.rollout import RolloutActor
+from raytrl.launch.actors.base import CONCURRENCY_GROUPS, MAX_IN_FLIGHT, WORK
 from raytrl.records.samples import Attempt, Prompt, Response, Score
-from tests.benchmarks.scale_simulation import IdleLearner, Measured, Prompts
+from tests.benchmarks.scale_simulation import IdleLearner, Measured, Prompts, StandInRollout
 
 ACTORS, SLOTS, BATCH, CHUNK, MEAN, LIMIT = 4, 32, 256, 4, 250, 1000
 STEPS, WARM_UP = 9, 4  # the first ones are made by the first weights, all at once
@@ -86,20 +85,6 @@ def length_of(prompt: Prompt, sigma: float) -> int:
     return round(min(LIMIT, max(8, draw)))
 
 
-class Rollouts(RolloutActor):
-    """Takes weights at once, beside what it samples where the schedule has several versions."""
-
-    @ray.method(concurrency_group=WEIGHTS)
-    def load_weights(self, attempt: Attempt, version: int, checksum: str, *rest: Any) -> tuple[int, str]:
-        self.begin(attempt)
-        with self._busy("loading weights", beside=True):
-            self._loaded()
-            return version, checksum
-
-    def _check(self, attempt: Attempt, version: int) -> None:
-        self._refuse_if_old(attempt)
-
-
 class Learner(IdleLearner):
     def __init__(self, update_s: float) -> None:
         self._update_s = update_s
@@ -130,7 +115,7 @@ def step_s(lag: int, versions: int, sigma: float, update: float, unit_s: float) 
     from raytrl.launch.session.gauges import RoleGauges
     from raytrl.loop import loop
 
-    remote = ray.remote(concurrency_groups=CONCURRENCY_GROUPS | {WORK: MAX_IN_FLIGHT}, num_cpus=0)(Rollouts)
+    remote = ray.remote(concurrency_groups=CONCURRENCY_GROUPS | {WORK: MAX_IN_FLIGHT}, num_cpus=0)(StandInRollout)
     actors = [remote.remote(partial(StandIn, unit_s, sigma)) for _ in range(ACTORS)]
     ray.get([actor.doing.remote() for actor in actors], timeout=600)
     lanes = lag + 1 if versions > lag else lag

@@ -1,6 +1,6 @@
 """What the controller costs as rollout actors grow: the real loop, pools, records and Ray calls; only engines sleep.
 
-    python -m tests.benchmarks.scale_simulation 4 16 64
+    python -m tests.benchmarks.scale_simulation 4 16 64 [--lag 0 2]
 
 Each rollout actor is a real Ray actor (RolloutActor) whose engine sleeps for a set time a chunk and then answers with
 whole records; the learner does nothing. A step would ideally take `chunks an actor x latency`: what it takes beyond
@@ -39,12 +39,12 @@ class NoWeights:
 
 
 class SleepingEngine:
-    concurrent = False
+    concurrent, num_versions = False, 1
 
     def __init__(self, latency_s: float) -> None:
         self._latency_s = latency_s
 
-    def generate(self, prompts: Sequence[Prompt], version: int, *, samples: int, greedy: bool) -> list[Response]:
+    def generate(self, prompts: Sequence[Prompt], version: int, *, samples: int, **_: Any) -> list[Response]:
         time.sleep(self._latency_s)
         tokens, logprobs = tuple(range(TOKENS)), (-1.25,) * TOKENS
         return [
@@ -54,17 +54,19 @@ class SleepingEngine:
         ]
 
 
-class SleepingRollout(RolloutActor):
-    """Takes weights without importing torch, so that many fit on one machine."""
+class StandInRollout(RolloutActor):
+    """Takes weights at once and without importing torch, so that many fit on one machine."""
 
     @ray.method(concurrency_group=WEIGHTS)
     def load_weights(self, attempt: Attempt, version: int, checksum: str, *rest: Any) -> tuple[int, str]:
         self.begin(attempt)
-        with self._busy("loading weights"):
+        with self._busy("loading weights", beside=True):
             self._refuse_if_old(attempt)
             self._loaded()
-            self._held = (attempt, version, checksum)
             return version, checksum
+
+    def _check(self, attempt: Attempt, version: int) -> None:
+        self._refuse_if_old(attempt)
 
 
 class ConstantSources:
@@ -134,8 +136,11 @@ def thread_calls(kind: type, count: int, role: str, make: Callable[[], Any]) -> 
     return ThreadCalls([kind(make) for _ in range(count)])
 
 
-def measure(actors: int, latency_s: float, calls: Callable[[type, int, str, Callable[[], Any]], Any]) -> dict[str, Any]:
-    """One size; medians over the steps after the warm-up."""
+def measure(
+    actors: int, latency_s: float, calls: Callable[[type, int, str, Callable[[], Any]], Any], lag: int = 0
+) -> dict[str, Any]:
+    """One size; medians over the steps after the warm-up. With a lag the actors are dealt to as many lanes, and a step is still
+    a batch of them all: of half of them twice as long, in turns."""
     from statistics import median
 
     from raytrl.config.sections.reward import RewardSection
@@ -145,15 +150,26 @@ def measure(actors: int, latency_s: float, calls: Callable[[type, int, str, Call
     from raytrl.launch.actors.scorer import PoolScorer
     from raytrl.loop import loop
 
-    rollouts = calls(SleepingRollout, actors, "rollout", lambda: SleepingEngine(latency_s))
+    lanes = max(1, lag)
+    pools = [
+        Pool(
+            calls(StandInRollout, actors // lanes, "rollout", lambda: SleepingEngine(latency_s)),
+            "rollout actors",
+            "the simulation",
+            120.0,
+        )
+        for _ in range(lanes)
+    ]
     rewards = calls(RewardActor, max(1, actors // 16), "reward", ConstantSources)
     section = RewardSection.model_validate({"sources": [{"name": "constant", "function": "x.py:y"}]})
     generator = PoolGenerator(
-        [Pool(rollouts, "rollout actors", "the simulation", 120.0)],
+        pools,
         RolloutSection(chunk_prompts=CHUNK),
         samples=1,
         attempt=Attempt("run", 1),
         send_weights=lambda weights, receivers: weights,  # type: ignore[arg-type, return-value]
+        ahead=lag > 0,
+        groups=lanes,
     )
     scorer = PoolScorer(
         Pool(rewards, "reward actors", "the simulation", 120.0),
@@ -163,13 +179,15 @@ def measure(actors: int, latency_s: float, calls: Callable[[type, int, str, Call
         gather=lambda scores: scores,
     )
     reporter, rows = Measured(), actors * CHUNKS_AN_ACTOR * CHUNK
-    loop.run(loop.Schedule(STEPS), Prompts(rows), generator, scorer, IdleLearner(), reporter)  # type: ignore[arg-type]
+    schedule = loop.Schedule(STEPS, max_lag=lag, lanes=lanes)
+    loop.run(schedule, Prompts(rows), generator, scorer, IdleLearner(), reporter)  # type: ignore[arg-type]
     steps = reporter.rows[WARM_UP:]
     overhead = median(row["time/step_s"] for row in steps) - CHUNKS_AN_ACTOR * latency_s
     cpu = median(row["cpu_s"] for row in steps)
     phases = {name: round(median(row[f"time/{name}_s"] for row in steps), 4) for name in loop.PHASES}
     return {
         "actors": actors,
+        "lag": lag,
         "responses_a_step": rows,
         "ideal_s": CHUNKS_AN_ACTOR * latency_s,
         "overhead_s": round(overhead, 4),
@@ -185,13 +203,16 @@ def main() -> None:
     parser.add_argument("sizes", type=int, nargs="*")
     parser.add_argument("--local", type=int, nargs="*", default=[])
     parser.add_argument("--latency", type=float, default=2.0, help="seconds a chunk")
+    parser.add_argument("--lag", type=int, nargs="*", default=[0], help="ppo.max_lag; several: one after the other")
     given = parser.parse_args()
     for size in given.local:
-        print(json.dumps({"calls": "threads", **measure(size, given.latency, thread_calls)}), flush=True)
+        for lag in given.lag:
+            print(json.dumps({"calls": "threads", **measure(size, given.latency, thread_calls, lag)}), flush=True)
     for size in given.sizes:
-        ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-        print(json.dumps({"calls": "ray", **measure(size, given.latency, ray_calls)}), flush=True)
-        ray.shutdown()
+        for lag in given.lag:
+            ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+            print(json.dumps({"calls": "ray", **measure(size, given.latency, ray_calls, lag)}), flush=True)
+            ray.shutdown()
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ _OPERATIONAL = (
     "rollout.placement",
     "rollout.labels",
     "rollout.weight_transfer",
+    "rollout.versions",
     "rollout.start_timeout_s",
     "rollout.timeout_s",
     "rollout.samples",

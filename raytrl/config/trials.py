@@ -57,6 +57,8 @@ _DECIDE = (
     "ppo.kl.coef",
     "ppo.kl.place",
     "ppo.responses_per_prompt",
+    "ppo.max_lag",
+    "ppo.importance",
     "reference.path",
 )
 

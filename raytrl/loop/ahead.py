@@ -45,4 +45,4 @@ def taken_up(
     rows = {prompt.row for prompt in questions}
     kept = [chunk for chunk in made if chunk and chunk[0].step == step and chunk[0].row in rows]
     lacking = Request(questions, ()).without([response for chunk in kept for response in chunk])
-    return Request(questions, chain(kept, send(step, lacking).chunks if lacking else ()))
+    return Request(questions, chain(kept, send(step, lacking).chunks))  # of every worker, as new weights are

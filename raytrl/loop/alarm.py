@@ -48,7 +48,7 @@ class StaleAlarm:
             return None
         self._said = ess
         return (
-            f"step {step}: the batch counts as {ess:.0%} of its size (importance/ess): the policy has moved {kl:.2g} nats a "
-            f"response since it was sampled, and weights by token correct little of that; lower ppo.max_lag, found "
-            f"{max_lag}, or ppo.learning_rate"
+            f"step {step}: importance/ess is {ess:.2g}: weighted by their whole ratio so large a part of the samples would "
+            f"count, as the policy has moved {kl:.2g} nats a response since; weights by token correct little of that; lower "
+            f"ppo.max_lag, found {max_lag}, or ppo.learning_rate"
         )

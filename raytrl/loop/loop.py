@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import count
 
 from raytrl.errors import RunError
 from raytrl.loop.ahead import Request, taken_up
@@ -13,7 +14,7 @@ from raytrl.loop.protocols import E, Generator, Learner, PromptSource, Reporter,
 from raytrl.records.metrics import DRAIN, EVAL_SCORE, PHASES, STEP_S, time_of
 from raytrl.records.samples import Prompt, Response
 
-_TRIES = 3  # at responses whose weights were lost, before the run is
+_TRIES = 3  # more, at responses whose weights were lost
 
 
 @dataclass(frozen=True)
@@ -82,20 +83,20 @@ def run(
             send_next(step + lag)
         request = ahead.popleft()
         responses = _collect(request, scorer, clock)
-        for _ in range(_TRIES):
+        for tries in count():
             lost = request.without(responses)
             if not learner.any_worker(bool(lost)):
                 break
+            if tries == _TRIES:
+                raise RunError(
+                    f"step {step}: its responses were lost {tries + 1} times, each time with all who could make them"
+                )
             # Nobody has their weights any more: the newest make them, wherever there is somebody.
             finish_all()
             with clock.phase("sync"):
                 generator.load_weights(learner.weights(), None, anew=True)
             again = Request(lost, generator.generate(lost, learner.step, greedy=False, lane=None))
             responses += _collect(again, scorer, clock)
-        else:
-            raise RunError(
-                f"step {step}: its responses were lost {_TRIES} times, each time with all who could make them"
-            )
         if not schedule.is_early:  # the lane of this batch is idle now
             send_next(step + lag)
         with clock.phase("score"):  # what scoring costs beyond generation

@@ -149,7 +149,7 @@ def _ppo_text(metrics: Mapping[str, float]) -> str:
         f"clipped {metrics[CLIPPED]:.0%}",
     ]
     if ESS in metrics:
-        parts.append(f"counts as {metrics[ESS]:.0%}")
+        parts.append(f"effective size {metrics[ESS]:.0%}")
     if EVAL_SCORE in metrics:
         parts.append(f"evaluation {metrics[EVAL_SCORE]:.3f}")
     if dropped := metrics.get(DROPPED):

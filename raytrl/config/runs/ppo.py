@@ -14,6 +14,9 @@ from raytrl.config.sections.model import TokenizerSpec
 from raytrl.config.sections.ppo import EvalSection, KlSection, PpoSection, ValueModelSection
 from raytrl.config.sections.weight_transfer import chosen_transfer, transfer_problems
 
+_AGES = ("rollout/lag_mean", "rollout/lag_max", "rollout/redone_newer")
+_OF_OLDER = (*_AGES, "importance/ess", "rollout/kl_to_sampler")
+_OF_WEIGHTS = ("importance/mean", "importance/capped_fraction")
 # A schedule of so many versions side by side is as fast as one without any bound.
 _ENOUGH_LAG = 3
 # Keys of `ppo` that act on ratios other than 1.
@@ -67,7 +70,7 @@ class PpoRun(TrainingRun, RolloutRun):
 
     @property
     def lanes(self) -> int:
-        """Batches that may be on their way at a time: with as many versions in an engine one more than its lag says."""
+        # With as many versions in an engine there is one more than the lag says, and always an idle one.
         lag = self.ppo.max_lag
         return lag + 1 if self.engine_versions > lag else lag
 
@@ -146,6 +149,10 @@ class PpoRun(TrainingRun, RolloutRun):
             return "is of a KL in the loss", f"ppo.kl.place {self.ppo.kl.place}, coef {self.ppo.kl.coef:g}", "both"
         if metric.startswith("groups/") and self.ppo.responses_per_prompt == 1:
             return "is of several responses to a prompt", "ppo.responses_per_prompt 1", "2 or more"
+        if metric in _OF_OLDER and not self.ppo.max_lag and (metric in _AGES or self.ppo.importance is None):
+            return "is of samples that are ahead", "ppo.max_lag 0", "1 or more"
+        if metric in _OF_WEIGHTS and self.ppo.importance is None:
+            return "is of weighted samples", "ppo.importance null", "a section"
         if metric in ("loss/value_avg", "val/explained_variance", "val/clipfrac_avg") and not self.has_critic:
             return "is of a value function", f"ppo.advantage {self.ppo.advantage}, without one,", "critic"
         return super().why_without(metric)
@@ -229,9 +236,15 @@ class PpoRun(TrainingRun, RolloutRun):
         if ppo.is_one_step and (keys := [key for key in _OF_RATIOS if key in meant]):
             named, act = ", ".join(f"ppo.{key}" for key in keys), "act" if len(keys) > 1 else "acts"
             lines.append(f"{named}: {act} on nothing: with one optimizer step a batch the ratio is always 1")
-        if ppo.max_lag > _ENOUGH_LAG:
+        if ppo.max_lag > _ENOUGH_LAG and self.engine_versions > ppo.max_lag:
             lines.append(
                 f"ppo.max_lag: {ppo.max_lag}: with {_ENOUGH_LAG} nobody waits for anybody, and more only makes samples older"
+            )
+        groups, actors = self.lane_groups, self.rollout.actors
+        if actors % groups or self.lanes % groups:
+            lines.append(
+                f"rollout.actors: {actors} are dealt to {groups} groups that make {self.lanes} batches in turn: some have more "
+                f"to do than others, and all wait for these"
             )
         if ppo.max_lag and ppo.importance is None:
             lines.append("ppo.importance: null, so samples of older weights count as if they were of today's")
@@ -263,6 +276,7 @@ class PpoRun(TrainingRun, RolloutRun):
         transfer = chosen_transfer(self.rollout, self.learner, self.lora)
         self.__dict__["rollout"] = self.rollout.chosen(engine=chosen_engine(self.asked), weight_transfer=transfer)
         or_raise(self._model_problems() + self._role_problems() + self._useless_settings(), None)
+        self.__dict__["rollout"] = self.rollout.chosen(versions=self.engine_versions)
         return self
 
     def _model_problems(self) -> list[str]:
@@ -310,11 +324,11 @@ class PpoRun(TrainingRun, RolloutRun):
                 f"rollout.versions: with ppo.max_lag {lag} no more than {lag + 1} can be asked for at a time; found: "
                 f"{versions}; leave it out"
             )
-        elif (versions or 1) > 1 and not holds_several_versions(self.asked):
+        elif (versions or 1) > 1 and holds_several_versions(self.asked) is False:
             problems.append(
                 f"rollout.versions: vllm holds one version of this policy, and several only of adapters (lora) where its class "
-                f"for the model takes them; found: {versions}; expected: 1, and a rollout actor for each of ppo.max_lag {lag} "
-                f"batches, or rollout.engine: transformers"
+                f"for the model, and their options, allow it; found: {versions}; expected: 1, and a rollout actor for each of "
+                f"ppo.max_lag {lag} batches, or rollout.engine: transformers"
             )
         elif actors < self.lane_groups:
             held = f"an engine holds {self.engine_versions} of them"

@@ -66,6 +66,11 @@ class RolloutRun(Run):
         return 1
 
     @property
+    def lanes(self) -> int:
+        """Batches that may be on their way at a time."""
+        return 1
+
+    @property
     def lane_groups(self) -> int:
         """Groups that rollout actors are dealt to, each of which has its own batch in hand."""
         return 1
@@ -126,7 +131,7 @@ class RolloutRun(Run):
         rows, rollout, reward = self.prompts_at_a_time, self.rollout, self.reward
         chunks = None if rows is None else -(-rows // rollout.chunk_prompts)
         lines = []
-        at_a_time = None if chunks is None else chunks * self.lane_groups
+        at_a_time = None if chunks is None else chunks * self.lanes
         if at_a_time is not None and rollout.actors > at_a_time:
             lines.append(
                 f"rollout.actors: {rollout.actors - at_a_time} of {rollout.actors} would always be idle: the prompts come in "

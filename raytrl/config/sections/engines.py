@@ -14,6 +14,7 @@ from typing import Any, Literal
 from raytrl.config.foreign.native import NativeClass, check_values, native_fields, package_folder
 from raytrl.config.renamed import unknown_key
 from raytrl.config.sections.rollout import RolloutSection
+from raytrl.errors import ConfigError
 
 VLLM_ARGS = NativeClass("vllm", "engine/arg_utils.py", "EngineArgs")
 # What raytrl sets itself, and by which key.
@@ -25,11 +26,18 @@ _OWNED = {
     "seed": "seed (every response has a seed of its own)",
     "logprobs_mode": "raytrl: log-probs are those of the distribution that was sampled from",
     "enable_lora": "lora (the adapter is merged on the rollout side, or several are held with ppo.max_lag)",
+    "max_loras": "rollout.versions",
+    "max_cpu_loras": "rollout.versions",
+    "max_lora_rank": "lora.r",
     "skip_tokenizer_init": "raytrl, which tokenizes itself",
     "data_parallel_size": "rollout.actors",
     "distributed_executor_backend": "rollout.resources (one process, or one a GPU)",
     "worker_extension_cls": "raytrl",
 }
+# What vLLM does not serve as an adapter, and the initial weights that leave the base as it is.
+_NOT_ADAPTERS = ("use_dora", "lora_bias", "layer_replication", "alora_invocation_tokens", "use_bdlora", "use_qalora")
+_PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
+_MAX_ADAPTER_RANK = 512
 _CPU_BLOCK = 128  # tokens of a block of vLLM's key-value cache on a CPU
 CPU_SEQUENCES = 128  # in vLLM's batch on CPUs at a time, unless engine_args.max_num_seqs says otherwise
 _INSTALL = "pip install 'raytrl[vllm]' on GPUs; on CPUs see README.md"
@@ -89,16 +97,25 @@ def engine_problems(asked: Asked) -> list[str]:
     return _argument_problems(asked.rollout) + _placement_problems(asked.rollout)
 
 
-def holds_several_versions(asked: Asked) -> bool:
-    """Whether the engine that is taken can hold versions of the policy side by side: vLLM only adapters, of local models whose
-    class says so."""
+def holds_several_versions(asked: Asked) -> bool | None:
+    """Whether the engine that is taken can hold versions of the policy side by side; None: that cannot be told here.
+
+    vLLM only holds adapters: of models whose class says so, and without what it refuses (`PEFTHelper`).
+    """
     if chosen_engine(asked) == "transformers":
         return True
-    return asked.lora is not None and all(_serves_adapters(path) for path in asked.model_paths)
+    if asked.lora is None or any(asked.lora.get(key) for key in _NOT_ADAPTERS):
+        return False
+    ranks = [asked.lora.get("r") or 8, *(asked.lora.get("rank_pattern") or {}).values()]
+    init = asked.lora.get("init_lora_weights")
+    if max(ranks) > _MAX_ADAPTER_RANK or (isinstance(init, str) and init.lower() not in _PLAIN_INITS):
+        return False
+    found = [_serves_adapters(path) for path in asked.model_paths]
+    return None if None in found else all(found)
 
 
-def _serves_adapters(model_path: str) -> bool:
-    """Whether vLLM's class for this model takes adapters, from its source; False where that cannot be told."""
+def _serves_adapters(model_path: str) -> bool | None:
+    """Whether vLLM's class for this model takes adapters, from its source; None where there is no telling."""
     try:
         (architecture,) = json.loads((Path(model_path) / "config.json").read_text(encoding="utf-8"))["architectures"]
         models = package_folder("vllm") / "model_executor/models"
@@ -109,11 +126,30 @@ def _serves_adapters(model_path: str) -> bool:
             if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "_TEXT_GENERATION_MODELS"
         ]
         module, name = known[architecture]
-        found = ast.parse((models / f"{module}.py").read_text(encoding="utf-8"))
-        (model,) = [node for node in found.body if isinstance(node, ast.ClassDef) and node.name == name]
-        return "SupportsLoRA" in map(ast.unparse, model.bases)
-    except (OSError, ValueError, KeyError, TypeError):
+        return _inherits(models, module, name, "SupportsLoRA")
+    except (ConfigError, OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _inherits(folder: Path, module: str, name: str, wanted: str) -> bool:
+    """Whether a class of a module in this folder is below the wanted one, through modules beside it."""
+    body = ast.parse((folder / f"{module}.py").read_text(encoding="utf-8")).body
+    beside = {
+        alias.asname or alias.name: (node.module, alias.name)
+        for node in body
+        if isinstance(node, ast.ImportFrom) and node.level == 1 and node.module is not None
+        for alias in node.names
+    }
+    classes = {node.name: node for node in body if isinstance(node, ast.ClassDef)}
+    if name not in classes:
         return False
+    for base in map(ast.unparse, classes[name].bases):
+        if base == wanted:
+            return True
+        place, known_as = beside.get(base, (module, base))
+        if (folder / f"{place}.py").is_file() and _inherits(folder, place, known_as, wanted):
+            return True
+    return False
 
 
 def engine_words(asked: Asked) -> str:

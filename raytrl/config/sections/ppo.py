@@ -234,8 +234,8 @@ class PpoSection(Section):
 
     @property
     def is_one_step(self) -> bool:
-        """Whether every batch has one optimizer step, by the weights that made it: then every ratio is 1."""
-        return self.epochs * self.minibatches == 1 and self.max_lag == 0
+        """Whether every batch has one optimizer step: then every ratio of new to old is 1."""
+        return self.epochs * self.minibatches == 1
 
     def version_of(self, step: int) -> int:
         """The version of the weights that make the batch of a step."""

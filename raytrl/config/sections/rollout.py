@@ -77,7 +77,8 @@ class RolloutSection(ProcessSection):
     versions: PositiveInt | None = None
     """With a ppo.max_lag: versions of the policy that an engine holds side by side. max_lag + 1: no engine waits for the last
     responses of a batch. Fewer than max_lag: the actors are dealt to groups that take turns. null: 1; with a max_lag of 2 or
-    more max_lag + 1, where the engine can: transformers any policy, vllm adapters (lora)."""
+    more max_lag + 1, where the engine can: transformers any policy, vllm the adapters (lora) of a local model of a class that
+    takes them."""
     start_timeout_s: PositiveFloat = 600.0
     """Seconds for rollout and reward actors to be placed, and to load their models."""
     timeout_s: PositiveFloat = 600.0
@@ -92,7 +93,7 @@ class RolloutSection(ProcessSection):
             raise ValueError("\n".join(problems))
         return arguments
 
-    def chosen(self, **names: str) -> "RolloutSection":
+    def chosen(self, **names: str | int) -> "RolloutSection":
         """A copy with auto replaced; what was written in the run file stays the only part that counts as written."""
         copy = self.model_copy()
         copy.__dict__.update(names)

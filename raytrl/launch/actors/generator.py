@@ -2,6 +2,7 @@
 
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import chain
@@ -24,7 +25,8 @@ from raytrl.roles.weights.buckets import Weights
 SendWeights = Callable[[Weights, Receivers], SentWeights]
 T = TypeVar("T")
 _BEAT_S = 1.0
-_OUT_LIMIT_S = 2.0  # for the actors of a lane that was gone when its last weights came
+# For the actors of a lane that was gone when its last weights came: so long, and so many times what it took to send these.
+_OUT_LIMIT_S, _OUT_PATIENCE = 2.0, 5.0
 
 
 class PoolGenerator:
@@ -58,6 +60,7 @@ class PoolGenerator:
         self._ahead, self._num_groups, self._beat = ahead, groups, beat
         self._versions: list[int | None] = [None] * len(self._lanes)
         self._out: set[int] = set()  # lanes without any actor that serves
+        self._missed: set[int] = set()  # lanes that this worker waited for in vain
 
     @property
     def num_up(self) -> int:
@@ -94,19 +97,22 @@ class PoolGenerator:
                 pool.tell_all("begin", self._attempt)  # what an earlier attempt still asks for need not be waited for
         for each in lanes:
             self._lanes[each].forget()  # the last version's buckets, so that the object store does not hold two
+        began = time.monotonic()
         sent = self._send_weights(weights, receivers)
+        out_limit_s = _OUT_LIMIT_S + _OUT_PATIENCE * (time.monotonic() - began)
         for each in lanes:
-            self._bring_up_to_date(each, sent, first)
+            self._bring_up_to_date(each, sent, first, out_limit_s)
         if len(self._out) == len(self._lanes):
             raise ActorsGoneError(f"no rollout actor serves; last: {self._lanes[0].last_loss}")
 
-    def _bring_up_to_date(self, lane: int, sent: SentWeights, first: bool) -> None:
+    def _bring_up_to_date(self, lane: int, sent: SentWeights, first: bool, out_limit_s: float) -> None:
         pool, proof = self._lanes[lane], (sent.version, sent.checksum)
         call = ("load_weights", self._attempt, sent.version, sent.checksum, sent.num_buckets, sent.buckets)
         served = True
         if self._team is None or self._team.rank == 0:  # one of the workers asks, and tells the others
             # At first the models are still being loaded. One that was gone just now need not be waited for again.
-            limit_s = self._rollout.start_timeout_s if first else _OUT_LIMIT_S if lane in self._out else None
+            is_out = self._num_groups > 1 and lane in self._out | self._missed
+            limit_s = self._rollout.start_timeout_s if first else out_limit_s if is_out else None
             try:
                 pool.prepare_all(*call, expect=proof, timeout_s=limit_s)
             except (StalledError, ActorsGoneError, WeightsGoneError) as error:
@@ -118,6 +124,7 @@ class PoolGenerator:
             served, up = self._team.from_rank_zero((served, pool.up))
             if self._team.rank != 0:
                 pool.take_over(up, *call, expect=proof)
+        self._missed.discard(lane)
         self._versions[lane] = sent.version if served else None
         self._out = self._out - {lane} if served else self._out | {lane}
 
@@ -134,7 +141,8 @@ class PoolGenerator:
     def generate(
         self, prompts: Sequence[Prompt], version: int, *, greedy: bool, lane: int | None = None
     ) -> Iterable[Sequence[Response]]:
-        serving = [each for each in range(len(self._lanes)) if lane in (None, each) and each not in self._out]
+        asked = range(self._num_groups) if lane is None else [lane]  # one lane for all the actors of a group
+        serving = [each for each in asked if each not in self._out and not self._lanes[each].is_gone]
         others = {self._versions[each] for each in serving} - {version}
         if others:
             raise WeightsVersionError(f"asked for responses of version {version}; the actors have {others}")
@@ -144,13 +152,15 @@ class PoolGenerator:
             self._lanes[serving[number % len(serving)]].send(
                 Request(
                     name=f"rows {bare[0].row} to {bare[-1].row} of step {bare[0].step}",
-                    place=bare[0].row // self._rollout.chunk_prompts,
+                    # By the step, too: lanes that share actors do not know what the others have sent.
+                    place=bare[0].row // self._rollout.chunk_prompts + bare[0].step,
                     method="generate",
                     arguments=(self._attempt, bare, version, samples, greedy),
                 )
             )
-        taken = [self._lanes[each] for each in serving if self._lanes[each].is_busy]
-        answers = [_taken_in(self._answers(p), self._beat) if self._ahead else self._answers(p) for p in taken]
+        answers = [self._answers(each) for each in serving if self._lanes[each].is_busy]
+        if self._ahead:
+            answers = [_taken_in(each, self._beat) for each in answers]
         return self._responses(chain.from_iterable(answers))
 
     def logprobs(
@@ -172,8 +182,9 @@ class PoolGenerator:
                 found[response.row, response.sample] = value
         return found
 
-    def _answers(self, pool: Pool) -> Iterator[tuple[Request, Any]]:
+    def _answers(self, lane: int) -> Iterator[tuple[Request, Any]]:
         """Those of a lane; they end early where nobody has the weights that its requests ask for, or can get them."""
+        pool = self._lanes[lane]
         try:
             yield from pool.answers()
         except (WeightsGoneError, ActorsGoneError, StalledError) as error:
@@ -181,6 +192,7 @@ class PoolGenerator:
                 raise  # there is nobody else; or somebody has them, and is stuck
             LOG.warning("%s", error)
             pool.abandon()
+            self._missed.add(lane)
 
     def _responses(self, answers: Iterable[tuple[Request, Any]]) -> Iterator[Sequence[Response]]:
         """Whole chunks, each when it is done: what scores them sees the same batches in every run."""
@@ -249,8 +261,10 @@ def generator_on(
     def pool(lane: int) -> Pool:
         name = "rollout actors" if groups == 1 else f"rollout actors of lane {lane}"
         window = requests_in_flight(run.rollout, run.samples_a_prompt)
-        calls = RayCalls(handles[lane % groups :: groups], gauges.part())
-        return Pool(calls, name, who, run.rollout.timeout_s, window=window, beat=beat_of_worker)
+        calls = RayCalls(handles[lane % groups :: groups], gauges.part(counts_losses=lane < groups))
+        # Lanes that share their actors wait for one another's chunks.
+        limit_s = run.rollout.timeout_s * -(-lanes // groups)
+        return Pool(calls, name, who, limit_s, window=window, beat=beat_of_worker)
 
     return PoolGenerator(
         [pool(lane) for lane in range(lanes)],

@@ -1,6 +1,7 @@
 """Requests over a pool of actors that may die: what is lost goes to another actor, and no wait is without limit.
 
-Knows nothing of Ray: `Calls` says how an actor is called. A pool belongs to one thread of one learner worker.
+Knows nothing of Ray: `Calls` says how an actor is called. A pool belongs to one learner worker, and to one of its threads at
+a time.
 """
 
 import math
@@ -147,6 +148,11 @@ class Pool:
         return bool(self._flying or self._unsent)
 
     @property
+    def is_gone(self) -> bool:
+        """Whether all actors are, for good."""
+        return len(self._gone) == len(self._calls)
+
+    @property
     def last_loss(self) -> str:
         """How the last actor was lost, for messages."""
         return self._last_loss
@@ -166,6 +172,8 @@ class Pool:
             ActorsGoneError, WeightsGoneError: none will be. And what an actor raised.
         """
         self.forget()
+        if self.is_gone:
+            raise self._all_gone()
         self._prepare, self._expect = (method, *arguments), expect
         self._next_try = {actor: 0.0 for actor in range(len(self._calls)) if actor not in self._gone}
         limit_s = timeout_s or self._timeout_s
@@ -336,16 +344,17 @@ class Pool:
         if loss.broke:
             self._breaks[actor] += 1
             if not self._has_served and all(self._breaks):  # as with an engine that cannot load this model
-                raise RunError(f"{self._who}: no {self._what} can serve; last: {self._last_loss}") from None
+                raise ActorsGoneError(f"{self._who}: no {self._what} can serve; last: {self._last_loss}") from None
         if loss.final or self._breaks[actor] >= _MAX_BREAKS:
             self._gone[actor] = str(loss)
             self._next_try.pop(actor, None)
-            if len(self._gone) == len(self._calls):
-                raise ActorsGoneError(
-                    f"{self._who}: all {self._what} are gone for good; last: {self._last_loss}"
-                ) from None
+            if self.is_gone:
+                raise self._all_gone() from None
         elif actor not in self._preparing.values():
             self._next_try.setdefault(actor, time.monotonic() + _REVIVE_PAUSE_S)
+
+    def _all_gone(self) -> ActorsGoneError:
+        return ActorsGoneError(f"{self._who}: all {self._what} are gone for good; last: {self._last_loss}")
 
     def _start_preparing(self) -> None:
         for actor in [actor for actor, due in self._next_try.items() if due <= time.monotonic()]:

@@ -41,7 +41,7 @@ class RolloutActor(Actor):
     def join_group(self, attempt: Attempt, version: int, invitation: "Invitation") -> None:
         """Become a member of the learner's group for weights from `version` on."""
         self.begin(attempt)
-        with self._busy(f"joining the group for weights from version {version} on"):
+        with self._busy(f"joining the group for weights from version {version} on", beside=self._takes_beside):
             self._refuse_if_old(attempt)
             self._intake.join(invitation)
 

@@ -18,7 +18,7 @@ from raytrl.roles.weights.buckets import Weights
 from raytrl.roles.weights.group import WeightGroup
 from raytrl.roles.weights.packed import PackedBucket
 
-_LIMIT_S = 60.0  # for a message, or for the members to come; all are idle by then
+_LIMIT_S = 60.0  # for a message, or for the members to come; what else they do does not keep them
 
 
 class WeightSender:

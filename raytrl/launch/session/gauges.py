@@ -111,11 +111,11 @@ class RoleGauges:
         self._waiting: dict[int, int] = {}
         self._restarts: dict[int, int] = {}
 
-    def part(self) -> "PoolGauges":
-        """Of a further pool."""
+    def part(self, counts_losses: bool = True) -> "PoolGauges":
+        """Of a further pool; `counts_losses`: of actors that no other pool of the role has."""
         number = len(self._waiting)
         self._waiting[number] = self._restarts[number] = 0
-        return PoolGauges(self, number)
+        return PoolGauges(self, number, counts_losses)
 
     def waiting(self, requests: int, part: int = 0) -> None:
         self._waiting[part] = requests
@@ -132,12 +132,14 @@ class PoolGauges:
 
     role: RoleGauges
     number: int
+    counts_losses: bool
 
     def waiting(self, requests: int) -> None:
         self.role.waiting(requests, self.number)
 
     def restarts(self, count: int) -> None:
-        self.role.restarts(count, self.number)
+        if self.counts_losses:
+            self.role.restarts(count, self.number)
 
 
 def step_gauges(run: TrainingRun) -> StepGauges:

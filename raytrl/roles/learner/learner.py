@@ -257,7 +257,7 @@ class PpoLearner:
     def _learns_in_one_pass(self) -> bool:
         """Whether nothing needs the old log-probs before the update's only pass, which has them: ratios are 1 there."""
         config = self._config
-        needs = config.has_critic or self._reference is not None or config.importance is not None
+        needs = config.has_critic or self._reference is not None or config.importance is not None or config.max_lag
         return config.is_one_step and config.train_unfinished and not needs
 
     def _passes(self, sequences: Sequences) -> tuple[Tensor, Tensor | None, Tensor | None]:

@@ -50,7 +50,7 @@ class RolloutEngine(ABC):
         """Load and prove them; returns the checksum of what the engine now holds.
 
         Raises:
-            WeightsVersionError: they do not fit, or did not arrive whole; the engine then serves nothing.
+            WeightsVersionError: they do not fit, or did not arrive whole; the engine does not serve them then.
         """
         self.begin_weights(weights.version)
         for tensors in weights.buckets:

@@ -138,7 +138,7 @@ def test_a_run_whose_responses_are_lost_each_time_fails() -> None:
             return []
 
     generator = Hopeless([make_engine(gpt2(width=16))], 1)
-    with pytest.raises(RunError, match="step 0: its responses were lost 3 times"):
+    with pytest.raises(RunError, match="step 0: its responses were lost 4 times"):
         run(Schedule(2), Prompts(16), generator, LocalScorer(), make_learner(gpt2(width=16), config()), Log())
 
 

@@ -135,9 +135,10 @@ def _inherits(folder: Path, module: str, name: str, wanted: str) -> bool:
     """Whether a class of a module in this folder is below the wanted one, through modules beside it."""
     body = ast.parse((folder / f"{module}.py").read_text(encoding="utf-8")).body
     beside = {
-        alias.asname or alias.name: (node.module, alias.name)
+        alias.asname or alias.name: (node.module.rpartition(".")[2], alias.name)
         for node in body
-        if isinstance(node, ast.ImportFrom) and node.level == 1 and node.module is not None
+        if isinstance(node, ast.ImportFrom) and node.module is not None
+        if node.level == 1 or node.module.startswith("vllm.model_executor.models.")
         for alias in node.names
     }
     classes = {node.name: node for node in body if isinstance(node, ast.ClassDef)}

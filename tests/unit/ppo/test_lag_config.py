@@ -8,7 +8,8 @@ import pytest
 
 from raytrl.config.load import load_run
 from raytrl.config.runs.ppo import PpoRun
-from raytrl.config.sections.engines import vllm_is_installed
+from raytrl.config.sections.engines import Asked, _serves_adapters, holds_several_versions, vllm_is_installed
+from raytrl.config.sections.rollout import RolloutSection
 from raytrl.errors import ConfigError
 from raytrl.plan.lag import of_phases
 from raytrl.plan.memory import estimates
@@ -143,3 +144,51 @@ def test_a_half_written_file_tells_what_it_has(folder: Path) -> None:
     rows = [json.dumps({"step": i, **phases(1.0)}) for i in range(1, 4)]
     (place / "metrics.jsonl").write_text("\n".join([*rows, '{"st']))
     assert "the last 2 steps in this run directory took 2.7 s" in str(lag_note(run))
+
+
+@pytest.mark.skipif(not vllm_is_installed(), reason="vLLM is not installed")
+@pytest.mark.parametrize(
+    ("architecture", "serves"),
+    [
+        ("LlamaForCausalLM", True),
+        ("MistralForCausalLM", True),  # by its base, in another module
+        ("Qwen3ForCausalLM", True),
+        ("GPT2LMHeadModel", False),
+        ("NobodyKnowsForCausalLM", None),
+    ],
+)
+def test_which_models_vllm_serves_adapters_of(tmp_path: Path, architecture: str, serves: bool | None) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": [architecture]}))
+    assert _serves_adapters(str(tmp_path)) is serves
+    assert _serves_adapters("some/hub-id") is None
+
+
+@pytest.mark.parametrize("lora", [{"lora_bias": True}, {"r": 1024}, {"init_lora_weights": "pissa"}])
+def test_adapters_that_vllm_refuses_are_merged(folder: Path, lora: dict[str, Any]) -> None:
+    asked = Asked(RolloutSection(engine="vllm"), [str(folder / "policy")], LORA | lora)
+    assert holds_several_versions(asked) is False
+
+
+@pytest.mark.parametrize(
+    ("lag", "rollout", "is_told"),
+    [(2, {"versions": 1, "actors": 3}, True), (2, {"versions": 1}, False), (3, {}, False)],
+)
+def test_groups_that_have_unequal_work_are_told(folder: Path, lag: int, rollout: dict[str, Any], is_told: bool) -> None:
+    lines = run_of(folder, lag, rollout).idle_settings(None)
+    assert bool([line for line in lines if "groups that make" in line]) == is_told
+
+
+@pytest.mark.parametrize(
+    ("metric", "ppo", "is_there"),
+    [
+        ("importance/ess", {}, False),
+        ("importance/ess", {"importance": {}}, True),
+        ("rollout/lag_mean", {"importance": {}}, False),
+        ("importance/mean", {"max_lag": 1}, True),
+        ("importance/mean", {"max_lag": 1, "importance": None}, False),
+        ("rollout/kl_to_sampler", {"max_lag": 1, "importance": None}, True),
+    ],
+)
+def test_which_metrics_there_are(folder: Path, metric: str, ppo: dict[str, Any], is_there: bool) -> None:
+    lag = ppo.pop("max_lag", 0)
+    assert (run_of(folder, lag, ppo=ppo).why_without(metric) is None) == is_there

@@ -117,9 +117,15 @@ def test_a_batch_whose_weights_nobody_has_any_more_is_made_by_newer_ones(folder:
     """Two lanes of one actor each, which get their weights by broadcast, once: the lost one's batch is made by the other."""
     how = {"ppo": {"max_lag": 2, "steps": STEPS, "batch_size": 16, "minibatches": 2}, "checkpoint": {"every": 1000}}
     file = ppo_file(folder, "lost", rollout={"versions": 1, "weight_transfer": "broadcast"}, **how)
-    run, process = folder / "runs/lost", start("ppo", file)
+    run, places = folder / "runs/lost", folder / "places-lost"
+    places.mkdir()
+    process = start("ppo", file, PYTHONPATH=PAUSED, RAYTRL_TEST_PAUSES=str(places))
     wait_for("step 7", lambda: last_step(run) >= 7, process)
-    os.kill(worker_pids(process, "RolloutActor")[-1], signal.SIGKILL)
+    (places / "want").write_text("generate")
+    wait_for("generate", lambda: bool(list(places.glob("at-*"))), process)
+    (here,) = places.glob("at-*")
+    here.unlink()
+    os.kill(int(here.name.removeprefix("at-")), signal.SIGKILL)
     output, _ = process.communicate(timeout=240)
     assert process.returncode == 0, output
     newer = [row["rollout/redone_newer"] for row in metrics(run)]

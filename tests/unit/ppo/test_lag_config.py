@@ -8,7 +8,7 @@ import pytest
 
 from raytrl.config.load import load_run
 from raytrl.config.runs.ppo import PpoRun
-from raytrl.config.sections.engines import Asked, _serves_adapters, holds_several_versions, vllm_is_installed
+from raytrl.config.sections.engines import Asked, _serves_adapters, holds_several_versions
 from raytrl.config.sections.rollout import RolloutSection
 from raytrl.errors import ConfigError
 from raytrl.plan.lag import of_phases
@@ -50,14 +50,11 @@ def run_of(folder: Path, lag: int, rollout: dict[str, Any] | None = None, **more
     ],
 )
 def test_who_holds_what(folder: Path, lag: int, rollout: dict[str, Any], versions: int, groups: int) -> None:
-    if rollout.get("engine") == "vllm" and not vllm_is_installed():
-        pytest.skip("vLLM is not installed")
     found = run_of(folder, lag, rollout)
     assert (found.engine_versions, found.lane_groups) == (versions, groups)
     assert found.lanes == (lag + 1 if versions > lag else lag)
 
 
-@pytest.mark.skipif(not vllm_is_installed(), reason="vLLM is not installed")
 def test_vllm_holds_adapters_side_by_side(folder: Path) -> None:
     """As its class for the model says, in its source."""
     assert run_of(folder, 3, {"engine": "vllm", "actors": 1}, lora=LORA).engine_versions == 4
@@ -81,7 +78,6 @@ def test_what_does_not_fit_is_refused(folder: Path, lag: int, rollout: dict[str,
         run_of(folder, lag, rollout)
 
 
-@pytest.mark.skipif(not vllm_is_installed(), reason="vLLM is not installed")
 def test_vllm_holds_one_version_of_a_whole_model(folder: Path) -> None:
     with pytest.raises(ConfigError, match=r"rollout.versions: vllm holds one version .* found: 2; expected: 1, and a "):
         run_of(folder, 2, {"engine": "vllm", "versions": 2})
@@ -146,7 +142,6 @@ def test_a_half_written_file_tells_what_it_has(folder: Path) -> None:
     assert "the last 2 steps in this run directory took 2.7 s" in str(lag_note(run))
 
 
-@pytest.mark.skipif(not vllm_is_installed(), reason="vLLM is not installed")
 @pytest.mark.parametrize(
     ("architecture", "serves"),
     [

@@ -38,7 +38,7 @@ PICTURES: tuple[tuple[str, dict[str, str]], ...] = (
     (f"KL to the reference, {METRICS[KL].unit}", {KL: "KL"}),
     ("prompts whose responses all score alike", {EQUAL: "share"}),
     (
-        "effective size of a batch that older weights sampled",
+        "effective size of older samples",
         {ESS: "effective size", "importance/capped_fraction": "capped"},
     ),
     (f"KL from the sampler, {METRICS[SAMPLING_KL].unit}", {SAMPLING_KL: "KL"}),

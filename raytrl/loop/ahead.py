@@ -29,10 +29,11 @@ class Request:
         """Wait for all of it."""
         self.chunks = list(self.chunks)
 
-    def without(self, responses: Sequence[Response]) -> list[Prompt]:
-        """The prompts that have no responses among these; a chunk comes whole or not at all."""
-        answered = {response.row for response in responses}
-        return [prompt for prompt in self.prompts if prompt.row not in answered]
+
+def without(prompts: Sequence[Prompt], responses: Sequence[Response]) -> list[Prompt]:
+    """The prompts that have no responses among these; a chunk comes whole or not at all."""
+    answered = {response.row for response in responses}
+    return [prompt for prompt in prompts if prompt.row not in answered]
 
 
 def taken_up(
@@ -44,5 +45,5 @@ def taken_up(
     """A batch of which a checkpoint may hold chunks, whoever of the workers made them; what it lacks is sent."""
     rows = {prompt.row for prompt in questions}
     kept = [chunk for chunk in made if chunk and chunk[0].step == step and chunk[0].row in rows]
-    lacking = Request(questions, ()).without([response for chunk in kept for response in chunk])
+    lacking = without(questions, list(chain.from_iterable(kept)))
     return Request(questions, chain(kept, send(step, lacking).chunks))  # of every worker, as new weights are

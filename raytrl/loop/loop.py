@@ -9,7 +9,7 @@ from functools import partial
 from itertools import count
 
 from raytrl.errors import RunError
-from raytrl.loop.ahead import Request, taken_up
+from raytrl.loop.ahead import Request, taken_up, without
 from raytrl.loop.protocols import E, Generator, Learner, PromptSource, Reporter, Rollout, Scorer, W
 from raytrl.records.metrics import DRAIN, EVAL_SCORE, PHASES, STEP_S, time_of
 from raytrl.records.samples import Prompt, Response
@@ -84,7 +84,7 @@ def run(
         request = ahead.popleft()
         responses = _collect(request, scorer, clock)
         for tries in count():
-            lost = request.without(responses)
+            lost = without(request.prompts, responses)
             if not learner.any_worker(bool(lost)):
                 break
             if tries == _TRIES:
@@ -142,7 +142,7 @@ def _evaluate(
     questions = prompts.evaluation(learner.step)
     request = Request(questions, generator.generate(questions, learner.step, greedy=greedy, lane=None))
     responses = _collect(request, scorer, Clock())
-    if request.without(responses):
+    if without(questions, responses):
         raise RunError(
             f"evaluation after step {learner.step}: the rollout actors were lost, with the weights to evaluate"
         )

@@ -29,36 +29,47 @@ def low_words(completions, **columns):
 """
 
 
-def run_raytrl(folder: Path, name: str, steps: int, seed: int) -> dict[str, Any]:
+def grpo_values(folder: Path, name: str, steps: int, **sections: Any) -> dict[str, Any]:
+    """A run file of the workload; keyword arguments extend its sections."""
     values: dict[str, Any] = {
         "kind": "ppo",
         "name": name,
-        "seed": seed,
         "output_dir": str(folder / "runs"),
         "model": {"path": str(folder / "policy")},
         "data": {"train": str(folder / "prompts.jsonl")},
-        "learner": {"workers": 2, "resources": {"CPU": 0.5}},
-        "rollout": {
-            "engine": "transformers",
-            "actors": 2,
-            "resources": {"CPU": 0.25},
-            "chunk_prompts": WORKLOAD["batch_size"] // GROUP // 2,
-            "sampling": {"max_new_tokens": WORKLOAD["max_new_tokens"]},
-        },
-        "reward": {
-            "resources": {"CPU": 0.25},
-            "sources": [{"name": "rule", "function": f"{folder}/rule.py:low_words"}],
-        },
+        "learner": {},
+        "rollout": {"sampling": {"max_new_tokens": WORKLOAD["max_new_tokens"]}},
+        "reward": {"sources": [{"name": "rule", "function": f"{folder}/rule.py:low_words"}]},
         "ppo": {
             "algorithm": "grpo",
             "steps": steps,
             "batch_size": WORKLOAD["batch_size"],
             "responses_per_prompt": GROUP,
-            "learning_rate": LEARNING_RATE,
         },
         "checkpoint": {"every": 100000},
         "report_to": [],
     }
+    extended = {key: values[key] | more for key, more in sections.items() if isinstance(values.get(key), dict)}
+    return values | sections | extended
+
+
+def run_raytrl(folder: Path, name: str, steps: int, seed: int) -> dict[str, Any]:
+    quarter = {"resources": {"CPU": 0.25}}
+    values = grpo_values(
+        folder,
+        name,
+        steps,
+        seed=seed,
+        learner={"workers": 2, "resources": {"CPU": 0.5}},
+        rollout={
+            "engine": "transformers",
+            "actors": 2,
+            "chunk_prompts": WORKLOAD["batch_size"] // GROUP // 2,
+            **quarter,
+        },
+        reward=quarter,
+        ppo={"learning_rate": LEARNING_RATE},
+    )
     rows, cpu = timed_run(folder, name, values, steps)
     split = {key: statistics.median(row[f"time/{key}_s"] for row in rows[1:]) for key in sorted(SPLIT)}
     return {

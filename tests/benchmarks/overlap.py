@@ -108,6 +108,7 @@ class Scores:
 
 def step_s(lag: int, versions: int, sigma: float, update: float, unit_s: float) -> float:
     """Median seconds of a step."""
+    from raytrl.config.sections.ppo import PpoSection
     from raytrl.config.sections.rollout import RolloutSection
     from raytrl.launch.actors.calls import RayCalls
     from raytrl.launch.actors.generator import PoolGenerator
@@ -118,7 +119,7 @@ def step_s(lag: int, versions: int, sigma: float, update: float, unit_s: float) 
     remote = ray.remote(concurrency_groups=CONCURRENCY_GROUPS | {WORK: MAX_IN_FLIGHT}, num_cpus=0)(StandInRollout)
     actors = [remote.remote(partial(StandIn, unit_s, sigma)) for _ in range(ACTORS)]
     ray.get([actor.doing.remote() for actor in actors], timeout=600)
-    lanes = lag + 1 if versions > lag else lag
+    lanes = PpoSection(max_lag=lag).lanes(versions)
     groups, gauges = -(-lanes // versions), RoleGauges("overlap", "rollout")
     window = 3 * SLOTS // (2 * CHUNK) + 1
     pools = [

@@ -11,47 +11,26 @@ import statistics
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
-from tests.benchmarks.grpo_against_trl import GROUP, RULE
+from tests.benchmarks.grpo_against_trl import RULE, grpo_values
 from tests.benchmarks.ppo_against_trl import timed_run
-from tests.benchmarks.ppo_workload import WORKLOAD, make
+from tests.benchmarks.ppo_workload import make
 
 LORA = {"r": 8, "target_modules": "all-linear"}
 
 
 def seconds(folder: Path, name: str, lag: int, lora: bool, steps: int) -> dict[str, float]:
     """Medians of a step's phases."""
-    values: dict[str, Any] = {
-        "kind": "ppo",
-        "name": name,
-        "output_dir": str(folder / "runs"),
-        "model": {"path": str(folder / "policy")},
-        "data": {"train": str(folder / "prompts.jsonl")},
-        "learner": {"workers": 1, "resources": {"CPU": 1}},
-        "rollout": {
-            "engine": "vllm",
-            "resources": {"CPU": 0.9},
-            "chunk_prompts": 2,
-            "max_prompt_length": 32,
-            "sampling": {"max_new_tokens": WORKLOAD["max_new_tokens"]},
-        },
-        "reward": {
-            "resources": {"CPU": 0.1},
-            "sources": [{"name": "rule", "function": f"{folder}/rule.py:low_words"}],
-        },
-        "ppo": {
-            "algorithm": "grpo",
-            "steps": steps,
-            "batch_size": WORKLOAD["batch_size"],
-            "responses_per_prompt": GROUP,
-            "minibatches": 2,
-            "max_lag": lag,
-        },
-        "checkpoint": {"every": 100000},
-        "report_to": [],
+    values = grpo_values(
+        folder,
+        name,
+        steps,
+        learner={"workers": 1, "resources": {"CPU": 1}},
+        rollout={"engine": "vllm", "resources": {"CPU": 0.9}, "chunk_prompts": 2, "max_prompt_length": 32},
+        reward={"resources": {"CPU": 0.1}},
+        ppo={"minibatches": 2, "max_lag": lag},
         **({"lora": LORA} if lora else {}),
-    }
+    )
     rows, _ = timed_run(folder, name, values, steps)
     phases = ("generate", "score", "experience", "update", "sync", "step")
     return {name: statistics.median(row[f"time/{name}_s"] for row in rows[3:-3]) for name in phases}

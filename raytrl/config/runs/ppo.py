@@ -70,9 +70,7 @@ class PpoRun(TrainingRun, RolloutRun):
 
     @property
     def lanes(self) -> int:
-        # With as many versions in an engine there is one more than the lag says, and always an idle one.
-        lag = self.ppo.max_lag
-        return lag + 1 if self.engine_versions > lag else lag
+        return self.ppo.lanes(self.engine_versions)
 
     @property
     def lane_groups(self) -> int:

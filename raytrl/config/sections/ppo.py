@@ -241,6 +241,11 @@ class PpoSection(Section):
         """The version of the weights that make the batch of a step."""
         return max(0, step - self.max_lag)
 
+    def lanes(self, versions: int) -> int:
+        """Batches that may be on their way at a time, where an engine holds so many versions: with more than the lag one is
+        always idle."""
+        return self.max_lag + 1 if versions > self.max_lag else self.max_lag
+
     def microbatch_tokens(self, token_bytes: float, on_gpu: bool) -> int:
         """Tokens in one forward pass of the learner, of each of which a backward pass needs `token_bytes`."""
         if self.max_tokens_per_microbatch is not None:

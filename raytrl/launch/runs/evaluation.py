@@ -11,6 +11,7 @@ from raytrl.config.runs.evaluation import EvalRun
 from raytrl.errors import ActorsGoneError, NonFiniteError
 from raytrl.launch.runs.resume import Standing
 from raytrl.launch.runs.run import Kind, Start
+from raytrl.loop.ahead import without
 from raytrl.plan.checks.common import Facts
 from raytrl.plan.checks.evaluation import check_eval
 from raytrl.records.outcome import Evaluated
@@ -102,8 +103,8 @@ def _answers(
     for part in generator.generate(prompts, version, greedy=greedy):
         scorer.submit(prompts, part)  # scored while the next are sampled
         responses += part
-    if len(responses) < len(prompts):
-        raise ActorsGoneError(f"rollout actors: all were lost; found {len(responses)} of {len(prompts)} answers")
+    if lost := without(prompts, responses):
+        raise ActorsGoneError(f"rollout actors: all were lost; {len(lost)} of {len(prompts)} prompts have no answer")
     responses.sort(key=lambda response: (response.row, response.sample))
     return Answers(prompts, responses, scorer.collect())
 

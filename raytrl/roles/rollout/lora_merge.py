@@ -35,13 +35,11 @@ class LoraMerge:
             parameter.data = parameter.data.to(device)
         self._device = device
         self._copy = PolicyCopy(self._policy)
-        self._is_whole = False
 
     def begin(self) -> None:
         """A new adapter is coming, in place of the last one."""
-        if self._is_whole:
+        if 0 in self._copy.versions:
             self._copy.drop(0)
-        self._is_whole = False
         self._copy.begin()
 
     def take(self, tensors: Mapping[str, Tensor]) -> str:
@@ -55,7 +53,6 @@ class LoraMerge:
     def finish(self) -> None:
         """Raises WeightsVersionError where a part of the adapter is missing."""
         self._copy.finish(0)
-        self._is_whole = True
 
     def changed(self) -> Iterator[tuple[str, Tensor]]:
         """The parameters of every block that the adapter changes, merged, one by one, by their Hugging Face names.

@@ -1,7 +1,7 @@
 """Versioned weights on their way from the learner to the rollout engines, in buckets, and the proof of what arrived."""
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -177,6 +177,11 @@ class PolicyCopy:
     def drop(self, version: int) -> None:
         """The next version that begins is written where this one lies."""
         self._spare.append(self._versions.pop(version))
+
+    @property
+    def versions(self) -> Collection[int]:
+        """Those that are whole."""
+        return self._versions.keys()
 
     def held(self, version: int) -> Mapping[str, Tensor]:
         """What is held of a version."""

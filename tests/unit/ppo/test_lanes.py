@@ -56,15 +56,11 @@ class MortalCalls(ThreadCalls):
         return ticket
 
 
-def lanes_of(lag: int, versions: int) -> int:
-    return lag + 1 if versions > lag else lag
-
-
 def generator(lag: int, actors: int, versions: int, dies: Any = lambda *call: "", timeout_s: float = 20.0) -> Any:
     def make() -> RolloutActor:
         return RolloutActor(lambda: make_engine(gpt2(width=16), num_versions=versions))
 
-    everybody, lanes = [make() for _ in range(actors)], lanes_of(lag, versions)
+    everybody, lanes = [make() for _ in range(actors)], config(max_lag=lag).lanes(versions)
     groups = -(-lanes // versions)
     pools = []
     for lane in range(lanes):

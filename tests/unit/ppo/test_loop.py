@@ -40,7 +40,7 @@ def looped(lag: int, engines: int, versions: int, log: Log, steps: int = STEPS, 
     if stored:
         learner.load(stored[-1])
     samplers = [make_engine(gpt2(width=16), num_versions=versions) for _ in range(engines)]
-    lanes = lag + 1 if versions > lag else lag
+    lanes = config(max_lag=lag).lanes(versions)
     generator = LocalGenerator(samplers, 1, lanes=lanes)
     run(Schedule(steps, max_lag=lag, lanes=lanes, **schedule), Prompts(16), generator, LocalScorer(), learner, log)
     return learner

@@ -172,7 +172,9 @@ def choose_columns(dataset: datasets.Dataset, run: Run, where: str) -> Taken:
             f"expected: {expected}; rename them with a transform"
         )
     layout = (*(column for column in run.also_taken if column in names and column not in found), *found)
-    kind: RowKind = "input_ids" if found == ("input_ids",) else "chat" if _is_chat(dataset, layout[-1]) else "text"
+    kind: RowKind = (
+        "input_ids" if found == ("input_ids",) else "chat" if not layout or _is_chat(dataset, layout[-1]) else "text"
+    )
     beside = tuple(column for column in run.taken_beside(kind) if column in names)
     unused = tuple(column for column in names if column not in (*layout, *beside))
     return Taken(layout, beside, unused, run.gives_columns_to_rewards)

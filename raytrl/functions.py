@@ -1,13 +1,16 @@
-"""Finds a user's function from its place in a run file: `file.py:name` or `package.module:name`."""
+"""Finds a user's function from its place in a run file, `file.py:name` or `package.module:name`, and calls it as TRL does."""
 
+import asyncio
 import importlib
 import importlib.util
+import inspect
 import os
 import sys
 import sysconfig
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from raytrl.errors import ConfigError
@@ -83,3 +86,69 @@ def describe_raised(error: BaseException) -> str:
     frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(libraries)]
     place = f" ({os.path.basename(frames[-1].filename)}:{frames[-1].lineno})" if frames else ""
     return f"{type(error).__name__}: {error}{place}"
+
+
+class NoListError(Exception):
+    """The function returned something that holds no values."""
+
+
+def call_function(function: Callable[..., Any], keywords: dict[str, Any], loop: asyncio.AbstractEventLoop) -> list[Any]:
+    """Call it as TRL does; returns plain Python values, a text that shows what is neither a number nor None."""
+    given = {
+        **keywords,
+        "trainer_state": SimpleNamespace(global_step=keywords["trainer_state"]),
+        "log_extra": _ignore,
+        "log_metric": _ignore,
+    }
+    parameters = inspect.signature(function).parameters.values()
+    if not any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters):
+        given = {parameter.name: given[parameter.name] for parameter in parameters if parameter.name in given}
+    result = function(**given)
+    if inspect.isawaitable(result):
+
+        async def finish() -> Any:
+            return await result
+
+        result = loop.run_until_complete(finish())
+    if isinstance(result, str | dict) or not hasattr(result, "__iter__"):
+        raise NoListError(
+            f"returned {result!r:.200} (a {type(result).__name__}), not a list with one number a response"
+        )
+    return [_plain(value) for value in result]
+
+
+def _plain(value: Any) -> Any:
+    """A numpy or torch scalar as a Python number: the parent need not import what the function uses."""
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    try:
+        number = value.item()
+    except Exception:
+        number = None
+    return number if isinstance(number, bool | int | float) else f"{value!r:.200}"
+
+
+def _ignore(*_: Any, **__: Any) -> None:
+    """TRL's `log_extra` and `log_metric`: accepted so that functions work unchanged."""
+
+
+def raised(error: BaseException) -> str:
+    """The error and the line that raised it, in one line."""
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
+    return f"raised {type(error).__name__}: {error}{place}"
+
+
+def mentions(place: str, word: str) -> bool:
+    """Whether the source of its module has the word; looks, and imports nothing but the packages around the module."""
+    module_name = place.rpartition(":")[0]
+    if module_name.endswith(".py"):
+        path = Path(module_name)
+    else:
+        _look_in(Path.cwd())
+        spec = importlib.util.find_spec(module_name)
+        path = Path(spec.origin if spec is not None and spec.origin is not None else module_name)
+    try:
+        return word in path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False

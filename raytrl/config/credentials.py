@@ -18,6 +18,15 @@ _SECRET_PARAMETER = re.compile(
 _USER_INFO = re.compile(r"://[^/\s?#@]*:[^/\s@]+@|\bhttps?://[^/\s?#@]+@", re.IGNORECASE)
 _INSTEAD = "an environment variable that the library reads (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, HF_TOKEN …)"
 
+SECRETS_VARIABLE = "RAYTRL_SECRETS"  # names the secrets of a job, and where they lie
+# Of an environment variable.
+_SECRET_VARIABLE = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|(^|_)KEY(_|$)|APIKEY", re.IGNORECASE)
+
+
+def sounds_secret(variable: str, value: str = "") -> bool:
+    """Whether an environment variable is named like a secret, or its value holds credentials in an address."""
+    return bool(_SECRET_VARIABLE.search(variable) or _USER_INFO.search(value))
+
 
 def refuse_credentials(values: Mapping[str, Any], where: str) -> None:
     """Refuses values that hold a password, key or token; the message names the key, never the value.

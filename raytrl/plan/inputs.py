@@ -37,7 +37,7 @@ def inputs_of(run: Run) -> Inputs:
         if use.path is not None:
             found[use.key] = _model(use.path, use.revision) | _base_of(use.path)
     found |= {key: _model(path, None) for key, path in run.tokenizers().items()}
-    found |= {key: _code(place) for key, place in run.reward_functions().items()}
+    found |= {key: _code(place) for key, place in run.user_functions().items()}
     return {key: _few(files) for key, files in found.items() if files}
 
 

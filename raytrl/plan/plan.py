@@ -58,7 +58,7 @@ def plan(loaded: LoadedRun, cluster: Cluster, models: str = "") -> Plan:
     return Plan(
         where=f"{room.where}: {_sum_of([node for node in room.nodes if not node.name.startswith(ADDED)])}",
         roles=tuple(_roles(room, estimates(run, shapes))),
-        words=tuple(words_of(run, shapes, rows, facts.words, facts.columns)),
+        words=tuple(words_of(run, shapes, facts)),
         shared=tuple(_shared(found)),
         notes=tuple(notes),
     )

@@ -4,6 +4,7 @@ import statistics
 from collections.abc import Mapping
 
 from raytrl.config.runs.base import ModelUse, Run
+from raytrl.plan.checks.common import Facts
 from raytrl.plan.cluster import amounts
 from raytrl.plan.config_shapes import ModelShape
 from raytrl.plan.memory import microbatch_of
@@ -13,27 +14,21 @@ from raytrl.rundir import RunDirectory
 Words = list[tuple[str, str]]
 
 
-def words_of(
-    run: Run,
-    shapes: Mapping[str, ModelShape],
-    rows: Mapping[str, int],
-    data: Mapping[str, str],
-    columns: Mapping[str, str],
-) -> Words:
+def words_of(run: Run, shapes: Mapping[str, ModelShape], facts: Facts) -> Words:
     """(subject, sentence) pairs.
 
     Args:
         shapes: of the models that are known, by key of the run file.
-        rows: of the datasets that were counted, by key.
-        data: what else is known of them, by key.
-        columns: which of their columns are used, by key.
+        facts: what is known of the datasets.
     """
+    rows, columns = facts.rows, facts.columns
     words = [_model(use, shapes.get(use.key)) for use in run.models()]
     subjects = {"data.train": "data", "data.eval": "held out" if "data.train" in rows else "data"}
-    words += [(subjects[key], data.get(key) or f"{count:,} rows") for key, count in rows.items()]
+    words += [(subjects[key], facts.words.get(key) or f"{count:,} rows") for key, count in rows.items()]
     uses = {"data.train": "trains on", "data.eval": "evaluates on"}
     words += [(uses[key], text) for key, text in columns.items() if key != "data.eval" or text not in _others(columns)]
     words += run.in_words(rows, microbatch_of(run, shapes))
+    words += facts.tools
     return words + _former(run, run.steps(rows))
 
 

@@ -10,6 +10,8 @@ from raytrl.errors import DataError
 from raytrl.records.samples import Message, Prompt, PromptText
 from raytrl.roles.models.rendering import encoded, rendered, rendered_all
 
+NO_PROMPT: PromptText = [{"role": "user", "content": ""}]  # where an environment's reset says it all, as in TRL
+
 
 class PromptTable:
     """The prompts of one dataset, tokenised when they are asked for."""
@@ -23,6 +25,7 @@ class PromptTable:
             where: the dataset's key, for error messages.
         """
         self._dataset, self._tokenizer, self._where = dataset, tokenizer, where
+        self._converses = rollout.converses
         self.cuts = rollout.long_prompts == "cut"
         self.max_tokens = rollout.max_prompt_length
 
@@ -36,6 +39,10 @@ class PromptTable:
             DataError: naming the dataset row; it is empty, or too long where that is refused.
         """
         columns = dict(self._dataset[index])
+        if (
+            self._converses
+        ):  # its tokens are known where the tools are, and an environment's reset is given the whole row
+            return Prompt(step, row, columns.get("prompt", NO_PROMPT), (), columns)
         text = columns.pop("prompt")
         token_ids = self.token_ids(text, index)
         return Prompt(step, row, self.seen(text, token_ids, index), token_ids[-self.max_tokens :], columns)

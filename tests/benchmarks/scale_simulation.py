@@ -175,7 +175,7 @@ def measure(
         Pool(rewards, "reward actors", "the simulation", 120.0),
         section,
         attempt=Attempt("run", 1),
-        start_timeout_s=120.0,
+        rollout=RolloutSection(start_timeout_s=120.0),
         gather=lambda scores: scores,
     )
     reporter, rows = Measured(), actors * CHUNKS_AN_ACTOR * CHUNK

@@ -239,14 +239,14 @@ def test_a_problem_in_the_evaluation_rows_names_them(tmp_path: Path) -> None:
 def test_the_plan_says_what_runs_where(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     run = run_of(tmp_path, training={"gradient_accumulation_steps": 3}, lora={"r": 4})
-    words = dict(words_of(run, read_shapes(run)[0], {"data.train": 1234}, {}, {}) + processes_of(run, "this machine"))
+    words = dict(words_of(run, read_shapes(run)[0], Facts({"data.train": 1234})) + processes_of(run, "this machine"))
     assert words["model"].startswith("a new llama, 0.0 million parameters, ")
     assert words["training"] == "LoRA r=4, data parallel"
     assert words["data"] == "1,234 rows"
     assert (words["learner.workers"], words["where"]) == ("2 x CPU 1", "this machine")
     assert words["step"] == "24 rows = 4 a forward pass x 3 accumulated x 2 workers"
     run = run_of(tmp_path, learner={"workers": [1, 2]})
-    elastic = dict(words_of(run, {}, {"data.train": 1234}, {}, {}) + processes_of(run, "this machine"))
+    elastic = dict(words_of(run, {}, Facts({"data.train": 1234})) + processes_of(run, "this machine"))
     assert elastic["learner.workers"] == "1 to 2 x CPU 1"
     assert elastic["step"] == "8 rows = 4 a forward pass x 2 workers; fewer accumulate more"
 

@@ -116,7 +116,7 @@ class Run(Section):
         """Its datasets, by key."""
         return {}
 
-    def reward_functions(self) -> Mapping[str, str]:
+    def user_functions(self) -> Mapping[str, str]:
         """Places of the user's functions that score responses, by key."""
         return {}
 

@@ -79,6 +79,7 @@ class EvalRun(RolloutRun):
         words = [
             self._rewards_in_words(),
             self._engine_in_words(),
+            *self._tools_in_words(),
             ("prompts", f"{count}, in chunks of {self.rollout.chunk_prompts}; responses are {how}"),
         ]
         if self.reference.path is not None:
@@ -100,7 +101,7 @@ class EvalRun(RolloutRun):
         for key in ("revision", "pad_token"):
             if (value := getattr(model, key)) is not None:
                 problems.append(f"model.{key}: does nothing for eval; found: {value!r}; leave it out")
-        problems += engine_problems(self.asked)
+        problems += self._reward_problems() + engine_problems(self.asked)
         if rollout.samples != RolloutSection().samples:
             problems.append(
                 f"rollout.samples: does nothing for eval, which writes every response; found: {rollout.samples}; leave "

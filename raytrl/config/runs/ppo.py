@@ -165,6 +165,7 @@ class PpoRun(TrainingRun, RolloutRun):
             ("algorithm", self._algorithm_in_words()),
             self._rewards_in_words(),
             self._engine_in_words(),
+            *self._tools_in_words(),
             ("weights", f"{way}, at each step"),
             *self._lag_in_words(),
             (
@@ -273,7 +274,9 @@ class PpoRun(TrainingRun, RolloutRun):
         # auto becomes a name here, so that the run file in the run directory says what a run was made with.
         transfer = chosen_transfer(self.rollout, self.learner, self.lora)
         self.__dict__["rollout"] = self.rollout.chosen(engine=chosen_engine(self.asked), weight_transfer=transfer)
-        or_raise(self._model_problems() + self._role_problems() + self._useless_settings(), None)
+        or_raise(
+            self._model_problems() + self._reward_problems() + self._role_problems() + self._useless_settings(), None
+        )
         self.__dict__["rollout"] = self.rollout.chosen(versions=self.engine_versions)
         return self
 

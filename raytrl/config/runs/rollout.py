@@ -21,7 +21,7 @@ class RolloutRun(Run):
     """The network whose responses are sampled: a finished one, or the one that PPO goes on from."""
     rollout: RolloutSection = RolloutSection()
     """Who samples responses, and how."""
-    reward: RewardSection
+    reward: RewardSection = RewardSection()
     """Who scores responses, and by what."""
     reference: ReferenceSection = ReferenceSection()
     """The model that the KL of the responses is measured against."""
@@ -83,7 +83,8 @@ class RolloutRun(Run):
         )
 
     def layouts(self) -> tuple[Columns, ...]:
-        return (("prompt",),)
+        # An environment may own all that is said: the prompt is an empty message then.
+        return (("prompt",), ()) if self.rollout.environment is not None else (("prompt",),)
 
     def bf16_on_cpu(self) -> list[str]:
         scores = [] if self.reward.uses_gpu else [s for s in self.reward.sources if s.dtype == "bfloat16"]
@@ -100,12 +101,22 @@ class RolloutRun(Run):
     def tokenizers(self) -> Mapping[str, str]:
         return {"model.tokenizer": self.model.tokenizer} if isinstance(self.model.tokenizer, str) else {}
 
-    def reward_functions(self) -> Mapping[str, str]:
-        return {
+    def user_functions(self) -> Mapping[str, str]:
+        rollout = self.rollout
+        named = {
+            f"rollout.environment.{name}" if name else "rollout.environment": p
+            for name, p in rollout.environments.items()
+        }
+        functions = {
             f"reward.sources.{i}.function": source.function
             for i, source in enumerate(self.reward.sources)
             if source.function is not None
         }
+        return {**functions, **{f"rollout.tools.{i}": place for i, place in enumerate(rollout.tools)}, **named}
+
+    def functions_by_source(self) -> Mapping[str, str]:
+        """Places of reward functions by the names of their sources."""
+        return {source.name: source.function for source in self.reward.sources if source.function is not None}
 
     def _use(self, key: str, path: str, held_by: tuple[str, ...], score: bool = False) -> ModelUse:
         trust = self.model.trust_remote_code
@@ -119,7 +130,40 @@ class RolloutRun(Run):
         )
 
     def _rewards_in_words(self) -> tuple[str, str]:
-        return "reward", " + ".join(f"{source.weight:g} x {source.name}" for source in self.reward.sources)
+        words = [f"{source.weight:g} x {source.name}" for source in self.reward.sources]
+        if self.rollout.environment is not None:
+            words.append("get_reward of the environment, where it has one")
+        return "reward", " + ".join(words)
+
+    def _tools_in_words(self) -> list[tuple[str, str]]:
+        rollout = self.rollout
+        if not rollout.converses:
+            return []
+        places = [*rollout.tools, *(f"{name}: {p}" if name else p for name, p in rollout.environments.items())]
+        return [
+            (
+                "tools",
+                f"{', '.join(places)}; calls are answered {rollout.max_turns} times at most, each in "
+                f"{rollout.tool_timeout_s:g} s, in a process of the conversation's own (no sandbox: it may read and send "
+                f"whatever this user may)",
+            )
+        ]
+
+    def _reward_problems(self) -> list[str]:
+        """Sources that nothing scores."""
+        if self.rollout.environment is not None:
+            return []
+        if not self.reward.sources:
+            return [
+                "reward.sources: nothing scores a response; found: no sources; expected: at least 1 item, a model, function or "
+                "url, or a rollout.environment with a get_reward"
+            ]
+        return [
+            f"reward.sources.{i}: source {source.name!r}; found: none of model, function, url; expected: exactly one of them, or "
+            f"a rollout.environment whose class is called {source.name}"
+            for i, source in enumerate(self.reward.sources)
+            if source.kind == "environment"
+        ]
 
     def _engine_in_words(self) -> tuple[str, str]:
         takes_rest = self.rollout.engine == "vllm" and self.rollout.uses_gpu

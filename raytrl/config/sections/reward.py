@@ -49,11 +49,13 @@ class SourceSection(Section):
     """How often a call that failed is made again."""
 
     @property
-    def kind(self) -> Literal["model", "function", "url"]:
-        """Which of the three this source is."""
+    def kind(self) -> Literal["model", "function", "url", "environment"]:
+        """Which of these this source is; environment: the `get_reward` of a class of this name."""
         if self.model is not None:
             return "model"
-        return "function" if self.function is not None else "url"
+        if self.function is not None:
+            return "function"
+        return "url" if self.url is not None else "environment"
 
     @field_validator("weight")
     @classmethod
@@ -89,15 +91,21 @@ class SourceSection(Section):
     @model_validator(mode="after")
     def _check_kind(self) -> Self:
         given = [key for key in ("model", "function", "url") if getattr(self, key) is not None]
-        if len(given) != 1:
+        if len(given) > 1:
             raise ValueError(
-                f"source {self.name!r}; found: {' and '.join(given) or 'none of model, function, url'}; expected: exactly "
+                f"source {self.name!r}; found: {' and '.join(given)}; expected: exactly "
                 f"one of model, function, url; for two kinds of score write two sources"
             )
-        for key, (kind, nothing) in _ONLY_FOR.items():
-            if kind != self.kind and getattr(self, key) != nothing:
+        article = "an" if self.kind == "environment" else "a"
+        idle = [(key, kind) for key, (kind, nothing) in _ONLY_FOR.items() if getattr(self, key) != nothing]
+        if self.kind == "environment":  # it is asked where the environment is, once, under rollout.tool_timeout_s
+            plain = type(self).model_fields
+            others = [key for key in ("batch_size", "timeout_s", "retries") if getattr(self, key) != plain[key].default]
+            idle += [(key, "model, function or url") for key in others]
+        for key, kind in idle:
+            if kind != self.kind:
                 raise ValueError(
-                    f"{key}: does nothing for a {self.kind} source; found: {getattr(self, key)!r} in source "
+                    f"{key}: does nothing for {article} {self.kind} source; found: {getattr(self, key)!r} in source "
                     f"{self.name!r}; expected: a {kind} source, or no {key}"
                 )
         return self
@@ -106,8 +114,10 @@ class SourceSection(Section):
 class RewardSection(ProcessSection):
     """The reward actors and the sources that each of them holds."""
 
-    sources: Annotated[tuple[SourceSection, ...], Field(min_length=1)]
-    """What scores a response: models, functions and urls; the reward is the weighted sum of their scores."""
+    sources: tuple[SourceSection, ...] = ()
+    """What scores a response: models, functions and urls; the reward is the weighted sum of their scores. The get_reward of a
+    class of rollout.environment is one of its own accord, with weight 1; a source of the class' name that is none of the three
+    gives it another."""
     actors: Annotated[int, Field(ge=1)] = 1
     """How many, each with all sources."""
     resources: dict[str, Annotated[float, Field(ge=0)]] = Field(default_factory=lambda: {"CPU": 1.0})

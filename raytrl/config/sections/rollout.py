@@ -1,5 +1,7 @@
 """`rollout`: the actors that sample responses."""
 
+import re
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt, field_validator, model_validator
@@ -10,6 +12,18 @@ from raytrl.config.sections.base import ProcessSection, Section
 # Truncated sampling draws from another distribution than the one whose log-probs PPO learns from: at top_p 0.8 a
 # user measured a mean ratio of 0.896 before any update (huggingface/trl#7269).
 TRUNCATING = ("top_k", "top_p", "min_p", "typical_p", "repetition_penalty", "no_repeat_ngram_size", "num_beams")
+
+
+# Keys that only conversations read.
+_OF_CONVERSATIONS = (
+    "max_turns",
+    "tool_timeout_s",
+    "max_result_tokens",
+    "tool_processes",
+    "tool_env",
+    "max_failed_fraction",
+)
+PLACE_IN_FILE = re.compile(r"(?P<place>.+\.py|[A-Za-z_]\w*(\.[A-Za-z_]\w*)*):(?P<name>[A-Za-z_]\w*)")
 
 
 def _as_list(value: Any) -> Any:
@@ -79,6 +93,24 @@ class RolloutSection(ProcessSection):
     responses of a batch. Fewer than max_lag: the actors are dealt to groups that take turns. null: 1; with a max_lag of 2 or
     more max_lag + 1, where the engine can: transformers any policy, vllm the adapters (lora) of a local model of a class that
     takes them."""
+    tools: Annotated[list[str], BeforeValidator(_as_list)] = Field(default=[])
+    """Functions that the policy may call, file.py:name each, with type hints and a docstring: TRL's tools=."""
+    environment: str | dict[str, str] | None = None
+    """A class whose methods the policy may call, file.py:name: TRL's environment_factory=. Or several by name, of which the
+    column environment says a row's. null: none."""
+    max_turns: PositiveInt = 8
+    """How often calls of a conversation are answered."""
+    tool_timeout_s: PositiveFloat = 30.0
+    """Seconds that one call of a tool, reset or get_reward may take; the conversation is lost then, and no other."""
+    max_result_tokens: PositiveInt = 1024
+    """Tokens of a tool's answer that are kept, its first ones."""
+    tool_processes: PositiveInt = 64
+    """Conversations of an actor whose tools run at a time, each in a process of its own."""
+    tool_env: Annotated[list[str], BeforeValidator(_as_list)] = Field(default=[])
+    """Environment variables that tools see although they are named like secrets."""
+    max_failed_fraction: Annotated[float, Field(ge=0, le=1)] = 0.25
+    """The largest part of a step's conversations that may be lost, as a tool hung, its process ended or reset raised; each is
+    left out and counted."""
     start_timeout_s: PositiveFloat = 600.0
     """Seconds for rollout and reward actors to be placed, and to load their models."""
     timeout_s: PositiveFloat = 600.0
@@ -92,6 +124,43 @@ class RolloutSection(ProcessSection):
         if problems := words_for_bools("", arguments):
             raise ValueError("\n".join(problems))
         return arguments
+
+    @property
+    def environments(self) -> Mapping[str | None, str]:
+        """Places of the classes by name; None is the name of the only one."""
+        if isinstance(self.environment, str):
+            return {None: self.environment}
+        return dict((self.environment or {}).items())
+
+    @property
+    def converses(self) -> bool:
+        """Whether responses are conversations with tools."""
+        return bool(self.tools) or self.environment is not None
+
+    @model_validator(mode="after")
+    def _check_tools(self) -> "RolloutSection":
+        for key, places in (("tools", self.tools), ("environment", self.environments.values())):
+            for place in places:
+                if not PLACE_IN_FILE.fullmatch(place):
+                    raise ValueError(
+                        f"{key}: no place of a function or class; found: {place!r}; expected: file.py:name or "
+                        f"package.module:name"
+                    )
+        if self.environment == {}:
+            raise ValueError("environment: found: {}; expected: a class, or names and their classes")
+        if not self.converses:
+            fields = type(self).model_fields
+            for name in _OF_CONVERSATIONS:
+                found = getattr(self, name)
+                if found != fields[name].default:
+                    raise ValueError(
+                        f"{name}: does nothing without tools or environment; found: {found!r}; leave it out"
+                    )
+        elif self.sampling.stop is not None:
+            raise ValueError(
+                f"sampling.stop: a turn of a conversation ends by its end token; found: {self.sampling.stop!r}; leave it out"
+            )
+        return self
 
     def chosen(self, **names: str | int) -> "RolloutSection":
         """A copy with auto replaced; what was written in the run file stays the only part that counts as written."""

@@ -148,7 +148,8 @@ class PoolGenerator:
             raise WeightsVersionError(f"asked for responses of version {version}; the actors have {others}")
         samples = 1 if greedy else self._samples
         for number, chunk in enumerate(chunks(prompts, self._rollout.chunk_prompts) if serving else ()):
-            bare = [replace(prompt, columns={}) for prompt in chunk]  # the columns are for reward functions
+            # The columns are for reward functions, and for an environment's reset.
+            bare = chunk if self._rollout.converses else [replace(prompt, columns={}) for prompt in chunk]
             self._lanes[serving[number % len(serving)]].send(
                 Request(
                     name=f"rows {bare[0].row} to {bare[-1].row} of step {bare[0].step}",

@@ -5,12 +5,13 @@ from typing import Any
 
 from raytrl.config.runs.rollout import RolloutRun
 from raytrl.config.sections.reward import RewardSection
+from raytrl.config.sections.rollout import RolloutSection
 from raytrl.launch.actors.calls import RayCalls
 from raytrl.launch.actors.pool import Pool, Request
 from raytrl.launch.session.gauges import RoleGauges
 from raytrl.records.samples import Attempt, Prompt, Response, Score
 from raytrl.roles.reward.call import Pair, longest_call_s
-from raytrl.roles.reward.sources import check_dropped
+from raytrl.roles.reward.sources import check_dropped, check_failed
 
 Gather = Callable[[Sequence[Score]], Sequence[Score]]
 
@@ -24,7 +25,7 @@ class PoolScorer:
         section: RewardSection,
         *,
         attempt: Attempt,
-        start_timeout_s: float,
+        rollout: RolloutSection,
         gather: Gather,
     ) -> None:
         """
@@ -32,7 +33,7 @@ class PoolScorer:
             gather: the scores of all workers, on every worker; collective.
         """
         self._pool, self._section, self._attempt, self._gather = pool, section, attempt, gather
-        self._start_timeout_s, self._started, self._sent = start_timeout_s, False, 0
+        self._rollout, self._started, self._sent = rollout, False, 0
         self._prompts: Sequence[Prompt] = ()
         self._by_row: dict[int, Prompt] = {}
 
@@ -51,13 +52,17 @@ class PoolScorer:
     def start(self) -> None:
         """Returns when the actors have loaded their sources."""
         if not self._started:
-            self._pool.prepare_all("prepare", self._attempt, timeout_s=self._start_timeout_s)
+            self._pool.prepare_all("prepare", self._attempt, timeout_s=self._rollout.start_timeout_s)
             self._started = True
 
     def collect(self) -> list[Score]:
         scores = [score for _, answer in self._pool.answers() for score in answer]
-        if self._section.on_error == "drop":  # judged over the step's whole batch, whoever scored it
-            check_dropped(self._gather(scores), self._section.drop_budget)
+        if (
+            self._section.on_error == "drop" or self._rollout.converses
+        ):  # judged over the step's batch, whoever scored it
+            all_scores = self._gather(scores)
+            check_failed(all_scores, self._rollout.max_failed_fraction)
+            check_dropped(all_scores, self._section.drop_budget)
         return scores
 
 
@@ -77,7 +82,7 @@ def scorer_on(
         Pool(RayCalls(handles, RoleGauges(run.name, "reward").part()), "reward actors", who, limit_s, beat=beat),
         run.reward,
         attempt=attempt,
-        start_timeout_s=run.rollout.start_timeout_s,
+        rollout=run.rollout,
         gather=gather,
     )
 
@@ -86,7 +91,9 @@ def scoring_limit_s(run: RolloutRun) -> float:
     """A reward actor's sources have limits of their own, and it may have other workers' chunks first: the pool's limit must
     not come before them."""
     responses = run.rollout.chunk_prompts * run.samples_a_prompt
-    slowest = max(longest_call_s(source, responses) for source in run.reward.sources)  # they are asked side by side
+    slowest = max(
+        (longest_call_s(source, responses) for source in run.reward.sources), default=0.0
+    )  # asked side by side
     at_a_time = run.prompts_at_a_time or run.rollout.chunk_prompts
     chunks = -(-at_a_time // run.rollout.chunk_prompts)
     return run.rollout.timeout_s + slowest * -(-chunks // run.reward.actors)

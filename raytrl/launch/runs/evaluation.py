@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from raytrl.config.runs.evaluation import EvalRun
 from raytrl.errors import ActorsGoneError, NonFiniteError
+from raytrl.launch.runs.conversations import let_converse, tools_of
 from raytrl.launch.runs.resume import Standing
 from raytrl.launch.runs.run import Kind, Start
 from raytrl.loop.ahead import without
@@ -129,16 +130,22 @@ def make_folder_engine(run: EvalRun) -> "FolderEngine":
     paths = run.versions
     tokenizers = [tokenizer for _, tokenizer in run.evaluated.values()]
 
+    tools = tools_of(run)
+
     def load(version: int) -> "RolloutEngine":
-        return engine.from_pretrained(
+        tokenizer = str(tokenizers[version] if version < len(tokenizers) else paths[version])
+        loaded = engine.from_pretrained(
             paths[version],
-            tokenizers[version] if version < len(tokenizers) else paths[version],
+            tokenizer,
             run.rollout,
             seed=run.seed,
             dtype=torch_dtype(run.model.dtype, run.rollout.uses_gpu),
             device="cuda" if run.rollout.uses_gpu else "cpu",
             trust_remote_code=run.model.trust_remote_code,
         )
+        if version < len(tokenizers):  # the reference is asked for log-probs alone
+            let_converse(loaded, run, tokenizer, tools)
+        return loaded
 
     return FolderEngine(paths, load)
 

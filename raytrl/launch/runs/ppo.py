@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from raytrl.config.runs.ppo import PpoRun
 from raytrl.config.runs.rollout import RolloutRun
+from raytrl.launch.runs.conversations import let_converse, tools_of
 from raytrl.launch.runs.training import TrainingKind
 from raytrl.plan.checks.common import Facts
 from raytrl.plan.checks.ppo import check_ppo
@@ -47,7 +48,8 @@ def make_engine(run: PpoRun) -> "RolloutEngine":
     from raytrl.roles.models.base import torch_dtype
     from raytrl.roles.rollout.engines import engine_class
 
-    return engine_class(run.rollout.engine).from_pretrained(
+    tools = tools_of(run)
+    engine = engine_class(run.rollout.engine).from_pretrained(
         str(run.model.path),
         run.tokenizer_path,
         run.rollout,
@@ -58,6 +60,8 @@ def make_engine(run: PpoRun) -> "RolloutEngine":
         trust_remote_code=run.model.trust_remote_code,
         num_versions=run.engine_versions,
     )
+    let_converse(engine, run, run.tokenizer_path, tools)
+    return engine
 
 
 def make_sources(run: RolloutRun) -> "RewardSources":

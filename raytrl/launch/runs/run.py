@@ -105,7 +105,7 @@ class Kind(ABC, Generic[R, O_co]):
         shapes, unknown = read_shapes(run)
         loads, notices = check_memory(run, room, shapes)
         notices += [f"memory is not estimated: {problem}" for problem in unknown]
-        words = words_of(run, shapes, facts.rows, facts.words, facts.columns)
+        words = words_of(run, shapes, facts)
         words += processes_of(run, cluster.where)
         if loads:
             words.append(("memory", f"about {', '.join(map(str, loads[:4]))}"))

@@ -1,6 +1,6 @@
 """Secrets of a job by reference: what is submitted names them, and where they lie on the cluster; never their values.
 
-`raytrl submit --secret NAME=/path` puts `NAME=/path` into the job's environment under `VARIABLE`. Every process of the
+`raytrl submit --secret NAME=/path` puts `NAME=/path` into the job's environment under `SECRETS_VARIABLE`. Every process of the
 job, on whatever node, reads the file itself. `--secret NAME` says that the cluster's own environment has it.
 """
 
@@ -9,11 +9,10 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from raytrl.config.credentials import SECRETS_VARIABLE, sounds_secret
 from raytrl.errors import ConfigError
 
-VARIABLE = "RAYTRL_SECRETS"
 _REFERENCE = re.compile(r"(?P<name>[A-Za-z_]\w*)(=(?P<path>/.+))?")
-_SOUNDS_SECRET = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|(^|_)KEY(_|$)|APIKEY", re.IGNORECASE)
 _IN_ADDRESS = re.compile(r"://[^/\s@]+:[^/\s@]+@")
 
 
@@ -30,7 +29,7 @@ def reference(secrets: Sequence[str]) -> dict[str, str]:
                 f"--secret {name}: not a reference; expected: NAME, which the cluster's environment has, or "
                 f"NAME=/path/of/a/file on the cluster; the value itself is never given"
             )
-    return {VARIABLE: ",".join(secrets)} if secrets else {}
+    return {SECRETS_VARIABLE: ",".join(secrets)} if secrets else {}
 
 
 def environment(assignments: Sequence[str]) -> dict[str, str]:
@@ -42,7 +41,7 @@ def environment(assignments: Sequence[str]) -> dict[str, str]:
     found = {}
     for text in assignments:
         name, has_value, value = text.partition("=")
-        if _SOUNDS_SECRET.search(name):
+        if sounds_secret(name):
             raise ConfigError(
                 f"--env {name}: is named like a secret, and Ray keeps and shows the variables of a job; expected: "
                 f"--secret {name} (the cluster's environment has it) or --secret {name}=/path/of/a/file on the cluster"
@@ -73,7 +72,7 @@ def load_secrets() -> None:
     Raises:
         ConfigError: one is not where the submission said; the message has no value in it.
     """
-    for text in filter(None, os.environ.get(VARIABLE, "").split(",")):
+    for text in filter(None, os.environ.get(SECRETS_VARIABLE, "").split(",")):
         name, _, path = text.partition("=")
         if path:
             try:

@@ -172,7 +172,7 @@ def _words(sweep: Sweep, at_once: AtOnce, facts: Facts) -> Words:
     searched = [f"{key}: {d.name} {list(d.arguments)}" for key, d in run.search.items()]
     stopping = "no trial is stopped early" if run.scheduler.name == "none" else f"{run.scheduler.name} stops early"
     limits = "".join(f"; {key} at most {value:g}" for key, value in run.limit.items())
-    of_base = words_of(base, read_shapes(base)[0], facts.rows, facts.words, facts.columns)
+    of_base = words_of(base, read_shapes(base)[0], facts)
     return [
         ("base", run.base),
         *((f"  {subject}", sentence) for subject, sentence in of_base),

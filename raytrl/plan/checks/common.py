@@ -19,12 +19,13 @@ Rows = Mapping[str, Any]  # key of the run file → its datasets.Dataset
 @dataclass(frozen=True)
 class Facts:
     """What the checks of a run found out about its datasets: by their keys how many rows, words about them and about their
-    columns; and notices."""
+    columns; notices; and the tools that its conversations may use."""
 
     rows: Mapping[str, int] = field(default_factory=dict)
     words: Mapping[str, str] = field(default_factory=dict)
     notices: Sequence[str] = ()  # what of the rows is cut, left out, written twice
     columns: Mapping[str, str] = field(default_factory=dict)
+    tools: Sequence[tuple[str, str]] = ()  # (subject, sentence)
 
     def __or__(self, other: "Facts") -> "Facts":
         """Of both; a notice that both have is told once."""
@@ -33,6 +34,7 @@ class Facts:
             {**self.words, **other.words},
             tuple(dict.fromkeys([*self.notices, *other.notices])),
             {**self.columns, **other.columns},
+            tuple(dict.fromkeys([*self.tools, *other.tools])),
         )
 
 

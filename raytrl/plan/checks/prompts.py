@@ -11,6 +11,7 @@ from raytrl.errors import ConfigError, DataError
 from raytrl.plan.checks.common import Facts, tokenizer_at
 from raytrl.plan.checks.rows import Batch, Found, Tell, go_through, in_silence
 from raytrl.plan.checks.told import left_out_notices, twice_notice
+from raytrl.plan.checks.tools import check_conversations_of
 from raytrl.plan.checks.training_rows import LEFT_OUT, SAID
 from raytrl.plan.checks.weights import check_vocabulary
 from raytrl.roles.models.rendering import encoded, left_out, rendered, spoken, written
@@ -110,6 +111,8 @@ def check_prompts_of(
         ConfigError: the tokenizer cannot be used for prompts, or the longest do not fit into a model.
         DataError: a prompt that cannot be used, with its row.
     """
+    if run.rollout.converses:
+        return check_conversations_of(run, dataset, where, tell)
     from raytrl.data import check_columns, choose_columns  # datasets: 1.3 s
     from raytrl.roles.models.positions import positions_at
     from raytrl.roles.models.tokenizer import turn_end

@@ -113,7 +113,7 @@ def samples_of(
         WeightsVersionError: a response is older than `max_lag` steps, or newer than the learner.
         NonFiniteError: a score is NaN or infinite.
     """
-    token_ids = {prompt.row: prompt.token_ids for prompt in prompts}
+    by_row = {prompt.row: prompt for prompt in prompts}
     by_key = {(score.row, score.sample): score for score in scores}
     wanted = {(prompt.row, sample) for prompt in prompts for sample in range(config.responses_per_prompt)}
     found = [(response.row, response.sample) for response in responses]
@@ -137,10 +137,15 @@ def samples_of(
         (response for response in responses if by_key[response.row, response.sample].value is not None),
         key=lambda response: (response.row, response.sample),
     )
-    sequences = Sequences.of([token_ids[r.row] for r in kept], [r.token_ids for r in kept], device)
+    sequences = Sequences.of(
+        [response.prompt_of(by_row[response.row]).token_ids for response in kept],
+        [response.token_ids for response in kept],
+        device,
+        [response.sampled for response in kept],
+    )
     sampling_BR = torch.zeros(len(kept), sequences.response_width)
     for i, response in enumerate(kept):
-        sampling_BR[i, : len(response.token_ids)] = torch.tensor(response.sampling_logprobs)
+        sampling_BR[i, : response.num_sampled] = torch.tensor(response.sampling_logprobs)
     places = [r.row * config.responses_per_prompt + r.sample for r in kept]
     return Samples(
         sequences=sequences,

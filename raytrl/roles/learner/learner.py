@@ -319,7 +319,7 @@ class PpoLearner:
 
     def _microbatches(self, sequences: Sequences, rows: Sequence[int]) -> Iterator[tuple[Tensor | None, Sequences]]:
         """(rows, their sequences); in lockstep, None and a filler once this worker's rows are used up."""
-        lengths = (sequences.prompt_lengths_B.tolist(), sequences.response_lengths_B.tolist())
+        lengths = (sequences.prompt_lengths_B.tolist(), sequences.tail_lengths_B.tolist())
         packed = pack(rows, *lengths, self._max_tokens(), padded=not self._backend.networks.packed)
         num_passes = len(packed)
         if self._backend.lockstep:

@@ -226,7 +226,7 @@ def _logits(model: nn.Module, batch: Sequences) -> Tensor:
     if unpadded.is_packed(model):
         logits_1NV: Tensor = model(**unpadded.inputs(batch), logits_to_keep=unpadded.predicting(batch)).logits
         return logits_1NV[0]
-    out = model(**unpadded.padded_inputs(batch), logits_to_keep=batch.response_width + 1)
+    out = model(**unpadded.padded_inputs(batch), logits_to_keep=batch.tail_width + 1)
     return batch.at_tokens(out.logits[:, :-1])  # the last one predicts a token that nobody sampled
 
 

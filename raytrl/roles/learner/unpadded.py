@@ -73,14 +73,14 @@ def inputs(batch: Sequences) -> dict[str, Any]:
         "input_ids": batch.input_ids_BT[mask_BT].unsqueeze(0),
         "position_ids": batch.position_ids_BT[mask_BT].unsqueeze(0),
         "use_cache": False,
-        "layout": Layout.of(batch.prompt_lengths_B + batch.response_lengths_B),
+        "layout": Layout.of(batch.prompt_lengths_B + batch.tail_lengths_B),
     }
 
 
 def predicting(batch: Sequences) -> Tensor:
-    """The places, in the single row, of the tokens before each response token: int64, (N,)."""
+    """The places, in the single row, of the tokens before each sampled token: int64, (N,)."""
     places_BT = batch.attention_mask_BT.flatten().cumsum(0).view_as(batch.input_ids_BT) - 1
-    return places_BT[:, batch.prompt_width - 1 : -1][batch.response_mask_BR]
+    return batch.at_tokens(places_BT[:, batch.prompt_width - 1 : -1])
 
 
 def is_packed(model: nn.Module) -> bool:

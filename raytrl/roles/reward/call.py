@@ -56,8 +56,11 @@ class RewardSource(Protocol):
 
 
 def completion_of(pair: Pair) -> PromptText:
-    """A response as TRL hands it to reward functions: the text, or one assistant message for a chat prompt."""
+    """A response as TRL hands it to reward functions: the text, or for a chat prompt its messages, of which there are several
+    where tools were called."""
     prompt, response = pair
+    if response.episode is not None:
+        return list(response.episode.messages)
     if isinstance(prompt.text, str):
         return response.text
     return [{"role": "assistant", "content": response.text}]

@@ -63,10 +63,11 @@ class ModelSource:
         if isinstance(prompt.text, str):
             return prompt.text + response.text + (self._end if response.ended else "")
         messages = [*prompt.text, *completion_of(pair)]
-        if response.ended:
+        # A conversation that had no room for what came next has whole messages.
+        if response.ended or (response.episode is not None and response.episode.end != "length"):
             return str(self._tokenizer.apply_chat_template(messages, tokenize=False))
         # transformers' `continue_final_message` refuses what a template changes, which for some is all reasoning.
-        messages[-1] = {**messages[-1], "content": response.text + _CUT_HERE}
+        messages[-1] = {**messages[-1], "content": f"{messages[-1].get('content') or ''}{_CUT_HERE}"}
         text, found, _ = str(self._tokenizer.apply_chat_template(messages, tokenize=False)).rpartition(_CUT_HERE)
         if not found:
             raise ValueError("the template leaves out the end of a response that was cut")

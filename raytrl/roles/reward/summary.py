@@ -74,7 +74,7 @@ def summarize(
         dropped=len(scores) - len(values),
         score=spread(values),
         by_source={name: spread(_source_values(scores, name)) for name in names},
-        response_tokens=spread([len(response.token_ids) for response in responses]),
+        response_tokens=spread([response.num_sampled for response in responses]),
         end_token_share=sum(r.ended for r in responses) / len(responses) if responses else None,
         kl_mean=kls.mean if kls else None,
     )

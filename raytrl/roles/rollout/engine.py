@@ -1,12 +1,16 @@
 """What a rollout engine is: prompts in, responses out, by the weights of one version."""
 
 import hashlib
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
 from typing import Any, Protocol
 
-from raytrl.errors import WeightsVersionError
-from raytrl.records.samples import Prompt, Response
+from raytrl.config.sections.rollout import SamplingSection
+from raytrl.errors import NonFiniteError, WeightsVersionError
+from raytrl.records.samples import Prompt, Response, chunks
 from raytrl.roles.models.tokenizer import turn_end
 from raytrl.roles.weights.buckets import Bucket, Weights, combined
 
@@ -24,6 +28,39 @@ class Tokenizer(Protocol):
     def decode(self, token_ids: Any, *, skip_special_tokens: bool = ...) -> Any: ...
 
 
+@dataclass(frozen=True)
+class Turn:
+    """What the policy is to go on from."""
+
+    prompt: Prompt
+    token_ids: Sequence[int]  # all of the context: the prompt's, and in a conversation what came behind it
+    seed: int
+    room: int  # tokens at most
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """One turn of the policy."""
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]  # NaN where the engine gave none
+    ended: bool  # by an end token or a stop string
+
+
+class Conversations(Protocol):
+    """Makes conversations of prompts (`episodes.Episodes`)."""
+
+    def responses(
+        self,
+        engine: "RolloutEngine",
+        prompts: Sequence[Prompt],
+        version: int,
+        samples: int,
+        greedy: bool,
+        wanted: Wanted,
+    ) -> list[Response]: ...
+
+
 class RolloutEngine(ABC):
     """Samples responses with weights of a known version, or of several that it holds side by side.
 
@@ -37,6 +74,7 @@ class RolloutEngine(ABC):
         """`num_versions`: how many it holds; one more takes the place of the oldest. With several, weights come while it
         samples."""
         self.num_versions = num_versions
+        self.conversations: Conversations | None = None  # who turns prompts into more than one turn each
         self._versions: list[int] = []  # in the order in which they came
         self._loading: int | None = None  # the version that is being loaded
         self._checksums: list[str] = []  # of its buckets so far
@@ -133,6 +171,20 @@ class RolloutEngine(ABC):
             StaleAttemptError: the responses are not wanted any more.
         """
         self._check_version(version)
+        found = self.responses(prompts, version, samples, greedy, wanted)
+        # A fault at one token costs its correction; at all of them it is the weights'.
+        logprobs = [logprob for response in found for logprob in response.sampling_logprobs]
+        if logprobs and all(map(math.isnan, logprobs)):
+            rows = f"rows {found[0].row} to {found[-1].row} of step {found[0].step}"
+            raise NonFiniteError(f"rollout engine: {rows}: no log-probability is finite; the weights are broken")
+        return found
+
+    def responses(
+        self, prompts: Sequence[Prompt], version: int, samples: int, greedy: bool, wanted: Wanted
+    ) -> list[Response]:
+        """`generate`, of a version that it holds."""
+        if self.conversations is not None:
+            return self.conversations.responses(self, prompts, version, samples, greedy, wanted)
         return self._generate(prompts, version, samples, greedy, wanted)
 
     def logprobs(self, prompts: Sequence[Prompt], responses: Sequence[Response], version: int) -> list[float]:
@@ -172,12 +224,72 @@ class RolloutEngine(ABC):
     def _finish(self, version: int) -> None: ...
 
     @abstractmethod
+    def submit(self, turns: Sequence[Turn], version: int, greedy: bool, wanted: Wanted) -> "list[Future[Sampled]]":
+        """A turn of the policy each, by weights that it holds. One that samples batch by batch takes these as one, and
+        returns when they are done."""
+
+    @abstractmethod
     def _generate(
         self, prompts: Sequence[Prompt], version: int, samples: int, greedy: bool, wanted: Wanted
     ) -> list[Response]: ...
 
     @abstractmethod
     def _logprobs(self, prompts: Sequence[Prompt], responses: Sequence[Response], version: int) -> list[float]: ...
+
+
+class SamplingEngine(RolloutEngine):
+    """An engine with one model, whose responses are what it samples at a turn."""
+
+    def __init__(
+        self,
+        tokenizer: "Tokenizer",
+        sampling: SamplingSection,
+        *,
+        seed: int,
+        stop_token_ids: Sequence[int],
+        chunk_prompts: int,
+        num_versions: int,
+    ) -> None:
+        """`stop_token_ids` are the model's own, see `Endings`; `seed` is the run's."""
+        super().__init__(num_versions)
+        self._tokenizer, self._sampling, self._seed, self._chunk_prompts = tokenizer, sampling, seed, chunk_prompts
+        self._endings, self._stop = Endings(tokenizer, stop_token_ids), StopStrings(tokenizer, sampling.stop)
+
+    @property
+    def turn_end_ids(self) -> Sequence[int]:
+        """What ends a turn of a conversation."""
+        return self._endings.of_chat
+
+    def _generate(
+        self, prompts: Sequence[Prompt], version: int, samples: int, greedy: bool, wanted: Wanted
+    ) -> list[Response]:
+        asked: list[tuple[Prompt, int, Future[Sampled]]] = []
+        for chunk in chunks(prompts, self._chunk_prompts):
+            rows = [(prompt, sample) for prompt in chunk for sample in range(samples)]
+            turns = [
+                Turn(
+                    prompt,
+                    prompt.token_ids,
+                    response_seed(self._seed, prompt.step, prompt.row, sample),
+                    self._sampling.max_new_tokens,
+                )
+                for prompt, sample in rows
+            ]
+            futures = self.submit(turns, version, greedy, wanted)
+            asked += [(*row, future) for row, future in zip(rows, futures, strict=True)]
+        return [self._response(prompt, sample, future.result(), version) for prompt, sample, future in asked]
+
+    def _response(self, prompt: Prompt, sample: int, turn: Sampled, version: int) -> Response:
+        return Response(
+            step=prompt.step,
+            row=prompt.row,
+            sample=sample,
+            token_ids=turn.token_ids,
+            text=response_text(self._tokenizer, prompt, turn.token_ids, self._endings.of(prompt), self._sampling.stop),
+            ended=turn.ended,
+            sampling_logprobs=turn.logprobs,
+            policy_version=version,
+        )
 
 
 def response_seed(run_seed: int, step: int, row: int, sample: int) -> int:
@@ -259,8 +371,8 @@ class Endings:
         """`more` are those of the generation config."""
         self._of_text = ending_token_ids(tokenizer, more)
         turn = turn_end(tokenizer)
-        self._of_chat = sorted({*self._of_text, *(() if turn is None else (turn[0],))})
+        self.of_chat = sorted({*self._of_text, *(() if turn is None else (turn[0],))})
 
     def of(self, prompt: Prompt) -> list[int]:
         """Of a response to this prompt, ascending."""
-        return self._of_chat if is_chat(prompt) else self._of_text
+        return self.of_chat if is_chat(prompt) else self._of_text

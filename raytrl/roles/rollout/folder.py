@@ -1,10 +1,11 @@
 """A rollout engine whose weights are finished models on disk: what evaluation samples from."""
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 
 from raytrl.errors import WeightsVersionError
 from raytrl.records.samples import Prompt, Response
-from raytrl.roles.rollout.engine import RolloutEngine, Wanted
+from raytrl.roles.rollout.engine import RolloutEngine, Sampled, Turn, Wanted
 from raytrl.roles.weights.buckets import Bucket, checksum, weights_on_disk
 
 
@@ -51,7 +52,10 @@ class FolderEngine(RolloutEngine):
     def _generate(
         self, prompts: Sequence[Prompt], version: int, samples: int, greedy: bool, wanted: Wanted
     ) -> list[Response]:
-        return self._held()._generate(prompts, version, samples, greedy, wanted)
+        return self._held().responses(prompts, version, samples, greedy, wanted)
+
+    def submit(self, turns: Sequence[Turn], version: int, greedy: bool, wanted: Wanted) -> "list[Future[Sampled]]":
+        return self._held().submit(turns, version, greedy, wanted)
 
     def _logprobs(self, prompts: Sequence[Prompt], responses: Sequence[Response], version: int) -> list[float]:
         return self._held()._logprobs(prompts, responses, version)

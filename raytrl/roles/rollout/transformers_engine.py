@@ -1,6 +1,7 @@
 """Rollouts by transformers: any causal language model, batch by batch."""
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,25 +12,17 @@ from transformers import AutoTokenizer
 from raytrl.algo.logprobs import token_logprobs
 from raytrl.config.sections.rollout import RolloutSection, SamplingSection
 from raytrl.errors import NonFiniteError, StaleAttemptError
-from raytrl.records.samples import Prompt, Response, chunks
+from raytrl.records.samples import Prompt, Response
 from raytrl.roles.models.adapters import add_policy_adapter
 from raytrl.roles.models.loading import load_model
-from raytrl.roles.rollout.engine import (
-    Endings,
-    RolloutEngine,
-    StopStrings,
-    Tokenizer,
-    Wanted,
-    response_seed,
-    response_text,
-)
+from raytrl.roles.rollout.engine import Sampled, SamplingEngine, Tokenizer, Turn, Wanted
 from raytrl.roles.weights.buckets import Bucket, PolicyCopy
 
 # Rows that have ended leave the batch once they are so large a part of it: the cache is copied then, as with each token.
 _ENDED_LEAVE = 0.25
 
 
-class TransformersEngine(RolloutEngine):
+class TransformersEngine(SamplingEngine):
     """Any Hugging Face causal language model, batch by batch, with a key-value cache."""
 
     def __init__(
@@ -44,14 +37,16 @@ class TransformersEngine(RolloutEngine):
         num_versions: int = 1,
     ) -> None:
         """`stop_token_ids` are the model's own, see `Endings`; `seed` is the run's."""
-        super().__init__(num_versions)
+        super().__init__(
+            tokenizer,
+            sampling,
+            seed=seed,
+            stop_token_ids=stop_token_ids,
+            chunk_prompts=chunk_prompts,
+            num_versions=num_versions,
+        )
         self._model = model.eval()
         self._copy = PolicyCopy(model)
-        self._tokenizer = tokenizer
-        self._sampling = sampling
-        self._seed = seed
-        self._endings, self._stop = Endings(tokenizer, stop_token_ids), StopStrings(tokenizer, sampling.stop)
-        self._chunk_prompts = chunk_prompts
 
     @classmethod
     def from_pretrained(
@@ -100,17 +95,13 @@ class TransformersEngine(RolloutEngine):
     def _finish(self, version: int) -> None:
         self._copy.finish(version)
 
-    def _generate(
-        self, prompts: Sequence[Prompt], version: int, samples: int, greedy: bool, wanted: Wanted
-    ) -> list[Response]:
+    def submit(self, turns: Sequence[Turn], version: int, greedy: bool, wanted: Wanted) -> "list[Future[Sampled]]":
         self._use(version)
-        responses: list[Response] = []
-        for chunk in chunks(prompts, self._chunk_prompts):
-            rows = [(prompt, sample) for prompt in chunk for sample in range(samples)]
-            drawn = self._sample([prompt for prompt, _ in rows], self._draws(rows, greedy), wanted)
-            for i, (prompt, sample) in enumerate(rows):
-                responses.append(self._response(prompt, sample, drawn, i, version))
-        return responses
+        drawn = self._sample(turns, None if greedy else _draws(turns), wanted)
+        done: list[Future[Sampled]] = [Future() for _ in turns]
+        for i, future in enumerate(done):
+            future.set_result(drawn.row(i))
+        return done
 
     def _logprobs(self, prompts: Sequence[Prompt], responses: Sequence[Response], version: int) -> list[float]:
         self._use(version)
@@ -122,12 +113,12 @@ class TransformersEngine(RolloutEngine):
 
     @torch.inference_mode()
     def _sums_of(self, prompts: Sequence[Prompt], responses: Sequence[Response]) -> list[float]:
-        by_row = {prompt.row: prompt.token_ids for prompt in prompts}
+        by_row = {prompt.row: prompt for prompt in prompts}
         device = next(self._model.parameters()).device
         sums: list[float] = []
         for start in range(0, len(responses), self._chunk_prompts):
             batch = responses[start : start + self._chunk_prompts]
-            prompt_BP, prompt_mask_BP = _left_padded([by_row[response.row] for response in batch], device)
+            prompt_BP, prompt_mask_BP = _left_padded([r.prompt_of(by_row[r.row]).token_ids for r in batch], device)
             tokens_BR, mask_BR = (t.flip(-1) for t in _left_padded([r.token_ids[::-1] for r in batch], device))
             mask_BT = torch.cat([prompt_mask_BP, mask_BR], dim=-1)
             logits_BRV = self._model(
@@ -138,30 +129,24 @@ class TransformersEngine(RolloutEngine):
                 logits_to_keep=tokens_BR.shape[1] + 1,
             ).logits[:, :-1]
             logprobs_BR = token_logprobs(logits_BRV, tokens_BR, self._sampling.temperature)
-            sums += (logprobs_BR.double() * mask_BR).sum(-1).tolist()
+            sampled_BR = torch.zeros_like(mask_BR)
+            for i, response in enumerate(batch):
+                for first, last in response.sampled:
+                    sampled_BR[i, first:last] = 1
+            sums += (logprobs_BR.double() * sampled_BR).sum(-1).tolist()
         return sums
 
-    def _draws(self, rows: Sequence[tuple[Prompt, int]], greedy: bool) -> Tensor | None:
-        """One uniform number a token, float64 (B, R), each row from a generator of its own; None when greedy."""
-        if greedy:
-            return None
-        draws = []
-        for prompt, sample in rows:
-            generator = torch.Generator().manual_seed(response_seed(self._seed, prompt.step, prompt.row, sample))
-            draws.append(torch.rand(self._sampling.max_new_tokens, dtype=torch.float64, generator=generator))
-        return torch.stack(draws)
-
     @torch.inference_mode()
-    def _sample(self, prompts: Sequence[Prompt], draws_BR: Tensor | None, wanted: Wanted) -> "_Drawn":
-        """Sample until every row has ended or is full. Some rows that ended may go on in the batch, and are cut afterwards."""
+    def _sample(self, turns: Sequence[Turn], draws_BR: Tensor | None, wanted: Wanted) -> "_Drawn":
+        """Sample until every row has ended or is full. Some rows that are done may go on in the batch, and are cut afterwards."""
         device = next(self._model.parameters()).device
         draws_BR = None if draws_BR is None else draws_BR.to(device)
-        input_ids, mask = _left_padded([prompt.token_ids for prompt in prompts], device)
-        drawn = _Drawn.empty(len(prompts), self._sampling.max_new_tokens)
+        input_ids, mask = _left_padded([turn.token_ids for turn in turns], device)
+        drawn = _Drawn.of([turn.room for turn in turns])
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
-        rows_B = torch.arange(len(prompts))
+        rows_B = torch.arange(len(turns))
         cache: Any = None
-        for t in range(self._sampling.max_new_tokens):
+        for t in range(max(turn.room for turn in turns)):
             if not wanted():
                 raise StaleAttemptError("rollout engine: not wanted any more")
             out = self._model(
@@ -179,10 +164,8 @@ class TransformersEngine(RolloutEngine):
             logprobs_B = token_logprobs(logits_BV.unsqueeze(1), tokens_B.unsqueeze(1), self._sampling.temperature)
             input_ids = tokens_B.unsqueeze(-1)
             tokens_B = tokens_B.cpu()  # with the log-probs all that leaves the device
-            drawn.append(
-                t, rows_B, tokens_B, logprobs_B.squeeze(1).cpu(), self._ends(prompts, drawn, rows_B, tokens_B, t)
-            )
-            go_on_B = drawn.lengths_B[rows_B] == 0
+            ends_B = self._ends(turns, drawn, rows_B, tokens_B, t)
+            go_on_B = drawn.append(t, rows_B, tokens_B, logprobs_B.squeeze(1).cpu(), ends_B)
             if not bool(go_on_B.any()):
                 break
             mask = torch.cat([mask, mask.new_ones(len(rows_B), 1)], dim=-1)
@@ -195,32 +178,27 @@ class TransformersEngine(RolloutEngine):
                 cache.reorder_cache(kept)  # beam search's way to choose rows, which every kind of layer has
         return drawn
 
-    def _ends(self, prompts: Sequence[Prompt], drawn: "_Drawn", rows_B: Tensor, tokens_B: Tensor, t: int) -> Tensor:
+    def _ends(self, turns: Sequence[Turn], drawn: "_Drawn", rows_B: Tensor, tokens_B: Tensor, t: int) -> Tensor:
         """True where this token, the t-th, ends its row."""
         rows, tokens = rows_B.tolist(), tokens_B.tolist()
-        ends = [token in self._endings.of(prompts[row]) for row, token in zip(rows, tokens, strict=True)]
+        ends = [token in self._endings.of(turns[row].prompt) for row, token in zip(rows, tokens, strict=True)]
         if self._stop:
             first = max(0, t + 1 - self._stop.window)
             for i, (row, token) in enumerate(zip(rows, tokens, strict=True)):
                 if drawn.lengths_B[row] == 0 and not ends[i]:
                     may_end = self._stop.may_end([*drawn.tokens_BR[row, first:t].tolist(), token])
-                    ends[i] = may_end and self._stop.are_in(prompts[row], [*drawn.tokens_BR[row, :t].tolist(), token])
+                    made = [*drawn.tokens_BR[row, :t].tolist(), token]
+                    ends[i] = may_end and self._stop.are_in(turns[row].prompt, made)
         return torch.tensor(ends)
 
-    def _response(self, prompt: Prompt, sample: int, drawn: "_Drawn", i: int, version: int) -> Response:
-        ended = bool(drawn.lengths_B[i] > 0)
-        length = int(drawn.lengths_B[i]) if ended else self._sampling.max_new_tokens
-        token_ids = tuple(drawn.tokens_BR[i, :length].tolist())
-        return Response(
-            step=prompt.step,
-            row=prompt.row,
-            sample=sample,
-            token_ids=token_ids,
-            text=response_text(self._tokenizer, prompt, token_ids, self._endings.of(prompt), self._sampling.stop),
-            ended=ended,
-            sampling_logprobs=tuple(drawn.logprobs_BR[i, :length].tolist()),
-            policy_version=version,
-        )
+
+def _draws(turns: Sequence[Turn]) -> Tensor:
+    """One uniform number a token, float64 (B, R), each row from a generator of its own; 0 behind a row's room."""
+    draws_BR = torch.zeros(len(turns), max(turn.room for turn in turns), dtype=torch.float64)
+    for i, turn in enumerate(turns):
+        generator = torch.Generator().manual_seed(turn.seed)
+        draws_BR[i, : turn.room] = torch.rand(turn.room, dtype=torch.float64, generator=generator)
+    return draws_BR
 
 
 @dataclass
@@ -230,16 +208,30 @@ class _Drawn:
     tokens_BR: Tensor
     logprobs_BR: Tensor
     lengths_B: Tensor
+    ended_B: Tensor
+    rooms_B: Tensor
 
     @classmethod
-    def empty(cls, rows: int, width: int) -> "_Drawn":
-        tokens_BR = torch.zeros(rows, width, dtype=torch.long)
-        return cls(tokens_BR, torch.zeros(rows, width), torch.zeros(rows, dtype=torch.long))
+    def of(cls, rooms: Sequence[int]) -> "_Drawn":
+        """None yet; `rooms`: tokens of each row at most."""
+        rows, width = len(rooms), max(rooms)
+        tokens_BR, lengths_B = torch.zeros(rows, width, dtype=torch.long), torch.zeros(rows, dtype=torch.long)
+        return cls(tokens_BR, torch.zeros(rows, width), lengths_B, lengths_B.bool(), torch.tensor(rooms))
 
-    def append(self, t: int, rows_B: Tensor, tokens_B: Tensor, logprobs_B: Tensor, ends_B: Tensor) -> None:
+    def append(self, t: int, rows_B: Tensor, tokens_B: Tensor, logprobs_B: Tensor, ends_B: Tensor) -> Tensor:
+        """The t-th token of these rows; True where a row goes on."""
         self.tokens_BR[rows_B, t] = tokens_B
         self.logprobs_BR[rows_B, t] = logprobs_B
-        self.lengths_B[rows_B[ends_B & (self.lengths_B[rows_B] == 0)]] = t + 1
+        going_B = self.lengths_B[rows_B] == 0
+        done_B = going_B & (ends_B | (self.rooms_B[rows_B] == t + 1))
+        self.lengths_B[rows_B[done_B]] = t + 1
+        self.ended_B[rows_B[going_B & ends_B]] = True
+        return going_B & ~done_B
+
+    def row(self, i: int) -> Sampled:
+        length = int(self.lengths_B[i])
+        tokens, logprobs = self.tokens_BR[i, :length].tolist(), self.logprobs_BR[i, :length].tolist()
+        return Sampled(tuple(tokens), tuple(logprobs), bool(self.ended_B[i]))
 
 
 def _left_padded(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:

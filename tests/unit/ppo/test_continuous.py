@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Sequence
+from concurrent.futures import Future
 from itertools import islice
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +19,7 @@ from raytrl.launch.actors.rollout import RolloutActor
 from raytrl.launch.actors.transport import send
 from raytrl.records.samples import Attempt, Prompt, Response
 from raytrl.roles.models.adapters import policy_parameters
-from raytrl.roles.rollout.engine import RolloutEngine, Wanted
+from raytrl.roles.rollout.engine import RolloutEngine, Sampled, Turn, Wanted
 from raytrl.roles.rollout.vllm.batch import ContinuousBatch
 from raytrl.roles.weights.buckets import Bucket, Weights
 
@@ -127,6 +128,9 @@ class Meeting(RolloutEngine):
         self.inside += 1
         self.barrier.wait(timeout=10)
         self.inside -= 1
+        return []
+
+    def submit(self, turns: Sequence[Turn], version: int, greedy: bool, wanted: Wanted) -> "list[Future[Sampled]]":
         return []
 
     def _logprobs(self, prompts: Sequence[Prompt], responses: Sequence[Response], version: int) -> list[float]:

@@ -33,7 +33,7 @@ def test_the_documented_section_is_accepted_and_frozen() -> None:
 @pytest.mark.parametrize(
     ("source", "words"),
     [
-        ({"name": "a"}, "none of model, function, url"),
+        ({"name": "a", "retries": 1}, "retries: does nothing for an environment source"),
         ({"name": "a", "model": "m", "url": "http://h"}, "found: model and url; expected: exactly one"),
         ({**FUNCTION, "weight": 0}, "found: 0.0"),
         ({**FUNCTION, "weight": float("nan")}, "finite number"),
@@ -55,7 +55,6 @@ def test_a_wrong_source_is_refused(source: dict[str, Any], words: str) -> None:
 @pytest.mark.parametrize(
     ("section", "words"),
     [
-        ({"sources": []}, "at least 1 item"),
         ({"sources": [FUNCTION, FUNCTION]}, "two sources share a name"),
         ({"sources": [FUNCTION], "max_dropped_fraction": 0.1}, "does nothing with on_error: fail"),
         ({"sources": [FUNCTION], "actors": 0}, "greater than or equal to 1"),

@@ -4,6 +4,7 @@ import math
 import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from functools import partial
 from typing import Any
 
@@ -14,18 +15,10 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from raytrl.config.sections.engines import CPU_SEQUENCES, cpu_batch_tokens, cpu_cache_bytes, gpus_asked
 from raytrl.config.sections.rollout import RolloutSection, SamplingSection
-from raytrl.errors import NonFiniteError, RunError
+from raytrl.errors import RunError
 from raytrl.records.samples import Prompt, Response
 from raytrl.roles.models.loading import look_at
-from raytrl.roles.rollout.engine import (
-    Endings,
-    RolloutEngine,
-    StopStrings,
-    Tokenizer,
-    Wanted,
-    response_seed,
-    response_text,
-)
+from raytrl.roles.rollout.engine import Sampled, SamplingEngine, Tokenizer, Turn, Wanted
 from raytrl.roles.rollout.vllm.adapters import Adapters, adapter_arguments
 from raytrl.roles.rollout.vllm.batch import ContinuousBatch
 from raytrl.roles.weights.buckets import Bucket
@@ -38,7 +31,7 @@ _ENVIRONMENT = {
 }
 
 
-class VllmEngine(RolloutEngine):
+class VllmEngine(SamplingEngine):
     """Samples with vLLM; responses of several calls share its continuous batch.
 
     The log-probs of greedy responses are those of temperature 1.
@@ -54,14 +47,20 @@ class VllmEngine(RolloutEngine):
         *,
         seed: int,
         stop_token_ids: Sequence[int] = (),
+        chunk_prompts: int = 8,
         adapters: Adapters | None = None,
         num_versions: int = 1,
     ) -> None:
         """`stop_token_ids` are the model's own, see `Endings`; `seed` is the run's; `adapters`: what serves several versions."""
-        super().__init__(num_versions)
-        self._adapters = adapters
-        self._batch, self._tokenizer, self._sampling, self._seed = batch, tokenizer, sampling, seed
-        self._endings, self._stop = Endings(tokenizer, stop_token_ids), StopStrings(tokenizer, sampling.stop)
+        super().__init__(
+            tokenizer,
+            sampling,
+            seed=seed,
+            stop_token_ids=stop_token_ids,
+            chunk_prompts=chunk_prompts,
+            num_versions=num_versions,
+        )
+        self._batch, self._adapters = batch, adapters
 
     @classmethod
     def from_pretrained(
@@ -108,6 +107,7 @@ class VllmEngine(RolloutEngine):
             rollout.sampling,
             seed=seed,
             stop_token_ids=_end_tokens(model_path, config),
+            chunk_prompts=rollout.chunk_prompts,
             adapters=adapters,
             num_versions=num_versions,
         )
@@ -142,49 +142,40 @@ class VllmEngine(RolloutEngine):
     def _adapter(self, version: int) -> Any:
         return None if self._adapters is None else self._adapters.of(version)
 
-    def _generate(
-        self, prompts: Sequence[Prompt], version: int, samples: int, greedy: bool, wanted: Wanted
-    ) -> list[Response]:
+    def submit(self, turns: Sequence[Turn], version: int, greedy: bool, wanted: Wanted) -> "list[Future[Sampled]]":
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
         asked = []
-        for prompt in sorted(prompts, key=lambda prompt: prompt.row):
-            stop = partial(self._stops, prompt) if self._stop else None
-            for sample in range(samples):
-                params = SamplingParams(
-                    max_tokens=self._sampling.max_new_tokens,
-                    temperature=0.0 if greedy else self._sampling.temperature,
-                    seed=None if greedy else response_seed(self._seed, prompt.step, prompt.row, sample),
-                    logprobs=0,  # of the sampled token alone
-                    stop_token_ids=self._endings.of(prompt),
-                    detokenize=False,
-                    output_kind=RequestOutputKind.CUMULATIVE if stop else RequestOutputKind.FINAL_ONLY,
-                )
-                future = self._batch.submit(prompt.token_ids, params, stop, wanted, self._adapter(version))
-                asked.append((prompt, sample, future))
-        found = [self._response(prompt, sample, future.result(), version) for prompt, sample, future in asked]
-        # A fault at one token costs its correction; at all of them it is the weights'.
-        if all(math.isnan(logprob) for response in found for logprob in response.sampling_logprobs):
-            rows = f"rows {found[0].row} to {found[-1].row} of step {found[0].step}"
-            raise NonFiniteError(f"rollout engine: {rows}: no log-probability is finite; the weights are broken")
-        return found
+        for turn in turns:
+            stop = partial(self._stops, turn.prompt) if self._stop else None
+            params = SamplingParams(
+                max_tokens=turn.room,
+                temperature=0.0 if greedy else self._sampling.temperature,
+                seed=None if greedy else turn.seed,
+                logprobs=0,  # of the sampled token alone
+                stop_token_ids=self._endings.of(turn.prompt),
+                detokenize=False,
+                output_kind=RequestOutputKind.CUMULATIVE if stop else RequestOutputKind.FINAL_ONLY,
+            )
+            made: Future[Any] = self._batch.submit(turn.token_ids, params, stop, wanted, self._adapter(version))
+            asked.append(_then(made, partial(self._sampled, turn)))
+        return asked
 
-    def _response(self, prompt: Prompt, sample: int, output: Any, version: int) -> Response:
+    def _sampled(self, turn: Turn, output: Any) -> Sampled:
         (made,) = output.outputs
+        if list(output.prompt_token_ids) != list(turn.token_ids):
+            raise RunError(f"rollout engine: row {turn.prompt.row}: vLLM went on from other tokens than it was given")
         token_ids = tuple(int(token) for token in made.token_ids)
         given = [float(place[token].logprob) for place, token in zip(made.logprobs, token_ids, strict=True)]
         if made.finish_reason not in (None, "stop", "length"):  # None: ended here, by a stop string
-            raise RunError(f"rollout engine: row {prompt.row}: vLLM ended the response with {made.finish_reason!r}")
-        return Response(
-            step=prompt.step,
-            row=prompt.row,
-            sample=sample,
-            token_ids=token_ids,
-            text=response_text(self._tokenizer, prompt, token_ids, self._endings.of(prompt), self._sampling.stop),
-            ended=made.finish_reason != "length" or self._stop.are_in(prompt, token_ids),
-            sampling_logprobs=tuple(logprob if math.isfinite(logprob) else math.nan for logprob in given),
-            policy_version=version,
+            raise RunError(
+                f"rollout engine: row {turn.prompt.row}: vLLM ended the response with {made.finish_reason!r}"
+            )
+        return Sampled(
+            token_ids,
+            tuple(logprob if math.isfinite(logprob) else math.nan for logprob in given),
+            made.finish_reason != "length" or self._stop.are_in(turn.prompt, token_ids),
         )
 
     def _stops(self, prompt: Prompt, token_ids: Sequence[int]) -> bool:
@@ -195,15 +186,34 @@ class VllmEngine(RolloutEngine):
         from vllm import SamplingParams
 
         assert self._sampling.temperature == 1.0, "refused with the run file"
-        by_row = {prompt.row: prompt.token_ids for prompt in prompts}
+        by_row = {prompt.row: prompt for prompt in prompts}
         params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
         adapter = self._adapter(version)
-        asked = [self._batch.submit([*by_row[r.row], *r.token_ids], params, adapter=adapter) for r in responses]
+        contexts = [response.prompt_of(by_row[response.row]).token_ids for response in responses]
+        asked = [
+            self._batch.submit([*context, *response.token_ids], params, adapter=adapter)
+            for context, response in zip(contexts, responses, strict=True)
+        ]
         sums = []
         for response, future in zip(responses, asked, strict=True):
             places = future.result().prompt_logprobs[-len(response.token_ids) :]
-            sums.append(math.fsum(p[t].logprob for p, t in zip(places, response.token_ids, strict=True)))
+            logprobs = [place[token].logprob for place, token in zip(places, response.token_ids, strict=True)]
+            sums.append(math.fsum(logprob for first, last in response.sampled for logprob in logprobs[first:last]))
         return sums
+
+
+def _then(future: "Future[Any]", convert: Callable[[Any], Sampled]) -> "Future[Sampled]":
+    """What it is converted to, as soon as it is there."""
+    found: Future[Sampled] = Future()
+
+    def done(future: "Future[Any]") -> None:
+        try:
+            found.set_result(convert(future.result()))
+        except BaseException as error:
+            found.set_exception(error)
+
+    future.add_done_callback(done)
+    return found
 
 
 def _begin_weights(engine: Any) -> None:

@@ -16,6 +16,7 @@ LOSS, EVAL_LOSS, EVAL_ACCURACY = "loss", "eval_loss", "eval_accuracy"
 SCORE, EVAL_SCORE, KL, LENGTH = "objective/scores_raw", "eval/score", "objective/kl", "response/length"
 ENTROPY, CLIPPED, DROPPED = "policy/entropy_avg", "policy/clipfrac_avg", "objective/dropped"
 ESS, SAMPLING_KL, REDONE = "importance/ess", "rollout/kl_to_sampler", "rollout/redone_newer"
+FAILED, TOLD = "conversations/failed", "conversations/tool_tokens"
 GAP, NUM_TOKENS, EQUAL = "rollout/logprob_gap_mean", "num_tokens", "groups/equal_fraction"
 
 
@@ -61,6 +62,15 @@ _PPO = (
     Metric("response/ended_fraction", "", "share of responses that ended by themselves"),
     Metric("val/num_eos_tokens", "", "responses that ended by themselves"),
     Metric("val/explained_variance", "", "share of the returns' variance that the values explain"),
+    Metric("conversations/turns", "", "mean number of turns that the policy takes in a conversation"),
+    Metric(TOLD, "tokens", "mean length of what tools say in a conversation: attended, and nothing else"),
+    Metric("conversations/no_room", "", "share of conversations in which there was no room for what a tool said"),
+    Metric("conversations/turns_used_up", "", "share of conversations that end with a call beyond rollout.max_turns"),
+    Metric("conversations/special_tokens", "", "special tokens in what tools said, which were taken apart"),
+    Metric(FAILED, "", "conversations that were lost and left out, as a tool hung, its process ended or reset raised"),
+    Metric("conversations/timed_out", "", "those of them that a clock ended, so that they may not repeat"),
+    Metric("tools/call_frequency", "", "mean number of calls in a conversation, by TRL's name"),
+    Metric("tools/failure_frequency", "", "share of calls that were answered with an error, by TRL's name"),
     Metric("rollout/logprob_gap_max", "nats a token", "largest difference of an engine's log-prob from the learner's"),
     Metric(GAP, "nats a token", "mean difference of the engines' log-probs from the learner's"),
     Metric("rollout/logprobs_missing", "", "tokens for which an engine gave no log-prob: they are not corrected"),

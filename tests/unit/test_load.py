@@ -287,8 +287,11 @@ def test_a_wrong_value_names_key_and_value(override: str, parts: list[str]) -> N
         ),
         ("reward.sources.0.url=http://a", "reward.sources.0: source 'rule'; found: function and url; "),
         ("reward.sources.0.wieght=1", "reward.sources.0.wieght: unknown key; nearest known key: weight"),
-        ("reward.sources=[]", "reward.sources: nothing scores a response; found: no sources; expected: at least 1 item"),
-            ("reward.sources=[{name: a}]", "reward.sources.0: source 'a'; found: none of model, function, url"),
+        (
+            "reward.sources=[]",
+            "reward.sources: nothing scores a response; found: no sources; expected: at least 1 item",
+        ),
+        ("reward.sources=[{name: a}]", "reward.sources.0: source 'a'; found: none of model, function, url"),
         ("rollout.resources={CPU: 0}", "rollout.resources: found: {'CPU': 0.0}; expected: positive amounts"),
         ("rollout.sampling.top_p=0.9", "rollout.sampling.top_p: is refused"),
         ("ppo.kl={target: 3, coef: 0}", "ppo.kl.coef: target adapts it by factors"),

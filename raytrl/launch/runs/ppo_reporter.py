@@ -11,7 +11,7 @@ from raytrl.launch.runs.worker import RayWorkerContext
 from raytrl.launch.session.logs import LOG, set_version
 from raytrl.loop.alarm import GapAlarm, StaleAlarm
 from raytrl.loop.protocols import Rollout
-from raytrl.records.metrics import ESS, GAP, REDONE, SAMPLING_KL, STEP_S
+from raytrl.records.metrics import ESS, FAILED, GAP, REDONE, SAMPLING_KL, STEP_S
 from raytrl.records.progress import Progress
 from raytrl.records.samples import sample_row
 from raytrl.roles.learner.collectives import gather_over_workers
@@ -60,7 +60,7 @@ class PpoReporter:
         self.last = metrics
         samples = self._samples(rollout, evaluation, step)
         if self._context.rank == 0:
-            for notice in self._notices(step, metrics):
+            for notice in self._notices(step, metrics, rollout):
                 self._context.progress(Progress("notice", step, text=notice))
             self._context.progress(Progress("step", step, self._run.ppo.steps, metrics=metrics, samples=samples))
             if self._writer is not None:
@@ -75,7 +75,7 @@ class PpoReporter:
         if save is not None:
             self._checkpoint(step, save)
 
-    def _notices(self, step: int, metrics: Mapping[str, float]) -> Iterator[str]:
+    def _notices(self, step: int, metrics: Mapping[str, float], rollout: Rollout) -> Iterator[str]:
         lag = self._run.ppo.max_lag
         if not lag:  # else the gap is also how far the policy has moved meanwhile
             drift = self._alarm.check(step, metrics[GAP])
@@ -83,6 +83,13 @@ class PpoReporter:
             drift = self._stale.check(step, metrics[ESS], metrics[SAMPLING_KL], lag)
         if drift is not None:
             yield drift
+        if failed := int(metrics.get(FAILED, 0)):
+            reasons = [r.episode.failure for r in rollout.responses if r.episode is not None and r.failed]
+            what = "conversation" if failed == 1 else "conversations"
+            yield (
+                f"step {step}: {failed} {what} failed and did not count; {reasons[0] if reasons else 'why'} "
+                f"(logs/rollout-*.log has all)"
+            )
         if count := int(metrics.get(REDONE, 0)):
             yield (
                 f"step {step}: {count} responses were made by newer weights than planned, as all were lost that had those; "

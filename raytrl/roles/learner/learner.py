@@ -23,6 +23,7 @@ from raytrl.roles.learner.collectives import (
     wait_for_all,
     worker_rank,
 )
+from raytrl.roles.learner.conversations import metrics_of_conversations
 from raytrl.roles.learner.credit import advantages_of, metrics_of_logprobs
 from raytrl.roles.learner.experience import Experience, Samples, refuse_non_finite, samples_of
 from raytrl.roles.learner.minibatch import Divisors, Part, Totals
@@ -144,7 +145,7 @@ class PpoLearner:
             kl=credit.kl,
             kl_coef=kl_coef,
             num_responses=credit.num_responses,
-            metrics={**credit.metrics, **ages},
+            metrics={**credit.metrics, **ages, **metrics_of_conversations(rollout.responses, self._backend.device)},
         )
 
     def update(self, experience: Experience) -> Mapping[str, float]:

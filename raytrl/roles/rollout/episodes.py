@@ -5,6 +5,7 @@ On one that samples batch by batch all of a chunk's conversations take their tur
 from what was said, and not from the clock.
 """
 
+import logging
 from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from typing import Any, Protocol
@@ -17,6 +18,7 @@ from raytrl.roles.models.chat import Chat, with_said
 from raytrl.roles.rollout.conversation import Conversation, failed_response
 from raytrl.roles.rollout.engine import RolloutEngine, Turn, Wanted, response_seed
 
+_log = logging.getLogger(__name__)
 _BEAT_S = 1.0
 # What a conversation waits for: a turn of the policy, or something of its tools. It is sent what came, or thrown why not.
 _Talk = Generator["Turn | Future[Any]", Any, Response]
@@ -97,6 +99,7 @@ class Episodes:
             every = dict.fromkeys((*self._tools.toolbox.rewards, *self._tools.toolbox.functions))
             return conversation.response(prompt, sample, version, Scores({**every, **scores.values}, scores.problems))
         except ConversationError as error:
+            _log.warning("step %d, row %d, sample %d: failed: %s", prompt.step, prompt.row, sample, error)
             return failed_response(prompt, sample, version, str(error), error.timed_out, conversation)
         finally:
             if room is not None:

@@ -44,7 +44,7 @@ def turn(name: str, content: str, *calls: tuple[str, dict[str, Any]], ended: boo
         texts = [json.dumps({"name": tool, "parameters": arguments}) for tool, arguments in calls]
     else:
         texts = [
-            f'<tool_call>\n{json.dumps({"name": tool, "arguments": arguments})}\n</tool_call>'
+            f"<tool_call>\n{json.dumps({'name': tool, 'arguments': arguments})}\n</tool_call>"
             for tool, arguments in calls
         ]
     return content + "\n".join(texts) + (_SPECIAL[TEMPLATES[name][0]][0] if ended else "")

@@ -38,9 +38,9 @@ class Scripted(RolloutEngine):
 
     def submit(self, turns: Sequence[Turn], version: int, greedy: bool, wanted: Wanted) -> "list[Future[Sampled]]":
         found = []
-        for turn in turns:
-            self.contexts.append(list(turn.token_ids))
-            ids = tuple(next(self._turns))[: turn.room]
+        for asked in turns:
+            self.contexts.append(list(asked.token_ids))
+            ids = tuple(next(self._turns))[: asked.room]
             future: Future[Sampled] = Future()
             future.set_result(Sampled(ids, (-1.0,) * len(ids), ids[-1] == self._end))
             found.append(future)

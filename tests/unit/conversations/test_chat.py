@@ -41,7 +41,9 @@ def test_what_is_harmless_is_encoded_as_the_template_writes_it(name: str) -> Non
     chat, plain = chat_of(name), tokenizer(name)
     call = {"type": "function", "function": {"name": "search", "arguments": {}}}
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
-    template = None if templates.is_chat_template_prefix_preserving(plain) else templates.get_training_chat_template(plain)
+    template = (
+        None if templates.is_chat_template_prefix_preserving(plain) else templates.get_training_chat_template(plain)
+    )
     whole = plain.apply_chat_template(
         [*turns, result("Zürich, 21 °C")], chat_template=template, add_generation_prompt=True, tokenize=False
     )
@@ -57,7 +59,9 @@ def test_long_results_keep_their_beginning_and_say_so() -> None:
     assert cut == "a" * 20 + " [cut after 20 tokens]"
     assert chat.shortened("é" * 30) == "é" * 10 + " [cut after 20 tokens]", "two bytes each, and none is cut in two"
     assert chat.shortened("a" + "é" * 30) == "a" + "é" * 9 + " [cut after 20 tokens]"
-    blocks = chat.shortened([{"type": "text", "text": "a" * 15}, {"type": "text", "text": "b" * 15}, {"type": "text", "text": "c"}])
+    blocks = chat.shortened(
+        [{"type": "text", "text": "a" * 15}, {"type": "text", "text": "b" * 15}, {"type": "text", "text": "c"}]
+    )
     assert [block["text"] for block in blocks] == ["a" * 15, "b" * 5 + " [cut after 5 tokens]"]  # type: ignore[index]
     assert len(encoded(plain, str(cut))) < 50
 

@@ -211,7 +211,10 @@ def test_several_environments_and_what_reset_raises() -> None:
         ({"tools": ["nowhere.py:f"]}, "rollout.tools.0: no such file"),
         ({"tools": [f"{FILE}:multiply", f"{FILE}:multiply"]}, "two tools share a name; found: ..multiply"),
         ({"environment": f"{FILE}:NoReset"}, "NoReset has no method reset"),
-        ({"environment": f"{FILE}:Undocumented"}, "Undocumented: close: is no tool: .* begins with an underscore: _close"),
+        (
+            {"environment": f"{FILE}:Undocumented"},
+            "Undocumented: close: is no tool: .* begins with an underscore: _close",
+        ),
         ({"environment": {"a": f"{FILE}:NoReset"}}, "rollout.environment.a: "),
     ],
 )

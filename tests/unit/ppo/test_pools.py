@@ -694,7 +694,13 @@ def test_who_asks_for_the_reward_actors_waits_until_they_have_loaded() -> None:
     calls = LocalCalls(lambda: RewardActor(lambda: loaded.append(1) or SimpleNamespace()), 2)  # type: ignore[func-returns-value]
     reward = RewardSection(sources=[{"name": "length", "function": "len.py:length"}])
     pool = Pool(calls, "reward actors", "worker 0", 5.0)
-    scorer = PoolScorer(pool, reward, attempt=Attempt("run", 1), rollout=RolloutSection(start_timeout_s=5.0), gather=lambda scores: scores)
+    scorer = PoolScorer(
+        pool,
+        reward,
+        attempt=Attempt("run", 1),
+        rollout=RolloutSection(start_timeout_s=5.0),
+        gather=lambda scores: scores,
+    )
     scorer.start()
     assert loaded == [1, 1]
     scorer.start()

@@ -1,0 +1,126 @@
+"""A calculator and a word game, made here: tools, an environment, rewards and data of the runs named `games`.
+
+python configs/games.py                # writes a tokenizer, sft.jsonl, calculator.jsonl and words.jsonl below runs/games
+"""
+
+import json
+import random
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+WORDS = ["apple", "bread", "cloud", "dream", "earth", "flame", "grape"]  # in the order of the alphabet
+DIRECT = 0.5  # share of sft.jsonl's products that are answered without the calculator, and wrongly
+
+Message = dict[str, Any]
+
+
+def multiply(a: int, b: int) -> int:
+    """Multiplies.
+
+    Args:
+        a: A number.
+        b: A number.
+    """
+    return a * b
+
+
+def correct(completions: Sequence[Sequence[Message]], answer: Sequence[str], **columns: Any) -> list[float]:
+    """1 where the last message of a conversation is the answer, else 0."""
+    return [
+        float(completion[-1]["content"].strip() == wanted)
+        for completion, wanted in zip(completions, answer, strict=True)
+    ]
+
+
+class GuessWord:
+    """One of seven words, which is found in three guesses by whoever halves what is left."""
+
+    def reset(self, seed: int, **row: Any) -> None:
+        self._secret, self._found = random.Random(seed).choice(WORDS), False
+
+    def guess(self, word: str) -> str:
+        """Says where the secret word stands.
+
+        Args:
+            word: The guess.
+        """
+        if word not in WORDS:
+            raise ValueError("no such word")
+        self._found = self._found or word == self._secret
+        return "yes" if word == self._secret else "before" if self._secret < word else "after"
+
+    def get_reward(self) -> float:
+        return float(self._found)
+
+
+def _call(name: str, **arguments: Any) -> Message:
+    return {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [{"type": "function", "function": {"name": name, "arguments": arguments}}],
+    }
+
+
+def _product(rng: random.Random) -> tuple[Message, str, int, int]:
+    a, b = rng.randrange(32, 100), rng.randrange(32, 100)
+    return {"role": "user", "content": f"{a} times {b}?"}, str(a * b), a, b
+
+
+def _with_calculator(rng: random.Random) -> list[Message]:
+    question, answer, a, b = _product(rng)
+    if rng.random() < DIRECT:
+        return [question, {"role": "assistant", "content": str(rng.randrange(1024, 9802))}]
+    result = {"role": "tool", "name": "multiply", "content": answer}
+    return [question, _call("multiply", a=a, b=b), result, {"role": "assistant", "content": answer}]
+
+
+def _with_word(rng: random.Random) -> list[Message]:
+    """Guesses at random, whatever is answered."""
+    game, told = GuessWord(), [{"role": "user", "content": "Guess."}]
+    game.reset(seed=rng.randrange(2**31))
+    for _ in range(3):
+        word = rng.choice(WORDS)
+        answer = game.guess(word)
+        told += [_call("guess", word=word), {"role": "tool", "name": "guess", "content": answer}]
+        if answer == "yes":
+            break
+    return [*told, {"role": "assistant", "content": "Found." if game.get_reward() else "Lost."}]
+
+
+def _write(path: Path, rows: Iterable[Any]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def main(folder: str = "runs/games") -> None:
+    from transformers.utils import get_json_schema
+    from trl.chat_template_utils import qwen2_5_chat_template
+
+    from raytrl.config.sections.model import TokenizerSpec
+    from raytrl.roles.models.tokenizer import train_tokenizer
+
+    rng, place = random.Random(0), Path(folder)
+    place.mkdir(parents=True, exist_ok=True)
+    schemas = {"multiply": get_json_schema(multiply), "guess": get_json_schema(GuessWord().guess)}
+    rows = [{"messages": _with_calculator(rng), "tools": [schemas["multiply"]]} for _ in range(6000)]
+    rows += [{"messages": _with_word(rng), "tools": [schemas["guess"]]} for _ in range(6000)]
+    rng.shuffle(rows)
+    _write(place / "sft.jsonl", rows)
+    products = (_product(rng) for _ in range(2000))
+    _write(place / "calculator.jsonl", ({"prompt": [question], "answer": answer} for question, answer, *_ in products))
+    _write(place / "words.jsonl", ({"prompt": [{"role": "user", "content": "Guess."}]} for _ in range(500)))
+
+    # Bytes first, to write conversations with, and then tokens of what is in them; digits stay single.
+    special = {"eos_token": "<|im_end|>", "special_tokens": ["<|im_start|>"]}
+    tokenizer = train_tokenizer(iter(["aa aa"]), TokenizerSpec(vocab_size=261, **special))
+    tokenizer.chat_template = qwen2_5_chat_template
+    texts = [tokenizer.apply_chat_template(row["messages"], tools=row["tools"], tokenize=False) for row in rows[:500]]
+    words = (re.sub(r"<\|im_\w+\|>|\d", " ", text) for text in texts)
+    tokenizer = train_tokenizer(words, TokenizerSpec(vocab_size=512, **special))
+    tokenizer.chat_template = qwen2_5_chat_template
+    tokenizer.save_pretrained(place / "tokenizer")
+
+
+if __name__ == "__main__":
+    main()

@@ -103,8 +103,8 @@ def main(folder: str = "runs/games") -> None:
     rng, place = random.Random(0), Path(folder)
     place.mkdir(parents=True, exist_ok=True)
     schemas = {"multiply": get_json_schema(multiply), "guess": get_json_schema(GuessWord().guess)}
-    rows = [{"messages": _with_calculator(rng), "tools": [schemas["multiply"]]} for _ in range(6000)]
-    rows += [{"messages": _with_word(rng), "tools": [schemas["guess"]]} for _ in range(6000)]
+    rows = [{"messages": _with_calculator(rng), "tools": [schemas["multiply"]]} for _ in range(3000)]
+    rows += [{"messages": _with_word(rng), "tools": [schemas["guess"]]} for _ in range(3000)]
     rng.shuffle(rows)
     _write(place / "sft.jsonl", rows)
     products = (_product(rng) for _ in range(2000))

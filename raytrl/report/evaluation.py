@@ -6,6 +6,8 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
+from raytrl.report.conversation import as_markup, text_of
+
 
 def results_table(results: Mapping[str, Any]) -> Table:
     """Means with their spread, a column a model."""
@@ -57,12 +59,13 @@ def samples_table(
 
 
 def _prompt(prompt: str | Sequence[Mapping[str, Any]]) -> str:
-    return escape(prompt if isinstance(prompt, str) else str(prompt[-1]["content"]))
+    return escape(prompt if isinstance(prompt, str) else text_of(prompt[-1]))
 
 
 def _response(row: Mapping[str, Any]) -> str:
     scores = ", ".join(f"{name} {_number(value)}" for name, value in row["scores"].items())
-    return f"{escape(row['response'].strip())}\n[dim]{escape(scores)}[/]"
+    said = as_markup(row["messages"]) if "messages" in row else escape(row["response"].strip())
+    return f"{said}\n[dim]{escape(row.get('failure') or scores)}[/]"
 
 
 def _spread(spread: Mapping[str, float] | None) -> str:

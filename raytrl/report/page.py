@@ -13,6 +13,7 @@ table.numbers td, table.numbers th { text-align: right; }
 table.numbers td:first-child, table.numbers th:first-child { text-align: left; white-space: nowrap; }
 figure { margin: 2em 0; } summary { cursor: pointer; margin: 1em 0; font-weight: 600; }
 svg { max-width: 100%; height: auto; } .quiet { color: #888; }
+.who { color: #888; display: inline-block; min-width: 5.5em; }
 """
 
 

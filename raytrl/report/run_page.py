@@ -14,6 +14,7 @@ from raytrl.records.metrics import (
     EVAL_ACCURACY,
     EVAL_LOSS,
     EVAL_SCORE,
+    FAILED,
     KL,
     LENGTH,
     LOSS,
@@ -21,8 +22,10 @@ from raytrl.records.metrics import (
     SAMPLING_KL,
     SCORE,
     STEP_S,
+    TOLD,
     time_of,
 )
+from raytrl.report.conversation import as_html, text_of
 from raytrl.report.page import as_svg, page, panels, table
 from raytrl.rundir import RunDirectory
 
@@ -43,7 +46,10 @@ PICTURES: tuple[tuple[str, dict[str, str]], ...] = (
     ),
     (f"KL from the sampler, {METRICS[SAMPLING_KL].unit}", {SAMPLING_KL: "KL"}),
     (f"entropy, {METRICS[ENTROPY].unit}", {ENTROPY: "entropy"}),
-    ("tokens a response", {LENGTH: "tokens"}),
+    ("tokens a response", {LENGTH: "sampled", TOLD: "said by tools"}),
+    ("calls", {"tools/call_frequency": "a conversation", "tools/failure_frequency": "share failed"}),
+    ("turns a conversation", {"conversations/turns": "turns"}),
+    ("conversations lost", {FAILED: "failed", "conversations/timed_out": "timed out"}),
     ("ended by themselves", {"response/ended_fraction": "share"}),
     ("share clipped", {CLIPPED: "policy", "val/clipfrac_avg": "value"}),
     ("policy loss", {"loss/policy_avg": "policy"}),
@@ -164,7 +170,14 @@ def _responses(key: str, rows: Rows) -> str:
         scores = ", ".join(
             f"{name} {value:.2f}" if value is not None else f"{name} -" for name, value in row["scores"].items()
         )
-        prompt = row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"]
-        text = f"<span class=quiet>{html.escape(prompt)}</span>{html.escape(row['response'])}"
-        lines.append(f"<tr><td>{html.escape(str(row[key]))}</td><td>{text}</td><td>{html.escape(scores)}</td></tr>")
+        lines.append(f"<tr><td>{html.escape(str(row[key]))}</td><td>{_said(row)}</td><td>{html.escape(scores)}</td></tr>")
     return f"<table><tr><th>{key}</th><th>prompt and response</th><th>scores</th></tr>{''.join(lines)}</table>"
+
+
+def _said(row: Mapping[str, Any]) -> str:
+    """Prompt and response; of a conversation all that was said."""
+    if "messages" in row:
+        why = f"<div class=quiet>{html.escape(row.get('failure') or row['end'])}</div>"
+        return as_html([*row["prompt"], *row["messages"]]) + why
+    prompt = row["prompt"] if isinstance(row["prompt"], str) else text_of(row["prompt"][-1])
+    return f"<span class=quiet>{html.escape(prompt)}</span>{html.escape(row['response'])}"

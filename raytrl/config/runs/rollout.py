@@ -131,7 +131,7 @@ class RolloutRun(Run):
 
     def _rewards_in_words(self) -> tuple[str, str]:
         words = [f"{source.weight:g} x {source.name}" for source in self.reward.sources]
-        if self.rollout.environment is not None:
+        if self.rollout.environment is not None and all(source.kind != "environment" for source in self.reward.sources):
             words.append("get_reward of the environment, where it has one")
         return "reward", " + ".join(words)
 

@@ -8,8 +8,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import user_tools
-from chats import encoded, tokenizer, turn
+from tests import user_tools
+from tests.chats import encoded, tokenizer, turn
 from trl import GRPOTrainer
 from trl.chat_template_utils import add_response_schema, get_training_chat_template, is_chat_template_prefix_preserving
 from trl.chat_template_utils import parse_response as parse
@@ -21,7 +21,7 @@ from raytrl.roles.models.chat import Chat
 from raytrl.roles.rollout.engine import RolloutEngine, Sampled, Turn, Wanted
 from raytrl.roles.rollout.episodes import Episodes
 
-FILE = str(Path(__file__).parent / "user_tools.py")
+FILE = str(Path(user_tools.__file__))
 PROMPT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is 6 times 7?"}]
 NAMES = ["qwen2.5", "qwen3", "llama3.1"]
 CALL = ("multiply", {"a": 6, "b": 7})

@@ -1,7 +1,7 @@
 """Tokens of what tools say: never control tokens, never too many; and templates that cannot carry tools."""
 
 import pytest
-from chats import TEMPLATES, encoded, tokenizer, turn
+from tests.chats import TEMPLATES, encoded, tokenizer, turn
 from trl import chat_template_utils as templates
 
 from raytrl.errors import ConfigError

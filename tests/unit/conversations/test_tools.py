@@ -13,7 +13,7 @@ from raytrl.errors import ConfigError
 from raytrl.records.tools import Call, ConversationError, Result, ScoreRequest, Start
 from raytrl.roles.environment.tools import Room, Tools, environment_of_tools, longest_text
 
-FILE = str(Path(__file__).parent / "user_tools.py")
+FILE = str(Path(user_tools.__file__))
 LIMIT_S = 1.5
 
 

@@ -1,0 +1,89 @@
+"""A small model that calls tools, made by learning two conversations by heart, and run files for it."""
+
+from pathlib import Path
+from typing import Any
+
+from tests.chats import encoded, tokenizer, turn
+from tests.ppo_files import ppo_file
+from tests.runs import write_rows
+
+TOOLS = str(Path(__file__).parent / "user_tools.py")
+QUESTION = [{"role": "user", "content": "Go."}]
+STEPS = 150
+
+
+def make_caller(folder: Path, name: str = "qwen2.5", call: tuple[str, dict[str, Any]] = ("increment", {"step": 2})) -> str:
+    """Writes a policy that calls a tool of `user_tools.py`, and then says something, more often than not."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from raytrl.config.sections.rollout import RolloutSection
+    from raytrl.roles.environment.tools import Tools, longest_text
+    from raytrl.roles.models.chat import Chat
+
+    chat = tokenizer(name)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(chat),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=4096,
+        eos_token_id=chat.eos_token_id,
+        pad_token_id=chat.pad_token_id,
+        bos_token_id=None,
+        tie_word_embeddings=True,
+    )
+    model = LlamaForCausalLM(config)
+    tools = Tools(RolloutSection(environment=f"{TOOLS}:Counter", tools=[f"{TOOLS}:multiply"]))
+    said = Chat(chat, [chat.eos_token_id], 1024, longest_text(1024))
+    (kind,) = tools.toolbox.kinds.values()
+    tools.close()
+    begin = said.prompt(QUESTION, kind.tools, " Begin at 0.")
+    rows = []
+    for result in ("2", "5"):
+        first, last = encoded(chat, turn(name, "", call)), encoded(chat, turn(name, f"At {result}."))
+        suffix = said.suffix([{"role": "tool", "name": call[0], "content": result}])
+        ids = [*begin, *first, *suffix, *last]
+        labels = [-100] * len(begin) + first + [-100] * len(suffix) + last
+        rows.append((ids, labels))
+    input_ids, labels = (torch.tensor(column) for column in zip(*rows, strict=True))
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        model(input_ids=input_ids, labels=labels).loss.backward()
+        optimizer.step()
+    place = folder / f"caller-{name}"
+    model.save_pretrained(place)
+    chat.save_pretrained(place)
+    return str(place)
+
+
+def write_prompts(folder: Path, count: int = 12) -> str:
+    place = folder / "questions.jsonl"
+    write_rows(place, [{"prompt": QUESTION, "target": row % 4} for row in range(count)])
+    return str(place)
+
+
+def conversation_file(folder: Path, name: str, model: str, **sections: Any) -> str:
+    """A run file of `ppo_file` whose responses are conversations, scored by their environment alone."""
+    rollout = {
+        "environment": f"{TOOLS}:Counter",
+        "tools": [f"{TOOLS}:multiply"],
+        "max_turns": 3,
+        "chunk_prompts": 2,
+        "max_prompt_length": 2000,
+        "sampling": {"max_new_tokens": 400},
+        **sections.pop("rollout", {}),
+    }
+    return ppo_file(
+        folder,
+        name,
+        model={"path": model},
+        data={"train": str(folder / "questions.jsonl")},
+        rollout=rollout,
+        reward={"sources": [], **sections.pop("reward", {})},
+        **sections,
+    )

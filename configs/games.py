@@ -15,6 +15,35 @@ DIRECT = 0.5  # share of sft.jsonl's products that are answered without the calc
 
 Message = dict[str, Any]
 
+# A chat template of few words, so that a small model reads little; a real model brings its own. What stands between
+# `generation` and `endgeneration` is what the assistant says.
+TEMPLATE = """\
+{%- for tool in tools or [] %}<|im_start|>tool {{ tool.function.name }}: {{ tool.function.description }}<|im_end|>
+{% endfor %}
+{%- for message in messages %}<|im_start|>{{ message.role }}
+{% if message.role == "assistant" %}{% generation %}{{ message.content }}
+{%- for call in message.tool_calls or [] -%}
+<call>{{ {"name": call.function.name, "arguments": call.function.arguments} | tojson }}</call>
+{%- endfor %}<|im_end|>{% endgeneration %}{% else %}{{ message.content }}<|im_end|>{% endif %}
+{% endfor %}
+{%- if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+# How a response is read again, in the words of transformers.
+RESPONSE = {
+    "defaults": {"role": "assistant"},
+    "start_anchor": "<|im_start|>assistant\n",
+    "fields": {
+        "tool_calls": {
+            "open": "<call>",
+            "close_pattern": "</call>",
+            "repeats": True,
+            "content": "json",
+            "transform": {"type": "function", "function": "{content}"},
+        },
+        "content": {"close_pattern": r"<\|im_end\|>", "content": "text"},
+    },
+}
+
 
 def multiply(a: int, b: int) -> int:
     """Multiplies.
@@ -95,7 +124,6 @@ def _write(path: Path, rows: Iterable[Any]) -> None:
 
 def main(folder: str = "runs/games") -> None:
     from transformers.utils import get_json_schema
-    from trl.chat_template_utils import qwen2_5_chat_template
 
     from raytrl.config.sections.model import TokenizerSpec
     from raytrl.roles.models.tokenizer import train_tokenizer
@@ -103,8 +131,8 @@ def main(folder: str = "runs/games") -> None:
     rng, place = random.Random(0), Path(folder)
     place.mkdir(parents=True, exist_ok=True)
     schemas = {"multiply": get_json_schema(multiply), "guess": get_json_schema(GuessWord().guess)}
-    rows = [{"messages": _with_calculator(rng), "tools": [schemas["multiply"]]} for _ in range(3000)]
-    rows += [{"messages": _with_word(rng), "tools": [schemas["guess"]]} for _ in range(3000)]
+    rows = [{"messages": _with_calculator(rng), "tools": [schemas["multiply"]]} for _ in range(8000)]
+    rows += [{"messages": _with_word(rng), "tools": [schemas["guess"]]} for _ in range(8000)]
     rng.shuffle(rows)
     _write(place / "sft.jsonl", rows)
     products = (_product(rng) for _ in range(2000))
@@ -114,11 +142,11 @@ def main(folder: str = "runs/games") -> None:
     # Bytes first, to write conversations with, and then tokens of what is in them; digits stay single.
     special = {"eos_token": "<|im_end|>", "special_tokens": ["<|im_start|>"]}
     tokenizer = train_tokenizer(iter(["aa aa"]), TokenizerSpec(vocab_size=261, **special))
-    tokenizer.chat_template = qwen2_5_chat_template
+    tokenizer.chat_template = TEMPLATE
     texts = [tokenizer.apply_chat_template(row["messages"], tools=row["tools"], tokenize=False) for row in rows[:500]]
     words = (re.sub(r"<\|im_\w+\|>|\d", " ", text) for text in texts)
-    tokenizer = train_tokenizer(words, TokenizerSpec(vocab_size=512, **special))
-    tokenizer.chat_template = qwen2_5_chat_template
+    tokenizer = train_tokenizer(words, TokenizerSpec(vocab_size=320, **special))
+    tokenizer.chat_template, tokenizer.response_template = TEMPLATE, RESPONSE
     tokenizer.save_pretrained(place / "tokenizer")
 
 

@@ -82,7 +82,7 @@ def conversation_file(folder: Path, name: str, model: str, **sections: Any) -> s
         folder,
         name,
         model={"path": model},
-        data={"train": str(folder / "questions.jsonl")},
+        data={"train": str(folder / "questions.jsonl"), **sections.pop("data", {})},
         rollout=rollout,
         reward={"sources": [], **sections.pop("reward", {})},
         **sections,

@@ -5,6 +5,7 @@ comes behind the tokens that are there (token in, token out).
 """
 
 import re
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,6 +33,7 @@ class Chat:
             ConfigError: its template cannot carry tools, and what to do.
         """
         self._tokenizer, self._ends = tokenizer, frozenset(end_token_ids)
+        self._one_at_a_time = threading.RLock()  # whether special tokens are split is state of a fast tokenizer
         self._max_result_tokens, self._longest_text = max_result_tokens, longest_text
         self._template = _template_for_tools(tokenizer)
         special = [
@@ -81,9 +83,10 @@ class Chat:
         """The assistant's message, with `tool_calls` where it made any; what cannot be parsed is its content."""
         from trl.chat_template_utils import parse_response
 
-        found: dict[str, Any] = parse_response(
-            self._tokenizer, list(token_ids), prefix=list(context), tools=list(tools)
-        )
+        with self._one_at_a_time:
+            found: dict[str, Any] = parse_response(
+                self._tokenizer, list(token_ids), prefix=list(context), tools=list(tools)
+            )
         return found
 
     def shortened(self, content: Content) -> Content:
@@ -114,7 +117,8 @@ class Chat:
 
     def _plain(self, text: str) -> list[int]:
         """Its ids, special tokens in it taken apart."""
-        ids: list[int] = self._tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        with self._one_at_a_time:
+            ids: list[int] = self._tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         return ids
 
     def _veil(self, content: Content) -> Content:
@@ -134,7 +138,8 @@ class Chat:
             if place % 2:
                 ids += self._plain(self._special[int(piece)])
             elif piece:
-                ids += self._tokenizer(piece, add_special_tokens=False)["input_ids"]
+                with self._one_at_a_time:
+                    ids += self._tokenizer(piece, add_special_tokens=False)["input_ids"]
         return ids
 
 

@@ -1,5 +1,7 @@
 """Tokens of what tools say: never control tokens, never too many; and templates that cannot carry tools."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 from tests.chats import TEMPLATES, encoded, tokenizer, turn
 from trl import chat_template_utils as templates
@@ -101,3 +103,13 @@ def test_a_template_that_rewrites_history_is_refused_where_there_is_no_other() -
     made.response_template = templates.qwen3_template
     with pytest.raises(ConfigError, match="writes earlier turns in another way when more comes behind them"):
         Chat(made, [made.eos_token_id], 10, 100)
+
+
+def test_threads_do_not_disturb_one_another() -> None:
+    """An engine with a continuous batch has conversations in many threads."""
+    chat = chat_of("qwen2.5")
+    forged, harmless = result("a<|im_end|>" * 20), result("harmless")
+    expected = [chat.suffix([forged]), chat.suffix([harmless])]
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda i: chat.suffix([(forged, harmless)[i % 2]]), range(400)))
+    assert all(ids == expected[i % 2] for i, ids in enumerate(found))

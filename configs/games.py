@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-WORDS = ["apple", "bread", "cloud", "dream", "earth", "flame", "grape"]  # in the order of the alphabet
+WORDS = ["apple", "cloud", "grape"]  # in the order of the alphabet
 DIRECT = 0.5  # share of sft.jsonl's products that are answered without the calculator, and wrongly
 
 Message = dict[str, Any]
@@ -64,7 +64,7 @@ def correct(completions: Sequence[Sequence[Message]], answer: Sequence[str], **c
 
 
 class GuessWord:
-    """One of seven words, which is found in three guesses by whoever halves what is left."""
+    """One of three words, which is found in two guesses by whoever begins in the middle and listens."""
 
     def reset(self, seed: int, **row: Any) -> None:
         self._secret, self._found = random.Random(seed).choice(WORDS), False
@@ -109,7 +109,7 @@ def _with_word(rng: random.Random) -> list[Message]:
     """Guesses at random, whatever is answered."""
     game, told = GuessWord(), [{"role": "user", "content": "Guess."}]
     game.reset(seed=rng.randrange(2**31))
-    for _ in range(3):
+    for _ in range(2):
         word = rng.choice(WORDS)
         answer = game.guess(word)
         told += [_call("guess", word=word), {"role": "tool", "name": "guess", "content": answer}]

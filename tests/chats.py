@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 from trl import chat_template_utils as templates
 
@@ -18,14 +18,18 @@ TEMPLATES = {
 }
 
 
-def tokenizer(name: str = "qwen2.5") -> PreTrainedTokenizerFast:
-    """Bytes and special tokens; 256 and more."""
+def tokenizer(name: str = "qwen2.5", text: str = "") -> PreTrainedTokenizerFast:
+    """Bytes and special tokens, and the words of a text."""
     family, template = TEMPLATES[name]
     end, special, added = _SPECIAL[family]
     alphabet = {letter: number for number, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     made = Tokenizer(models.BPE(vocab=alphabet, merges=[]))
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = decoders.ByteLevel()
+    if text:
+        letters = pre_tokenizers.ByteLevel.alphabet()
+        trainer = trainers.BpeTrainer(vocab_size=1500, initial_alphabet=letters, show_progress=False)
+        made.train_from_iterator([text], trainer)
     found = PreTrainedTokenizerFast(
         tokenizer_object=made,
         eos_token=end,

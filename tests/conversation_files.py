@@ -12,7 +12,9 @@ QUESTION = [{"role": "user", "content": "Go."}]
 STEPS = 150
 
 
-def make_caller(folder: Path, name: str = "qwen2.5", call: tuple[str, dict[str, Any]] = ("increment", {"step": 2})) -> str:
+def make_caller(
+    folder: Path, name: str = "qwen2.5", call: tuple[str, dict[str, Any]] = ("increment", {"step": 2})
+) -> str:
     """Writes a policy that calls a tool of `user_tools.py`, and then says something, more often than not."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -21,7 +23,11 @@ def make_caller(folder: Path, name: str = "qwen2.5", call: tuple[str, dict[str, 
     from raytrl.roles.environment.tools import Tools, longest_text
     from raytrl.roles.models.chat import Chat
 
-    chat = tokenizer(name)
+    tools = Tools(RolloutSection(environment=f"{TOOLS}:Counter", tools=[f"{TOOLS}:multiply"]))
+    (kind,) = tools.toolbox.kinds.values()
+    tools.close()
+    letters = tokenizer(name)
+    chat = tokenizer(name, letters.apply_chat_template(QUESTION, tools=list(kind.tools), tokenize=False))
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(chat),
@@ -37,18 +43,11 @@ def make_caller(folder: Path, name: str = "qwen2.5", call: tuple[str, dict[str, 
         tie_word_embeddings=True,
     )
     model = LlamaForCausalLM(config)
-    tools = Tools(RolloutSection(environment=f"{TOOLS}:Counter", tools=[f"{TOOLS}:multiply"]))
     said = Chat(chat, [chat.eos_token_id], 1024, longest_text(1024))
-    (kind,) = tools.toolbox.kinds.values()
-    tools.close()
     begin = said.prompt(QUESTION, kind.tools, " Begin at 0.")
-    rows = []
-    for result in ("2", "5"):
-        first, last = encoded(chat, turn(name, "", call)), encoded(chat, turn(name, f"At {result}."))
-        suffix = said.suffix([{"role": "tool", "name": call[0], "content": result}])
-        ids = [*begin, *first, *suffix, *last]
-        labels = [-100] * len(begin) + first + [-100] * len(suffix) + last
-        rows.append((ids, labels))
+    rows = [_row(said, chat, name, begin, call, results) for results in (["2"], ["2", "4"])]
+    width = max(len(ids) for ids, _ in rows)
+    rows = [(ids + [0] * (width - len(ids)), labels + [-100] * (width - len(labels))) for ids, labels in rows]
     input_ids, labels = (torch.tensor(column) for column in zip(*rows, strict=True))
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     for _ in range(STEPS):
@@ -59,6 +58,20 @@ def make_caller(folder: Path, name: str = "qwen2.5", call: tuple[str, dict[str, 
     model.save_pretrained(place)
     chat.save_pretrained(place)
     return str(place)
+
+
+def _row(
+    said: Any, chat: Any, name: str, begin: list[int], call: tuple[str, dict[str, Any]], results: list[str]
+) -> tuple[list[int], list[int]]:
+    """Token ids of a conversation, and what is to be learned of it."""
+    ids, labels = list(begin), [-100] * len(begin)
+    for result in results:
+        asked = encoded(chat, turn(name, "", call))
+        suffix = said.suffix([{"role": "tool", "name": call[0], "content": result}])
+        ids += asked + suffix
+        labels += asked + [-100] * len(suffix)
+    last = encoded(chat, turn(name, f"At {results[-1]}."))
+    return ids + last, labels + last
 
 
 def write_prompts(folder: Path, count: int = 12) -> str:

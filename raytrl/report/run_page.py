@@ -170,7 +170,9 @@ def _responses(key: str, rows: Rows) -> str:
         scores = ", ".join(
             f"{name} {value:.2f}" if value is not None else f"{name} -" for name, value in row["scores"].items()
         )
-        lines.append(f"<tr><td>{html.escape(str(row[key]))}</td><td>{_said(row)}</td><td>{html.escape(scores)}</td></tr>")
+        lines.append(
+            f"<tr><td>{html.escape(str(row[key]))}</td><td>{_said(row)}</td><td>{html.escape(scores)}</td></tr>"
+        )
     return f"<table><tr><th>{key}</th><th>prompt and response</th><th>scores</th></tr>{''.join(lines)}</table>"
 
 

@@ -8,8 +8,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from tests import user_tools
-from tests.chats import encoded, tokenizer, turn
 from trl import GRPOTrainer
 from trl.chat_template_utils import add_response_schema, get_training_chat_template, is_chat_template_prefix_preserving
 from trl.chat_template_utils import parse_response as parse
@@ -20,6 +18,8 @@ from raytrl.roles.environment.tools import Tools, longest_text
 from raytrl.roles.models.chat import Chat
 from raytrl.roles.rollout.engine import RolloutEngine, Sampled, Turn, Wanted
 from raytrl.roles.rollout.episodes import Episodes
+from tests import user_tools
+from tests.chats import encoded, tokenizer, turn
 
 FILE = str(Path(user_tools.__file__))
 PROMPT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is 6 times 7?"}]

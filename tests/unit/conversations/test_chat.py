@@ -3,11 +3,11 @@
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from tests.chats import TEMPLATES, encoded, tokenizer, turn
 from trl import chat_template_utils as templates
 
 from raytrl.errors import ConfigError
 from raytrl.roles.models.chat import Chat
+from tests.chats import TEMPLATES, encoded, tokenizer, turn
 
 NAMES = list(TEMPLATES)
 

@@ -1,14 +1,27 @@
 """Conversations with an environment by the commands that a user types: real Ray, real processes, a model that calls."""
 
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from raytrl.records.metrics import METRICS
 from tests.conversation_files import TOOLS, conversation_file, make_caller, write_prompts
-from tests.runs import metrics, raytrl, weights_hash, write_run_file
+from tests.runs import (
+    kill_everything,
+    last_step,
+    metrics,
+    raytrl,
+    start,
+    wait_for,
+    weights_hash,
+    worker_pids,
+    write_run_file,
+)
 
 PPO = {"steps": 3, "batch_size": 16, "responses_per_prompt": 4, "algorithm": "grpo", "learning_rate": 1e-3}
 
@@ -54,15 +67,26 @@ def test_a_run_calls_scores_and_learns(folder: Path, caller: str) -> None:
 
 
 @pytest.mark.slow
-def test_neither_actors_nor_tool_processes_change_a_bit(folder: Path, caller: str) -> None:
-    hashes = set[str]()
+@pytest.mark.timeout(600)
+def test_neither_actors_nor_tool_processes_nor_deaths_change_a_bit(folder: Path, caller: str) -> None:
+    ppo = {**PPO, "steps": 12, "max_lag": 1}
+    more: dict[str, Any] = {"ppo": ppo, "checkpoint": {"every": 3}, "learner": {"workers": 1}}
     for name, rollout in {
         "one": {"actors": 1, "tool_processes": 1, "resources": {"CPU": 0.5}},
         "three": {"actors": 3, "tool_processes": 4, "resources": {"CPU": 0.3}},
     }.items():
-        raytrl("ppo", conversation_file(folder, name, caller, ppo=PPO, rollout=rollout, learner={"workers": 1}))
-        hashes.add(weights_hash(folder / f"runs/{name}/model"))
-    assert len(hashes) == 1
+        raytrl("ppo", conversation_file(folder, name, caller, rollout=rollout, **more))
+    file = conversation_file(folder, "killed", caller, **more)
+    process, run = start("ppo", file), folder / "runs/killed"
+    wait_for("step 4", lambda: last_step(run) >= 4, process)
+    os.kill(worker_pids(process, "RolloutActor")[-1], signal.SIGKILL)
+    wait_for("step 7", lambda: last_step(run) >= 7, process)
+    kill_everything(process)
+    raytrl("ppo", file)
+    assert len({weights_hash(folder / f"runs/{name}/model") for name in ("one", "three", "killed")}) == 1
+    samples = {(folder / f"runs/{name}/samples.jsonl").read_text() for name in ("one", "three", "killed")}
+    assert len(samples) == 1
+    assert not [p for p in psutil.process_iter() if "roles.environment.process" in " ".join(p.cmdline())]
 
 
 def test_an_evaluation_shows_conversations(folder: Path, caller: str) -> None:

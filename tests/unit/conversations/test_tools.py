@@ -12,6 +12,7 @@ from raytrl.config.sections.rollout import RolloutSection
 from raytrl.errors import ConfigError
 from raytrl.records.tools import Call, ConversationError, Result, ScoreRequest, Start
 from raytrl.roles.environment.tools import Room, Tools, environment_of_tools, longest_text
+from tests import user_tools
 
 FILE = str(Path(user_tools.__file__))
 LIMIT_S = 1.5

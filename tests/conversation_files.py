@@ -1,5 +1,6 @@
 """A small model that calls tools, made by learning two conversations by heart, and run files for it."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,18 @@ STEPS = 150
 
 
 def make_caller(
-    folder: Path, name: str = "qwen2.5", call: tuple[str, dict[str, Any]] = ("increment", {"step": 2})
+    folder: Path,
+    name: str = "qwen2.5",
+    call: tuple[str, dict[str, Any]] = ("increment", {"step": 2}),
+    *,
+    environment: str | None = "Counter",
+    tools: Sequence[str] = ("multiply",),
 ) -> str:
-    """Writes a policy that calls a tool of `user_tools.py`, and then says something, more often than not."""
+    """Writes a policy that calls a tool of `user_tools.py`, and then says something, more often than not.
+
+    Args:
+        environment, tools: those that its prompts tell it of.
+    """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -23,9 +33,10 @@ def make_caller(
     from raytrl.roles.environment.tools import Tools, longest_text
     from raytrl.roles.models.chat import Chat
 
-    tools = Tools(RolloutSection(environment=f"{TOOLS}:Counter", tools=[f"{TOOLS}:multiply"]))
-    (kind,) = tools.toolbox.kinds.values()
-    tools.close()
+    place = None if environment is None else f"{TOOLS}:{environment}"
+    known = Tools(RolloutSection(environment=place, tools=[f"{TOOLS}:{tool}" for tool in tools]))
+    (kind,) = known.toolbox.kinds.values()
+    known.close()
     letters = tokenizer(name)
     chat = tokenizer(name, letters.apply_chat_template(QUESTION, tools=list(kind.tools), tokenize=False))
     torch.manual_seed(0)
@@ -44,8 +55,9 @@ def make_caller(
     )
     model = LlamaForCausalLM(config)
     said = Chat(chat, [chat.eos_token_id], 1024, longest_text(1024))
-    begin = said.prompt(QUESTION, kind.tools, " Begin at 0.")
-    rows = [_row(said, chat, name, begin, call, results) for results in (["2"], ["2", "4"])]
+    begin = said.prompt(QUESTION, kind.tools, None if environment is None else " Begin at 0.")
+    answers = (["2"], ["2", "4"]) if call[0] != "wait" else (["waited"], ["waited", "waited"])
+    rows = [_row(said, chat, name, begin, call, results) for results in answers]
     width = max(len(ids) for ids, _ in rows)
     rows = [(ids + [0] * (width - len(ids)), labels + [-100] * (width - len(labels))) for ids, labels in rows]
     input_ids, labels = (torch.tensor(column) for column in zip(*rows, strict=True))
@@ -54,10 +66,9 @@ def make_caller(
         optimizer.zero_grad()
         model(input_ids=input_ids, labels=labels).loss.backward()
         optimizer.step()
-    place = folder / f"caller-{name}"
-    model.save_pretrained(place)
-    chat.save_pretrained(place)
-    return str(place)
+    model.save_pretrained(folder / f"caller-{name}")
+    chat.save_pretrained(folder / f"caller-{name}")
+    return str(folder / f"caller-{name}")
 
 
 def _row(

@@ -19,6 +19,7 @@ from raytrl.config.sections.ppo import HEAD_CHUNK, LOGIT_BYTES, activation_bytes
 from raytrl.plan.config_shapes import ModelShape
 from raytrl.plan.shapes import lora_parameters
 
+_CONVERSATION_BYTES = 4.0 * 2**20  # of a copy that has run a small tool: 2.8 MiB of its own
 # Resident memory of a process that has loaded its libraries and no model yet, measured on Linux (GiB).
 LIBRARIES_GIB = {
     "supervised": 0.65,
@@ -251,7 +252,16 @@ def rollout_actor(run: RolloutRun, shape: ModelShape) -> Estimate:
     travelling = _travelling(run, shape.parameters * float(size))
     if not on_gpu:
         parts["new weights"] = travelling
-    return _finish(parts, 0.0, on_gpu, "rollout", travelling)
+        parts["tools"] = _tools(run)
+    return _finish(parts, _tools(run) if on_gpu else 0.0, on_gpu, "rollout", travelling)
+
+
+def _tools(run: RolloutRun) -> float:
+    """RAM of the processes of an actor's tools: one with the user's files, as for a reward function, and its copies."""
+    if not run.rollout.converses:
+        return 0.0
+    conversations = run.rollout.chunk_prompts * run.samples_a_prompt * (2 if run.rollout.engine == "vllm" else 1)
+    return LIBRARIES_GIB["function"] * GIB + conversations * _CONVERSATION_BYTES
 
 
 def _travelling(run: RolloutRun, weights: float) -> float:
@@ -275,7 +285,8 @@ def _vllm_actor(run: RolloutRun, shape: ModelShape) -> Estimate:
         parts["weights"] += 2.0 * shape.vocab * shape.hidden * size  # embedding and head are kept packed as well
         parts["cache"] = float(cpu_cache_bytes(run.rollout, shape.layers * shape.kv_width * size, length))
         parts["new weights"] = travelling
-    estimate = _finish(parts, 0.0, on_gpu, "vllm", travelling)
+        parts["tools"] = _tools(run)
+    estimate = _finish(parts, _tools(run) if on_gpu else 0.0, on_gpu, "vllm", travelling)
     if not on_gpu:
         return estimate
     share = run.rollout.engine_args.get("gpu_memory_utilization") or 0.9 * min(1.0, run.rollout.resources["GPU"])

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-WORDS = ["apple", "cloud", "grape"]  # in the order of the alphabet
+WORDS = {"apple": 0.1, "cloud": 0.3, "grape": 0.6}  # in the order of the alphabet, and how often each is the secret
 DIRECT = 0.5  # share of sft.jsonl's products that are answered without the calculator, and wrongly
 
 Message = dict[str, Any]
@@ -64,10 +64,11 @@ def correct(completions: Sequence[Sequence[Message]], answer: Sequence[str], **c
 
 
 class GuessWord:
-    """One of three words, which is found in two guesses by whoever begins in the middle and listens."""
+    """One of three words that are not alike: in two guesses 0.9 of them are found by whoever knows which come often."""
 
     def reset(self, seed: int, **row: Any) -> None:
-        self._secret, self._found = random.Random(seed).choice(WORDS), False
+        (self._secret,) = random.Random(seed).choices(list(WORDS), list(WORDS.values()))
+        self._found = False
 
     def guess(self, word: str) -> str:
         """Says where the secret word stands.
@@ -110,7 +111,7 @@ def _with_word(rng: random.Random) -> list[Message]:
     game, told = GuessWord(), [{"role": "user", "content": "Guess."}]
     game.reset(seed=rng.randrange(2**31))
     for _ in range(2):
-        word = rng.choice(WORDS)
+        word = rng.choice(list(WORDS))
         answer = game.guess(word)
         told += [_call("guess", word=word), {"role": "tool", "name": "guess", "content": answer}]
         if answer == "yes":

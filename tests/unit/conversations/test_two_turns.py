@@ -161,7 +161,12 @@ def distance(policy: nn.Module, reference: nn.Module) -> float:
 
 
 @pytest.mark.parametrize(
-    ("algorithm", "dtype"), [("ppo", torch.float32), ("rloo", torch.float32), ("ppo", torch.bfloat16)]
+    ("algorithm", "dtype"),
+    [
+        ("ppo", torch.float32),
+        ("ppo", torch.bfloat16),
+        pytest.param("rloo", torch.float32, marks=pytest.mark.slow),
+    ],
 )
 def test_two_turns_reach_the_known_optimum(algorithm: str, dtype: torch.dtype) -> None:
     model, rows = gpt2(1, width=64), 256

@@ -1,5 +1,6 @@
 """Every `raytrl` command of the guides, in their order and in a folder laid out as a clone is, cut short."""
 
+import os
 import random
 import re
 import shlex
@@ -78,7 +79,8 @@ def as_after_quickstart(clone: Path) -> None:
 @pytest.mark.timeout(1800)  # twenty processes one after the other, ten of them with a Ray of their own
 def test_every_command_runs(tmp_path: Path) -> None:
     clone = make_clone(tmp_path)
-    subprocess.run([sys.executable, "configs/arithmetic.py"], cwd=clone, check=True)
+    for script in ("configs/arithmetic.py", "configs/games.py"):
+        subprocess.run([sys.executable, script], cwd=clone, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
     ran = set()
     for words in commands():
         if words[0] in ELSEWHERE:
@@ -101,5 +103,6 @@ def test_every_command_runs(tmp_path: Path) -> None:
 
 def test_every_training_command_has_a_cut() -> None:
     """Those without one answer at once."""
-    assert "python configs/arithmetic.py" in (ROOT / "configs/README.md").read_text()
+    guide = (ROOT / "configs/README.md").read_text()
+    assert all(f"python configs/{name}.py" in guide for name in ("arithmetic", "games"))
     assert {words[0] for words in commands()} - CUTS.keys() == {*ELSEWHERE, "config", "report", "plan", "--version"}

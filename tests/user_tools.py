@@ -32,6 +32,21 @@ async def wait(seconds: float) -> str:
     return f"waited {seconds}"
 
 
+_there: list[str] = []
+
+
+async def meet(name: str) -> str:
+    """Waits for another.
+
+    Args:
+        name: Who comes.
+    """
+    _there.append(name)
+    while len(_there) < 2:
+        await asyncio.sleep(0.01)
+    return " and ".join(_there)
+
+
 def fail(why: str) -> str:
     """Fails.
 

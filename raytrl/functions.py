@@ -114,10 +114,10 @@ def call_function(function: Callable[..., Any], keywords: dict[str, Any], loop: 
         raise NoListError(
             f"returned {result!r:.200} (a {type(result).__name__}), not a list with one number a response"
         )
-    return [_plain(value) for value in result]
+    return [plain(value) for value in result]
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """A numpy or torch scalar as a Python number: the parent need not import what the function uses."""
     if value is None or type(value) in (bool, int, float, str):
         return value

@@ -30,7 +30,7 @@ def make_caller(
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from raytrl.config.sections.rollout import RolloutSection
-    from raytrl.roles.environment.tools import Tools, longest_text
+    from raytrl.roles.environment.tools import Tools
     from raytrl.roles.models.chat import Chat
 
     place = None if environment is None else f"{TOOLS}:{environment}"
@@ -54,7 +54,7 @@ def make_caller(
         tie_word_embeddings=True,
     )
     model = LlamaForCausalLM(config)
-    said = Chat(chat, [chat.eos_token_id], 1024, longest_text(1024))
+    said = Chat(chat, [chat.eos_token_id], 1024)
     begin = said.prompt(QUESTION, kind.tools, None if environment is None else " Begin at 0.")
     answers = (["2"], ["2", "4"]) if call[0] != "wait" else (["waited"], ["waited", "waited"])
     rows = [_row(said, chat, name, begin, call, results) for results in answers]

@@ -28,9 +28,7 @@ class Prompt:
     row: int
     text: PromptText  # as in the dataset: a string, or a list of chat messages
     token_ids: tuple[int, ...]  # chat template applied, truncated, no padding; none of a conversation with tools
-    columns: Mapping[str, Any] = field(
-        default_factory=dict
-    )  # the dataset's other columns, for reward functions and reset
+    columns: Mapping[str, Any] = field(default_factory=dict)  # the dataset's other ones, for reward functions and reset
 
 
 # ended: by a turn without a call. length: within a turn. budget: there was no room for what came back. turns: max_turns calls

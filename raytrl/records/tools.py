@@ -7,6 +7,13 @@ from typing import Any
 Schema = Mapping[str, Any]  # of a tool, as chat templates take it
 Content = str | list[dict[str, Any]]  # of a message: a text, or blocks of text
 
+_CHARACTERS_A_TOKEN = 256
+
+
+def longest_text(tokens: int) -> int:
+    """Characters of a tool's answer that leave its process, so that of 100 MB little is ever looked at."""
+    return tokens * _CHARACTERS_A_TOKEN
+
 
 @dataclass(frozen=True, slots=True)
 class Call:
@@ -39,6 +46,16 @@ class Toolbox:
 
     kinds: Mapping[str | None, Kind]  # by the row's `environment`; None: all rows are of one kind
     functions: tuple[str, ...] = ()  # names of the reward sources whose function asks for `environments`
+
+    @property
+    def is_by_name(self) -> bool:
+        """Whether each row says which kind it is, in its column `environment`."""
+        return None not in self.kinds
+
+    def named(self, row: Mapping[str, Any]) -> tuple[str | None, dict[str, Any]]:
+        """The name of a row's kind, and the columns that `reset` is given."""
+        columns = dict(row)
+        return (columns.pop("environment", None) if self.is_by_name else None), columns
 
     @property
     def rewards(self) -> tuple[str, ...]:

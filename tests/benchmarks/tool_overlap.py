@@ -23,7 +23,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from raytrl.config.sections.rollout import RolloutSection
 from raytrl.records.samples import Prompt
-from raytrl.roles.environment.tools import Tools, longest_text
+from raytrl.roles.environment.tools import Tools
 from raytrl.roles.models.adapters import policy_parameters
 from raytrl.roles.models.chat import Chat
 from raytrl.roles.models.tokenizer import load_tokenizer
@@ -48,7 +48,7 @@ def ours(path: str, name: str) -> tuple[Callable[[], Timed], Callable[[], None]]
     )
     engine = engine_class(name).from_pretrained(path, path, rollout, seed=0)
     tools = Tools(rollout)
-    chat = Chat(load_tokenizer(path, None, False), engine.turn_end_ids, 1024, longest_text(1024))
+    chat = Chat(load_tokenizer(path, None, False), engine.turn_end_ids, 1024)
     engine.conversations = Episodes(tools, chat, rollout, 0)
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     engine.load_weights(Weights.of(0, policy_parameters(model).items(), torch.float32))

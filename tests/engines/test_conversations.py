@@ -12,7 +12,7 @@ from raytrl.config.runs.ppo import PpoRun
 from raytrl.config.sections.ppo import PpoSection
 from raytrl.loop.protocols import Rollout
 from raytrl.records.samples import Prompt, Response, Score
-from raytrl.roles.environment.tools import Tools, longest_text
+from raytrl.roles.environment.tools import Tools
 from raytrl.roles.learner.build import assemble, build_backend
 from raytrl.roles.learner.learner import PpoLearner
 from raytrl.roles.models.adapters import policy_parameters
@@ -58,7 +58,7 @@ def case(
     )
     engine = engine_class(engine_name).from_pretrained(path, path, run.rollout, seed=3)
     tools = Tools(run.rollout)
-    chat = Chat(load_tokenizer(path, None, False), engine.turn_end_ids, 1024, longest_text(1024))
+    chat = Chat(load_tokenizer(path, None, False), engine.turn_end_ids, 1024)
     engine.conversations = Episodes(tools, chat, run.rollout, 3)
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     engine.load_weights(Weights.of(0, policy_parameters(model).items(), torch.float32))

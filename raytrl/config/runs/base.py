@@ -117,7 +117,7 @@ class Run(Section):
         return {}
 
     def user_functions(self) -> Mapping[str, str]:
-        """Places of the user's functions that score responses, by key."""
+        """Places of the user's own code that a run calls: reward functions, tools, environments; by key."""
         return {}
 
     def layouts(self) -> tuple[Columns, ...]:

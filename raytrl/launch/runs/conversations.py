@@ -26,11 +26,10 @@ def let_converse(engine: "SamplingEngine", run: RolloutRun, tokenizer_path: str,
     """
     if tools is None:
         return
-    from raytrl.roles.environment.tools import longest_text
     from raytrl.roles.models.chat import Chat
     from raytrl.roles.models.tokenizer import load_tokenizer
     from raytrl.roles.rollout.episodes import Episodes
 
-    tokenizer, limit = load_tokenizer(tokenizer_path, None, run.model.trust_remote_code), run.rollout.max_result_tokens
-    chat = Chat(tokenizer, engine.turn_end_ids, limit, longest_text(limit))
+    tokenizer = load_tokenizer(tokenizer_path, None, run.model.trust_remote_code)
+    chat = Chat(tokenizer, engine.turn_end_ids, run.rollout.max_result_tokens)
     engine.conversations = Episodes(tools, chat, run.rollout, run.seed)

@@ -1,6 +1,6 @@
 """What is checked of tools and environments before the start: they load, the template carries them, each row can begin."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from raytrl.errors import ConfigError, DataError
 from raytrl.plan.checks.common import Facts, tokenizer_at
 from raytrl.plan.checks.rows import Batch, Found, Tell, go_through, in_silence
 from raytrl.records.tools import ConversationError, Schema, Start, Toolbox
-from raytrl.roles.environment.tools import Tools, longest_text
+from raytrl.roles.environment.tools import Tools
 from raytrl.roles.models.chat import Chat
 from raytrl.roles.prompts import NO_PROMPT
 
@@ -35,7 +35,7 @@ class ConversationRows:
         found = Found(rows=count)
         for i in range(count):
             messages: Any = batch["prompt"][i] if "prompt" in batch else NO_PROMPT
-            name = batch["environment"][i] if None not in self.toolbox.kinds else None
+            name = batch["environment"][i] if self.toolbox.is_by_name else None
             number = first + i
             if name not in self.toolbox.kinds:
                 raise DataError(
@@ -81,13 +81,10 @@ def check_conversations_of(run: RolloutRun, dataset: Any, where: str, tell: Tell
     from raytrl.data import check_columns, choose_columns  # datasets: 1.3 s
 
     layout = check_columns(dataset, run, where)
-    tokenizer = tokenizer_at(run.tokenizer_path, None, run.model.trust_remote_code)
-    if tokenizer.eos_token_id is None:
-        raise ConfigError("model.tokenizer: has no end token, so no turn would ever end; expected: one with eos_token")
     with opened(run) as (tools, chat):
         toolbox = tools.toolbox
         check_rewards(run, toolbox)
-        by_name = None not in toolbox.kinds
+        by_name = toolbox.is_by_name
         if by_name and "environment" not in dataset.column_names:
             raise DataError(
                 f"{where}: rollout.environment has several classes, and each row says which is its own; found: columns "
@@ -115,10 +112,11 @@ def opened(run: RolloutRun) -> Iterator[tuple[Tools, Chat]]:
     from raytrl.roles.models.tokenizer import turn_end
 
     tokenizer = tokenizer_at(run.tokenizer_path, None, run.model.trust_remote_code)
+    if tokenizer.eos_token_id is None:
+        raise ConfigError("model.tokenizer: has no end token, so no turn would ever end; expected: one with eos_token")
     turn = turn_end(tokenizer)
     ends = [tokenizer.eos_token_id, *([] if turn is None else [turn[0]])]
-    limit = run.rollout.max_result_tokens
-    chat = Chat(tokenizer, ends, limit, longest_text(limit))
+    chat = Chat(tokenizer, ends, run.rollout.max_result_tokens)
     tools = Tools(run.rollout, run.functions_by_source())
     try:
         yield tools, chat
@@ -179,15 +177,12 @@ def _in_words(schema: Schema) -> str:
 
 def _begin(dataset: Any, where: str, tools: Tools) -> None:
     """The first row of each environment."""
-    by_name = None not in tools.toolbox.kinds
     first: dict[Any, int] = {}
-    for number, name in enumerate(dataset["environment"] if by_name else [None]):
+    for number, name in enumerate(dataset["environment"] if tools.toolbox.is_by_name else [None]):
         first.setdefault(name, number)
     started: dict[int, Future[Any]] = {}
-    for name, number in first.items():
-        columns: Mapping[str, Any] = dict(dataset[number])
-        columns = {key: value for key, value in columns.items() if not by_name or key != "environment"}
-        started[number] = tools.start(Start(name, columns, 0, 0))
+    for number in first.values():
+        started[number] = tools.start(Start(*tools.toolbox.named(dataset[number]), 0, 0))
     for number, future in started.items():
         try:
             future.result()[0].close()

@@ -26,7 +26,7 @@ from multiprocessing.reduction import recv_handle
 from typing import Any
 
 from raytrl.errors import ConfigError
-from raytrl.functions import NoListError, call_function, import_function, mentions, raised
+from raytrl.functions import NoListError, call_function, import_function, mentions, plain, raised
 from raytrl.records.tools import ScoreRequest, Start
 
 _PR_SET_PDEATHSIG = 1
@@ -125,7 +125,7 @@ class Conversation:
         found = {}
         own = getattr(self._environment, "get_reward", None)
         if own is not None:
-            found[type(self._environment).__name__] = self._value(lambda: [self._finished(own())])
+            found[type(self._environment).__name__] = self._value(lambda: [plain(self._finished(own()))])
         columns = {name: [value] for name, value in request.columns.items()}
         keywords = {
             **columns,
@@ -148,8 +148,7 @@ class Conversation:
             return {"problem": raised(error)}
         if len(values) != 1:
             return {"problem": f"returned {len(values)} scores for 1 response"}
-        number = getattr(values[0], "item", lambda: values[0])()
-        return number if number is None or isinstance(number, bool | int | float) else f"{number!r:.200}"
+        return values[0]
 
     async def _gathered(self, later: Mapping[int, Any]) -> list[tuple[int, Any, bool]]:
         results = await asyncio.gather(
@@ -275,7 +274,7 @@ def main() -> None:
                 child = os.fork()
                 if child == 0:
                     control.close()
-                    _live(Connection(handle), Conversation(files, limit), folder)
+                    _live(Connection(handle), files, limit, folder)
                 os.close(handle)
                 children[child] = folder
                 control.send(child)
@@ -300,7 +299,7 @@ def _end(child: int, folder: str) -> int:
     return os.waitstatus_to_exitcode(status)
 
 
-def _live(connection: "Connection[Any, Any]", conversation: Conversation, folder: str) -> None:
+def _live(connection: "Connection[Any, Any]", files: Files, limit: int, folder: str) -> None:
     """What a conversation's process does; never returns."""
     status = 1
     try:
@@ -308,6 +307,7 @@ def _live(connection: "Connection[Any, Any]", conversation: Conversation, folder
         if sys.platform == "linux":  # whoever hangs sees no pipe close: it ends with the nursery, however that ends
             ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         os.chdir(folder)
+        conversation = Conversation(files, limit)
         while True:
             what, argument = connection.recv()
             for answer in _answers(conversation, what, argument):

@@ -23,14 +23,24 @@ import raytrl
 from raytrl.config.credentials import SECRETS_VARIABLE, sounds_secret
 from raytrl.config.sections.rollout import RolloutSection
 from raytrl.errors import ConfigError, RunError
-from raytrl.records.tools import Call, Content, ConversationError, Kind, Result, ScoreRequest, Scores, Start, Toolbox
+from raytrl.records.tools import (
+    Call,
+    Content,
+    ConversationError,
+    Kind,
+    Result,
+    ScoreRequest,
+    Scores,
+    Start,
+    Toolbox,
+    longest_text,
+)
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
 
 START_LIMIT_S = 120.0  # importing the user's files, which may import torch from a cold disk
 _FORK_LIMIT_S = 30.0
-_CHARACTERS_A_TOKEN = 256  # more of a result is never looked at
 _LONGEST_ANSWER = 64 * 2**20  # bytes
 _LOGGED_LINES = 1000
 
@@ -272,11 +282,6 @@ class _Nursery:
                 _log.info("tools: %s", data.decode(errors="replace").rstrip())
             elif kept == _LOGGED_LINES + 1:
                 _log.warning("tools: more of what they print is not kept")
-
-
-def longest_text(tokens: int) -> int:
-    """Characters of a tool's answer that leave its process, so that 100 MB of it are never looked at."""
-    return tokens * _CHARACTERS_A_TOKEN
 
 
 def environment_of_tools(variables: Mapping[str, str], given: Sequence[str]) -> dict[str, str]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from raytrl.errors import ConfigError, RunError
 from raytrl.records.samples import Message
-from raytrl.records.tools import Content, Schema
+from raytrl.records.tools import Content, Schema, longest_text
 
 _VEIL = "raytrlveil{}x"  # in the place of a special token's text while a template renders it
 _VEILED = re.compile(r"raytrlveil(\d+)x")
@@ -21,20 +21,19 @@ _DUMMY = "dummy"
 class Chat:
     """A tokenizer whose template renders tools, calls and results, and whose responses can be parsed."""
 
-    def __init__(self, tokenizer: Any, end_token_ids: Sequence[int], max_result_tokens: int, longest_text: int) -> None:
+    def __init__(self, tokenizer: Any, end_token_ids: Sequence[int], max_result_tokens: int) -> None:
         """
         Args:
             tokenizer: the policy's; it is given TRL's response template where it has none.
             end_token_ids: what ends a turn.
             max_result_tokens: of what a tool says, so many are kept.
-            longest_text: characters of it that were ever looked at.
 
         Raises:
             ConfigError: its template cannot carry tools, and what to do.
         """
         self._tokenizer, self._ends = tokenizer, frozenset(end_token_ids)
         self._one_at_a_time = threading.RLock()  # whether special tokens are split is state of a fast tokenizer
-        self._max_result_tokens, self._longest_text = max_result_tokens, longest_text
+        self._max_result_tokens, self._longest_text = max_result_tokens, longest_text(max_result_tokens)
         self._template = _template_for_tools(tokenizer)
         special = [
             *tokenizer.all_special_tokens,

@@ -68,9 +68,8 @@ class Episodes:
         """One conversation, from its environment's reset to its scores."""
         room: Room | None = None
         conversation: Conversation | None = None
-        name = prompt.columns.get("environment") if None not in self._tools.toolbox.kinds else None
+        name, columns = self._tools.toolbox.named(prompt.columns)
         kind = self._tools.toolbox.kinds[name]
-        columns = {key: value for key, value in prompt.columns.items() if name is None or key != "environment"}
         seed = response_seed(self._seed, prompt.step, prompt.row, sample)
         row_seed = response_seed(self._seed, prompt.step, prompt.row, -1)
         start = Start(name, columns, row_seed, seed)

@@ -14,7 +14,7 @@ NAMES = list(TEMPLATES)
 
 def chat_of(name: str, limit: int = 1024) -> Chat:
     made = tokenizer(name)
-    return Chat(made, [made.eos_token_id], limit, 256 * limit)
+    return Chat(made, [made.eos_token_id], limit)
 
 
 def result(content: object) -> dict[str, object]:
@@ -94,7 +94,7 @@ def test_a_template_that_cannot_carry_tools_is_refused(template: str | None, wor
     made = tokenizer()
     made.chat_template = template
     with pytest.raises(ConfigError, match=words):
-        Chat(made, [made.eos_token_id], 10, 100)
+        Chat(made, [made.eos_token_id], 10)
 
 
 def test_a_template_that_rewrites_history_is_refused_where_there_is_no_other() -> None:
@@ -102,7 +102,7 @@ def test_a_template_that_rewrites_history_is_refused_where_there_is_no_other() -
     made.chat_template = "{{ messages | length }}" + templates.qwen2_5_chat_template
     made.response_template = templates.qwen3_template
     with pytest.raises(ConfigError, match="writes earlier turns in another way when more comes behind them"):
-        Chat(made, [made.eos_token_id], 10, 100)
+        Chat(made, [made.eos_token_id], 10)
 
 
 def test_threads_do_not_disturb_one_another() -> None:

@@ -9,8 +9,8 @@ import pytest
 
 from raytrl.config.sections.rollout import RolloutSection
 from raytrl.errors import ConfigError
-from raytrl.records.tools import Call, ConversationError, Result, ScoreRequest, Start
-from raytrl.roles.environment.tools import Room, Tools, environment_of_tools, longest_text
+from raytrl.records.tools import Call, ConversationError, Result, ScoreRequest, Start, longest_text
+from raytrl.roles.environment.tools import Room, Tools, environment_of_tools
 from tests import user_tools
 
 FILE = str(Path(user_tools.__file__))

@@ -14,7 +14,7 @@ from trl.chat_template_utils import parse_response as parse
 
 from raytrl.config.sections.rollout import RolloutSection
 from raytrl.records.samples import Prompt, Response
-from raytrl.roles.environment.tools import Tools, longest_text
+from raytrl.roles.environment.tools import Tools
 from raytrl.roles.models.chat import Chat
 from raytrl.roles.rollout.engine import RolloutEngine, Sampled, Turn, Wanted
 from raytrl.roles.rollout.episodes import Episodes
@@ -66,7 +66,7 @@ def ours(name: str, tools: Tools, turns: Sequence[str], budget: int, max_turns: 
         tools=["a.py:b"], sampling={"max_new_tokens": budget}, max_turns=max_turns, max_prompt_length=10_000
     )
     engine = Scripted([encoded(chat, text) for text in turns], chat.eos_token_id)
-    engine.conversations = Episodes(tools, Chat(chat, [chat.eos_token_id], 1024, longest_text(1024)), section, 0)
+    engine.conversations = Episodes(tools, Chat(chat, [chat.eos_token_id], 1024), section, 0)
     (response,) = engine.generate([Prompt(0, 0, PROMPT, (), {"prompt": PROMPT})], 0)
     episode = response.episode
     assert episode is not None

@@ -17,6 +17,8 @@ _ONLY_FOR: dict[str, tuple[str, object]] = {
     "dtype": ("model", "auto"),
     "trust_remote_code": ("model", False),
     "headers_env": ("url", {}),
+    "send_ended": ("url", True),
+    "outage_s": ("url", 300.0),
 }
 
 
@@ -32,7 +34,8 @@ class SourceSection(Section):
     function: str | None = None
     """file.py:name or package.module:name of a function as TRL's trainers take it. null: the source is something else."""
     url: str | None = None
-    """An address that is POSTed {prompts, completions} and answers {scores}. null: the source is something else."""
+    """An address that is POSTed {prompts, completions, ended} and answers {scores}: `raytrl serve` of a reward model, or any
+    other. null: the source is something else."""
     label: str | int | None = None
     """Of a model: which output is the score, by name or index. null: its only one."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -41,6 +44,12 @@ class SourceSection(Section):
     """Of a model: whether Python code that comes with it may run."""
     headers_env: dict[str, str] = Field(default_factory=dict)
     """Of a url: header → the environment variable of the reward actors that holds its value."""
+    send_ended: bool = True
+    """Of a url: whether it is told which responses ended by themselves (ended, true or false for each). false: of a server that
+    refuses a key that it does not know; it cannot tell a cut response then."""
+    outage_s: Annotated[float, Field(ge=0)] = 300.0
+    """Of a url: seconds to wait for a server that says 429 or 503, or that has answered before and is gone; such calls are no
+    retries."""
     batch_size: Annotated[int, Field(ge=1)] | None = None
     """Responses a call. null: 32 for a model, all at once for a function or url."""
     timeout_s: Annotated[float, Field(gt=0)] = 120.0

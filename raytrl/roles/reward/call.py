@@ -41,6 +41,15 @@ class FinalError(CallError):
     """A call failed in a way that asking again cannot change."""
 
 
+class AwayError(CallError):
+    """Nobody answers at present: whoever it is restarts, drains, is moved or has too much to do."""
+
+    def __init__(self, reason: str, after_s: float = 0.0) -> None:
+        """`after_s`: when to come again, if it was said."""
+        super().__init__(reason)
+        self.after_s = after_s
+
+
 class RewardSource(Protocol):
     """Something that scores responses. `call` may raise anything; `ask` judges what comes back."""
 
@@ -53,6 +62,11 @@ class RewardSource(Protocol):
     def close(self) -> None:
         """Release what the source holds. It may be called twice."""
         ...
+
+
+def is_whole(response: Response) -> bool:
+    """Whether all of it was said. A conversation that had no room for what came next has whole messages."""
+    return response.ended or (response.episode is not None and response.episode.end != "length")
 
 
 def completion_of(pair: Pair) -> PromptText:
@@ -69,7 +83,8 @@ def completion_of(pair: Pair) -> PromptText:
 def ask(source: RewardSource, pairs: Sequence[Pair]) -> list[Outcome]:
     """The outcome of every response, in order, asking in batches and again after a failure.
 
-    At most `retries + 1` calls a batch, each at most `timeout_s` long, with pauses of 0.25 s, 0.5 s, ... 8 s between.
+    At most `retries + 1` calls a batch, each at most `timeout_s` long, with pauses of 0.25 s, 0.5 s, ... 8 s between; and those
+    that found nobody there, for `outage_s` at most.
     """
     size = batch_size(source.section, len(pairs))
     outcomes: list[Outcome] = []
@@ -86,7 +101,8 @@ def batch_size(section: SourceSection, count: int) -> int:
 def longest_call_s(section: SourceSection, count: int) -> float:
     """What `ask` takes at most for so many responses: every call and pause of it."""
     pauses = sum(_pause_s(attempt) for attempt in range(1, section.retries + 1))
-    return -(-count // batch_size(section, count)) * ((section.retries + 1) * section.timeout_s + pauses)
+    outage = section.outage_s if section.kind == "url" else 0.0
+    return -(-count // batch_size(section, count)) * ((section.retries + 1) * section.timeout_s + pauses + outage)
 
 
 def _pause_s(attempt: int) -> float:
@@ -95,19 +111,36 @@ def _pause_s(attempt: int) -> float:
 
 
 def _ask_batch(source: RewardSource, pairs: Sequence[Pair]) -> list[Outcome]:
-    outcomes: list[Outcome] = []
-    for attempt in range(source.section.retries + 1):
-        if attempt:
-            time.sleep(_pause_s(attempt))
-        outcomes = _ask_once(source, pairs)
-        if not any(isinstance(outcome, Failure) and outcome.retry for outcome in outcomes):
-            break
-    return outcomes
+    attempt, absences, gives_up = 0, 0, None
+    while True:
+        try:
+            outcomes = _ask_once(source, pairs)
+        except AwayError as error:
+            gives_up = gives_up or time.monotonic() + source.section.outage_s
+            left = gives_up - time.monotonic()
+            if left <= 0:
+                return [Failure(f"{error}; and so for {source.section.outage_s:g} s (outage_s)", retry=False)] * len(
+                    pairs
+                )
+            absences += 1
+            time.sleep(min(max(error.after_s, _pause_s(absences)), left))
+            continue
+        attempt += 1
+        if attempt > source.section.retries or not any(_may_change(outcome) for outcome in outcomes):
+            return outcomes
+        time.sleep(_pause_s(attempt))
+
+
+def _may_change(outcome: Outcome) -> bool:
+    return isinstance(outcome, Failure) and outcome.retry
 
 
 def _ask_once(source: RewardSource, pairs: Sequence[Pair]) -> list[Outcome]:
+    """Raises AwayError."""
     try:
         values = source.call(pairs)
+    except AwayError:
+        raise
     except (CallError, NotInTimeError) as error:
         return [Failure(str(error), retry=not isinstance(error, FinalError))] * len(pairs)
     except Exception as error:

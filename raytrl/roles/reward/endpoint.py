@@ -1,4 +1,4 @@
-"""Reward endpoints: POST {prompts, completions} as JSON, and {scores} comes back."""
+"""Reward endpoints: POST {prompts, completions, ended} as JSON, and {scores} comes back."""
 
 import http.client
 import ipaddress
@@ -10,22 +10,33 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Sequence
+from typing import Any
 
 from raytrl.config.sections.reward import SourceSection
 from raytrl.errors import ConfigError
-from raytrl.roles.reward.call import CallError, FinalError, Pair, completion_of
+from raytrl.roles.reward.call import AwayError, CallError, Failure, FinalError, Pair, completion_of, is_whole
 from raytrl.within import within
 
-# Of the 4xx answers, those that another try may change: timeout, too early, too many requests.
-_TRANSIENT = frozenset({408, 425, 429})
+# Of the 4xx answers, those that another try may change: timeout, too early.
+_TRANSIENT = frozenset({408, 425})
+_COME_AGAIN = frozenset({429, 503})
+# What Ray Serve's proxy says of an application that it takes down or has not got back yet.
+_SERVE_HAS_NONE = b"/-/routes"
+_LONGEST_WAIT_S = 60.0  # that a server may ask for
 # What is read of an answer at most: a score has 25 characters, and what else an endpoint tells of a response some more.
 _ANSWER_BYTES, _SCORE_BYTES = 2**20, 2**12
 
 
 class EndpointSource:
-    """An HTTP endpoint. It is sent what a reward function is called with: texts, or lists of chat messages.
+    """An HTTP endpoint. It is sent what a reward function is called with: texts, or lists of chat messages; and of each response
+    whether it ended by itself.
 
-    `{"scores": [...]}` holds one number a response, in order; `null` means "does not apply", as None does in Python.
+    `{"scores": [...]}` holds one number a response, in order; `null` means "does not apply", as None does in Python, and
+    `{"error": text, "retry": false}` that there is none for this response, and whether asking again may change that.
+
+    A server that says 429 or 503, or that has answered before and is gone, is waited for (`AwayError`). One that never
+    answered is more likely a wrong address.
+
     Raises ConfigError when a header's environment variable is not set.
     """
 
@@ -33,6 +44,7 @@ class EndpointSource:
         assert section.url is not None
         self.section = section
         self._url = section.url
+        self._has_answered = False
         self._headers = {"Content-Type": "application/json", "Accept": "application/json"}
         for header, variable in section.headers_env.items():
             if variable not in os.environ:
@@ -44,10 +56,34 @@ class EndpointSource:
 
     def call(self, pairs: Sequence[Pair]) -> Sequence[object]:
         """One value a response; see `RewardSource`."""
-        body = {"prompts": [prompt.text for prompt, _ in pairs], "completions": [completion_of(pair) for pair in pairs]}
+        body: dict[str, list[Any]] = {
+            "prompts": [prompt.text for prompt, _ in pairs],
+            "completions": [completion_of(pair) for pair in pairs],
+        }
+        if self.section.send_ended:
+            body["ended"] = [is_whole(response) for _, response in pairs]
         request = urllib.request.Request(self._url, data=json.dumps(body).encode(), headers=self._headers)  # noqa: S310 (config admits http and https only)
         # urllib bounds each read, not their sum: a server that drips bytes needs the outer limit.
-        return within(self.section.timeout_s, lambda: _post(request, self.section.timeout_s, len(pairs)))
+        return within(self.section.timeout_s, lambda: self._post(request, len(pairs)))
+
+    def _post(self, request: urllib.request.Request, count: int) -> Sequence[object]:
+        """The scores of `count` responses."""
+        timeout_s = self.section.timeout_s
+        ends = time.monotonic() + timeout_s
+        try:
+            with _opener(request.full_url).open(request, timeout=timeout_s) as response:
+                answer = _read(response, ends, _ANSWER_BYTES + count * _SCORE_BYTES)
+        except urllib.error.HTTPError as error:
+            raise _refused(error, self.section.send_ended) from None
+        except TimeoutError:
+            raise CallError(f"gave no answer within {timeout_s:g} s") from None
+        except (OSError, http.client.HTTPException) as error:
+            if isinstance(error, urllib.error.URLError) and isinstance(error.reason, TimeoutError):
+                raise CallError(f"gave no answer within {timeout_s:g} s") from None
+            reason = f"raised {type(error).__name__}: {error}"
+            raise (AwayError(reason) if self._has_answered else CallError(reason)) from None
+        self._has_answered = True
+        return _scores_in(answer)
 
     def close(self) -> None:
         """Nothing is held between calls."""
@@ -74,31 +110,39 @@ def _is_here(url: str) -> bool:
         return host in ("localhost", socket.gethostname().lower()) or host.endswith(".localhost")
 
 
-def _post(request: urllib.request.Request, timeout_s: float, count: int) -> Sequence[object]:
-    """The scores of `count` responses."""
-    ends = time.monotonic() + timeout_s
-    try:
-        with _opener(request.full_url).open(request, timeout=timeout_s) as response:
-            answer = _read(response, ends, _ANSWER_BYTES + count * _SCORE_BYTES)
-    except urllib.error.HTTPError as error:
-        if 300 <= error.code < 400:
-            place = error.headers.get("Location", "no Location")
-            raise FinalError(
-                f"answered HTTP {error.code}, a redirect to {place}; expected: the url that answers"
-            ) from None
-        reason = f"answered HTTP {error.code}: {error.read(200).decode(errors='replace')}"
-        if 400 <= error.code < 500 and error.code not in _TRANSIENT:
-            raise FinalError(reason) from None
-        raise CallError(reason) from None
-    except TimeoutError:
-        raise CallError(f"gave no answer within {timeout_s:g} s") from None
+def _refused(error: urllib.error.HTTPError, sent_ended: bool) -> CallError:
+    """What an answer means that is no 200."""
+    if 300 <= error.code < 400:
+        place = error.headers.get("Location", "no Location")
+        return FinalError(f"answered HTTP {error.code}, a redirect to {place}; expected: the url that answers")
+    text = error.read(200)
+    reason = f"answered HTTP {error.code}: {text.decode(errors='replace')}"
+    if error.code in _COME_AGAIN or (error.code == 404 and _SERVE_HAS_NONE in text):
+        return AwayError(reason, _retry_after_s(error.headers.get("Retry-After")))
+    if error.code in (400, 422) and sent_ended and b"ended" in text:
+        reason += "; of a server that knows no `ended`: send_ended: false"
+    return CallError(reason) if error.code >= 500 or error.code in _TRANSIENT else FinalError(reason)
+
+
+def _retry_after_s(header: str | None) -> float:
+    """Seconds; it may be a date, which is not read."""
+    return min(float(header), _LONGEST_WAIT_S) if header is not None and header.isdecimal() else 0.0
+
+
+def _scores_in(answer: bytes) -> Sequence[object]:
     try:
         scores = json.loads(answer)["scores"]
     except (ValueError, KeyError, TypeError):
         scores = None
     if not isinstance(scores, list):
         raise CallError(f"answered {answer[:200]!r}; expected: a JSON object with a list `scores`")
-    return scores
+    return [_outcome(score) for score in scores]
+
+
+def _outcome(score: object) -> object:
+    if not isinstance(score, dict) or not isinstance(score.get("error"), str):
+        return score
+    return Failure(f"{score['error']:.1000}", retry=score.get("retry") is not False)
 
 
 def _read(response: http.client.HTTPResponse, ends: float, limit: int) -> bytes:

@@ -10,7 +10,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from raytrl.config.sections.reward import SourceSection
 from raytrl.errors import ConfigError
 from raytrl.roles.models.positions import positions_of
-from raytrl.roles.reward.call import Failure, Pair, completion_of
+from raytrl.roles.reward.call import Failure, Pair, completion_of, is_whole
 from raytrl.within import within
 
 _CUT_HERE = "\ue0c7cut\ue0c7"  # of the private use area: no text has it
@@ -61,10 +61,9 @@ class ModelSource:
         """What the classifier reads of one prompt and response."""
         prompt, response = pair
         if isinstance(prompt.text, str):
-            return prompt.text + response.text + (self._end if response.ended else "")
+            return prompt.text + response.text + (self._end if is_whole(response) else "")
         messages = [*prompt.text, *completion_of(pair)]
-        # A conversation that had no room for what came next has whole messages.
-        if response.ended or (response.episode is not None and response.episode.end != "length"):
+        if is_whole(response):
             return str(self._tokenizer.apply_chat_template(messages, tokenize=False))
         # transformers' `continue_final_message` refuses what a template changes, which for some is all reasoning.
         messages[-1] = {**messages[-1], "content": f"{messages[-1].get('content') or ''}{_CUT_HERE}"}

@@ -4,6 +4,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -74,7 +75,11 @@ def test_chat_goes_out_as_messages_and_null_is_not_applicable(server: _Server, p
     prompt = [{"role": "user", "content": "hi"}]
 
     def answer(_: Any, body: dict[str, Any], __: int) -> tuple[int, bytes]:
-        assert body == {"prompts": [prompt], "completions": [[{"role": "assistant", "content": "ho"}]]}
+        assert body == {
+            "prompts": [prompt],
+            "completions": [[{"role": "assistant", "content": "ho"}]],
+            "ended": [True],
+        }
         return _scores([None])
 
     server.answer = answer
@@ -82,9 +87,107 @@ def test_chat_goes_out_as_messages_and_null_is_not_applicable(server: _Server, p
 
 
 def test_a_server_error_is_asked_again(server: _Server, pair: Any) -> None:
-    server.answer = lambda _, __, call: (503, b"warming up") if call == 1 else _scores([1])
+    server.answer = lambda _, __, call: (500, b"warming up") if call == 1 else _scores([1])
     assert ask(_source(server, retries=1), [pair("p", "x")]) == [1.0]
     assert server.calls == 2
+
+
+def test_a_cut_response_is_told_apart_unless_the_server_knows_no_such_key(server: _Server, pair: Any) -> None:
+    seen: list[Any] = []
+
+    def answer(_: Any, body: dict[str, Any], __: int) -> tuple[int, bytes]:
+        seen.append(body.get("ended"))
+        return _scores([1, 2])
+
+    server.answer = answer
+    pairs = [pair("p", "x"), pair("p", "y", ended=False)]
+    ask(_source(server), pairs)
+    ask(_source(server, send_ended=False), pairs)
+    assert seen == [[True, False], None]
+
+
+def test_a_server_that_refuses_the_key_says_what_to_do(server: _Server, pair: Any) -> None:
+    server.answer = lambda *_: (
+        422,
+        b'{"detail": [{"loc": ["body", "ended"], "msg": "Extra inputs are not permitted"}]}',
+    )
+    (outcome,) = ask(_source(server, retries=3), [pair("p", "x")])
+    assert isinstance(outcome, Failure)
+    assert "send_ended: false" in outcome.reason
+    assert server.calls == 1
+
+
+@pytest.mark.parametrize(("told", "calls"), [({"retry": False}, 1), ({}, 3), ({"retry": True}, 3)])
+def test_one_response_has_an_error_and_the_others_their_scores(
+    server: _Server, pair: Any, told: dict[str, Any], calls: int
+) -> None:
+    server.answer = lambda *_: _scores([1.5, {"error": "the text has 805 tokens", **told}])
+    outcomes = ask(_source(server, retries=2), [pair("p", "x"), pair("p", "y", row=1)])
+    assert outcomes == [1.5, Failure("the text has 805 tokens", retry=calls > 1)]
+    assert server.calls == calls
+
+
+def _says(status: int, text: bytes, retry_after: str | None = None) -> Answer:
+    def answer(handler: BaseHTTPRequestHandler, _: Any, call: int) -> tuple[int, bytes] | None:
+        if call > 4:
+            return _scores([1])
+        handler.send_response(status)
+        if retry_after is not None:
+            handler.send_header("Retry-After", retry_after)
+        handler.end_headers()
+        handler.wfile.write(text)
+        return None
+
+    return answer
+
+
+@pytest.mark.parametrize(
+    ("status", "text"),
+    [(503, b"draining"), (429, b"too many"), (404, b"Path '/score' not found. Please ping http://.../-/routes")],
+)
+def test_who_is_told_to_come_again_does_without_using_up_retries(
+    server: _Server, pair: Any, status: int, text: bytes
+) -> None:
+    server.answer = _says(status, text)
+    assert ask(_source(server, retries=0), [pair("p", "x")]) == [1.0]
+    assert server.calls == 5
+
+
+def test_another_404_is_a_wrong_address(server: _Server, pair: Any) -> None:
+    server.answer = _says(404, b"no such page")
+    (outcome,) = ask(_source(server, retries=3), [pair("p", "x")])
+    assert outcome == Failure("answered HTTP 404: no such page", retry=False)
+
+
+def test_an_outage_is_waited_for_as_long_as_it_is_said(server: _Server, pair: Any) -> None:
+    server.answer = lambda *_: (503, b"draining")
+    begin = time.monotonic()
+    (outcome,) = ask(_source(server, retries=5, outage_s=0.3), [pair("p", "x")])
+    assert outcome == Failure("answered HTTP 503: draining; and so for 0.3 s (outage_s)", retry=False)
+    assert 0.3 <= time.monotonic() - begin < 3
+
+
+def test_retry_after_is_kept_to(server: _Server, pair: Any) -> None:
+    server.answer = _says(503, b"draining", retry_after="30")
+    (outcome,) = ask(_source(server, outage_s=0.2), [pair("p", "x")])
+    assert isinstance(outcome, Failure)
+    assert server.calls == 2  # at once, and when the outage was over
+
+
+def test_a_server_that_has_answered_may_be_gone_for_a_while(server: _Server, pair: Any) -> None:
+    server.answer = lambda *_: _scores([1])
+    source = _source(server, retries=0, outage_s=20)
+    assert ask(source, [pair("p", "x")]) == [1.0]
+    server.server.server_close()  # as killed: what comes is refused
+    port = server.server.server_port
+    asked = ThreadPoolExecutor(1).submit(ask, source, [pair("p", "x")])
+    with pytest.raises(TimeoutError):
+        asked.result(timeout=0.2)
+    again = ThreadingHTTPServer(("127.0.0.1", port), server.server.RequestHandlerClass)
+    threading.Thread(target=again.serve_forever, args=(0.01,), daemon=True).start()
+    assert asked.result(timeout=20) == [1.0]
+    again.shutdown()
+    again.server_close()
 
 
 def test_retries_are_bounded(server: _Server, pair: Any) -> None:

@@ -139,6 +139,21 @@ def tune(config: File, overrides: Overrides = None, fresh: Fresh = False, debug:
 
 
 @app.command()
+def serve(
+    run: Annotated[
+        str,
+        typer.Argument(
+            metavar="RUN_DIR|CONFIG", help="a finished run, a model's folder, or a run file", show_default=False
+        ),
+    ],
+    overrides: Overrides = None,
+    debug: Debug = False,
+) -> None:
+    """A finished model behind HTTP until Ctrl-C: a policy by OpenAI's API, a reward model by POST /score."""
+    _guarded(lambda: commands.serve(run, overrides), debug)
+
+
+@app.command()
 def report(
     run_dir: Annotated[str, typer.Argument(metavar="RUN_DIR", help="such as runs/my-run", show_default=False)],
     debug: Debug = False,
@@ -219,7 +234,7 @@ def config_show(
 @config_app.command("schema")
 def config_schema(
     kind: Annotated[
-        str, typer.Argument(metavar="KIND", help="sft, reward, dpo, ppo, eval or tune", show_default=False)
+        str, typer.Argument(metavar="KIND", help="sft, reward, dpo, ppo, eval, tune or serve", show_default=False)
     ],
 ) -> None:
     """The JSON schema of a kind of run file, for editors."""

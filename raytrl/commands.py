@@ -50,6 +50,22 @@ def evaluate(file: str, overrides: list[str] | None, fresh: bool) -> None:
     _write_page(loaded)
 
 
+def serve(place: str, overrides: list[str] | None) -> None:
+    from raytrl.config.load import load_run
+
+    loaded = load_run(place, overrides or [], "serve")
+    from raytrl.launch.runs.run import run_to_end
+    from raytrl.launch.runs.serve import ServeKind
+    from raytrl.report.progress import Display
+
+    _stop_on_sigterm()
+    with Display(out, f"serve {loaded.run.name}") as display:
+        outcome = run_to_end(ServeKind(loaded), _command(), True, display.show)
+    if outcome.cut_off:
+        out.print(f"[yellow]{outcome.cut_off} requests were not finished in time (serve.drain_s)[/]")
+    out.print("stopped")
+
+
 def _command() -> str:
     """What the user typed."""
     return shlex.join(["raytrl", *sys.argv[1:]])

@@ -51,7 +51,7 @@ def load_run(path: str, overrides: list[str], kind: str | None = None, *, elsewh
     """Reads, overrides and checks a run file.
 
     Args:
-        path: the YAML file.
+        path: the YAML file; or a folder: a run or model, to be served.
         overrides: `dotted.key=value`, values as YAML; list items by number (`reward.sources.0.weight=2`).
         kind: what the command line asked for; the file's `kind` must agree.
         elsewhere: it is looked at for machines that are not this one, which need not have what they have.
@@ -59,7 +59,7 @@ def load_run(path: str, overrides: list[str], kind: str | None = None, *, elsewh
     Raises:
         ConfigError: with one line for each problem, naming file (and line) and key.
     """
-    values, origins = _read(path)
+    values, origins = ({"kind": "serve", "run": path}, {}) if Path(path).is_dir() else _read(path)
     for override in overrides:
         key, _, text = override.partition("=")
         refuse_credentials({key: text}, "command line")  # first, since what else is wrong with it is told with its text

@@ -13,9 +13,11 @@ from raytrl.config.foreign.deepspeed import zero_stage
 from raytrl.config.runs.base import Run
 from raytrl.config.runs.ppo import PpoRun
 from raytrl.config.runs.rollout import RolloutRun
+from raytrl.config.runs.serve import ServeRun
 from raytrl.config.runs.supervised import SupervisedRun
 from raytrl.config.sections.engines import cpu_batch_tokens, cpu_cache_bytes
 from raytrl.config.sections.ppo import HEAD_CHUNK, LOGIT_BYTES, activation_bytes
+from raytrl.config.sections.serve import BATCH_ROWS
 from raytrl.plan.config_shapes import ModelShape
 from raytrl.plan.shapes import lora_parameters
 
@@ -37,6 +39,8 @@ GIB = 2**30
 # TRL scores tokens and vocabulary in tiles of this size (trl/kernels/chunked_logprob.py), with these float32 copies.
 _TILE = (4096, 32768)
 _TILE_COPIES = 4
+_SCORED_TOKENS = 32 * 1024  # of a batch of texts that a reward model scores
+_UNKNOWN_LENGTH = 4096
 _GPU_BATCH_TOKENS = 16384  # of a forward pass: vLLM's default, on the largest GPUs
 
 
@@ -313,6 +317,33 @@ def reward_actor(run: RolloutRun, shapes: Mapping[str, ModelShape]) -> Estimate:
     return _finish(parts, extra if on_gpu else 0.0, on_gpu, "reward", largest)
 
 
+def server(run: ServeRun, shape: ModelShape) -> Estimate:
+    """One replica of what is served; a policy's requests are as long as the model allows."""
+    on_gpu, size = run.uses_gpu, _size(run.serve.dtype, run.uses_gpu)
+    weights = shape.parameters * float(size)
+    width = (2.0 * shape.hidden + 3 * shape.widest) * size
+    if run.scores:
+        return _finish({"weights": weights, "activations": _SCORED_TOKENS * width}, 0.0, on_gpu, "reward", weights)
+    token_bytes = shape.layers * shape.kv_width * size
+    length = int(run.serve.engine_args.get("max_model_len") or run.max_tokens or _UNKNOWN_LENGTH)
+    if run.serve.engine != "vllm":
+        rows = min(run.serve.max_ongoing, BATCH_ROWS)
+        parts = {"weights": weights, "cache": float(rows * length * token_bytes), "activations": length * width}
+        return _finish(parts, 0.0, on_gpu, "rollout", weights)
+    tokens = cpu_batch_tokens(run.sampling, length)
+    if on_gpu:
+        tokens = run.serve.engine_args.get("max_num_batched_tokens") or _GPU_BATCH_TOKENS
+    parts = {"weights": weights, "activations": tokens * width}
+    front = LIBRARIES_GIB["vllm"] * GIB  # the process that answers; the engine has one of its own
+    if not on_gpu:
+        parts["weights"] += 2.0 * shape.vocab * shape.hidden * size
+        parts["cache"] = float(cpu_cache_bytes(run.sampling, token_bytes, length))
+        parts["front"] = front
+    estimate = _finish(parts, front, on_gpu, "vllm", weights)
+    share = run.serve.engine_args.get("gpu_memory_utilization") or 0.9 * min(1.0, run.serve.gpus)
+    return replace(estimate, share=float(share)) if on_gpu else estimate
+
+
 def _finish(parts: dict[str, float], offloaded: float, on_gpu: bool, libraries: str, loading: float) -> Estimate:
     """Adds the process itself; on a GPU also what it needs of RAM: libraries, and the weights while they are loaded."""
     process = LIBRARIES_GIB[libraries] * GIB
@@ -350,4 +381,5 @@ _ESTIMATES: Mapping[str, Callable[[Any, Mapping[str, ModelShape]], Estimate]] = 
     ),
     "rollout": lambda run, held: rollout_actor(run, _largest(held)),
     "reward": lambda run, held: reward_actor(run, held),
+    "server": lambda run, held: server(run, held["run"]),
 }

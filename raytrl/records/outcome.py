@@ -32,6 +32,13 @@ class Evaluated(Outcome):
 
 
 @dataclass(frozen=True)
+class Served(Outcome):
+    """Of a server that was stopped."""
+
+    cut_off: int  # requests that were not finished in time
+
+
+@dataclass(frozen=True)
 class Swept(Outcome):
     """Of a sweep."""
 

@@ -40,7 +40,7 @@ class Processes:
     """Equal processes of a run, and the section of the run file that says what each of them takes."""
 
     key: str  # of their number in the run file
-    role: Literal["trainer", "learner", "rollout", "reward"]
+    role: Literal["trainer", "learner", "rollout", "reward", "server"]
     section: ProcessSection
     count: int  # that the run cannot do without
     most: int  # that it can use

@@ -87,3 +87,27 @@ def load_secrets() -> None:
                 f"--secret {name}: is not in the environment of the processes on {os.uname().nodename}; expected: set "
                 f"where Ray was started, or --secret {name}=/path/of/a/file"
             )
+
+
+def values_at(place: str | None, key: str) -> list[str]:
+    """The secrets that a reference of a run file leads to: NAME's value, or the lines of the file in NAME=/file.
+
+    Raises:
+        ConfigError: there is none; the message has no value in it.
+    """
+    if place is None:
+        return []
+    name, _, path = place.partition("=")
+    try:
+        text = Path(path).read_text(encoding="utf-8") if path else os.environ.get(name, "")
+    except OSError as error:
+        raise ConfigError(
+            f"{key}: cannot be read on {os.uname().nodename}; found: {path}: {error.strerror}; expected: a file that every node "
+            f"has, such as a mounted Kubernetes secret"
+        ) from None
+    if not (found := [line.strip() for line in text.splitlines() if line.strip()]):
+        where = path or f"the environment variable {name}"
+        raise ConfigError(
+            f"{key}: nothing in {where} on {os.uname().nodename}; expected: a secret, set where Ray was started, or NAME=/file"
+        )
+    return found

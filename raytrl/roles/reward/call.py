@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 from raytrl.config.sections.reward import SourceSection
 from raytrl.records.samples import Prompt, PromptText, Response
@@ -16,7 +16,7 @@ from raytrl.within import NotInTimeError
 
 _FIRST_PAUSE_S = 0.25  # before the first retry; doubles with each
 _LONGEST_PAUSE_S = 8.0
-_MODEL_BATCH_SIZE = 32
+MODEL_BATCH_SIZE = 32
 
 Pair = tuple[Prompt, Response]
 Answer = TypeVar("Answer")
@@ -80,6 +80,18 @@ def completion_of(pair: Pair) -> PromptText:
     return [{"role": "assistant", "content": response.text}]
 
 
+class Asked(NamedTuple):
+    """What a source that is sent texts is asked about a response."""
+
+    prompt: PromptText
+    completion: PromptText
+    whole: bool
+
+    @classmethod
+    def of(cls, pair: Pair) -> "Asked":
+        return cls(pair[0].text, completion_of(pair), is_whole(pair[1]))
+
+
 def ask(source: RewardSource, pairs: Sequence[Pair]) -> list[Outcome]:
     """The outcome of every response, in order, asking in batches and again after a failure.
 
@@ -95,7 +107,7 @@ def ask(source: RewardSource, pairs: Sequence[Pair]) -> list[Outcome]:
 
 def batch_size(section: SourceSection, count: int) -> int:
     """Of so many responses, how many a call is about."""
-    return section.batch_size or (_MODEL_BATCH_SIZE if section.kind == "model" else max(count, 1))
+    return section.batch_size or (MODEL_BATCH_SIZE if section.kind == "model" else max(count, 1))
 
 
 def longest_call_s(section: SourceSection, count: int) -> float:

@@ -14,7 +14,7 @@ from typing import Any
 
 from raytrl.config.sections.reward import SourceSection
 from raytrl.errors import ConfigError
-from raytrl.roles.reward.call import AwayError, CallError, Failure, FinalError, Pair, completion_of, is_whole
+from raytrl.roles.reward.call import Asked, AwayError, CallError, Failure, FinalError, Pair
 from raytrl.within import within
 
 # Of the 4xx answers, those that another try may change: timeout, too early.
@@ -56,12 +56,13 @@ class EndpointSource:
 
     def call(self, pairs: Sequence[Pair]) -> Sequence[object]:
         """One value a response; see `RewardSource`."""
+        rows = [Asked.of(pair) for pair in pairs]
         body: dict[str, list[Any]] = {
-            "prompts": [prompt.text for prompt, _ in pairs],
-            "completions": [completion_of(pair) for pair in pairs],
+            "prompts": [row.prompt for row in rows],
+            "completions": [row.completion for row in rows],
         }
         if self.section.send_ended:
-            body["ended"] = [is_whole(response) for _, response in pairs]
+            body["ended"] = [row.whole for row in rows]
         request = urllib.request.Request(self._url, data=json.dumps(body).encode(), headers=self._headers)  # noqa: S310 (config admits http and https only)
         # urllib bounds each read, not their sum: a server that drips bytes needs the outer limit.
         return within(self.section.timeout_s, lambda: self._post(request, len(pairs)))

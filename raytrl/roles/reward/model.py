@@ -10,7 +10,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from raytrl.config.sections.reward import SourceSection
 from raytrl.errors import ConfigError
 from raytrl.roles.models.positions import positions_of
-from raytrl.roles.reward.call import Failure, Pair, completion_of, is_whole
+from raytrl.roles.reward.call import Asked, Failure, Pair
 from raytrl.within import within
 
 _CUT_HERE = "\ue0c7cut\ue0c7"  # of the private use area: no text has it
@@ -42,7 +42,7 @@ class ModelSource:
         self._model, self._tokenizer = self._load(path)
         _head_in_float32(self._model)
         self._text_config = self._model.config.get_text_config()
-        self._output = _output_index(self._model.config, section.label, f"reward.sources.{section.name}.label")
+        self._output = output_index(self._model.config, section.label, f"reward.sources.{section.name}.label")
         self._padding: int | None = self._text_config.pad_token_id
         self._vocabulary: int = self._model.get_input_embeddings().num_embeddings
         self._max_tokens = _max_tokens(self._text_config, self._tokenizer)
@@ -52,18 +52,21 @@ class ModelSource:
 
     def call(self, pairs: Sequence[Pair]) -> Sequence[object]:
         """One value a response; see `RewardSource`."""
-        return within(self.section.timeout_s, lambda: self._scores([self.token_ids(pair) for pair in pairs]))
+        return within(self.section.timeout_s, lambda: self.scores([Asked.of(pair) for pair in pairs]))
+
+    def scores(self, rows: Sequence[Asked]) -> list[object]:
+        """One value a row, or a `Failure` in its place; all of them in one forward pass."""
+        return self._scores([self.token_ids(row) for row in rows])
 
     def close(self) -> None:
         """Nothing outlives the object."""
 
-    def text(self, pair: Pair) -> str:
+    def text(self, row: Asked) -> str:
         """What the classifier reads of one prompt and response."""
-        prompt, response = pair
-        if isinstance(prompt.text, str):
-            return prompt.text + response.text + (self._end if is_whole(response) else "")
-        messages = [*prompt.text, *completion_of(pair)]
-        if is_whole(response):
+        if isinstance(row.prompt, str):
+            return f"{row.prompt}{row.completion}{self._end if row.whole else ''}"
+        messages = [*row.prompt, *row.completion]
+        if row.whole:
             return str(self._tokenizer.apply_chat_template(messages, tokenize=False))
         # transformers' `continue_final_message` refuses what a template changes, which for some is all reasoning.
         messages[-1] = {**messages[-1], "content": f"{messages[-1].get('content') or ''}{_CUT_HERE}"}
@@ -72,13 +75,13 @@ class ModelSource:
             raise ValueError("the template leaves out the end of a response that was cut")
         return text
 
-    def token_ids(self, pair: Pair) -> list[int] | Failure:
+    def token_ids(self, row: Asked) -> list[int] | Failure:
         """The classifier's own token ids of one prompt and response, or why it cannot read them."""
-        chat = not isinstance(pair[0].text, str)
+        chat = not isinstance(row.prompt, str)
         if chat and not self._tokenizer.chat_template:
             return Failure("its tokenizer has no chat template, and the prompt is a list of messages", retry=False)
         try:
-            text = self.text(pair)
+            text = self.text(row)
         except Exception as error:  # a template is a program; it may raise anything, and does for one response alone
             return Failure(f"its chat template cannot render the response: {error}", retry=False)
         # A chat template writes the special tokens itself.
@@ -161,7 +164,7 @@ def _merged(model: str, where: str) -> str:
     )
 
 
-def _output_index(config: Any, label: str | int | None, where: str) -> int:
+def output_index(config: Any, label: str | int | None, where: str) -> int:
     """Which output is the score; ConfigError when `label` does not name exactly one."""
     names = {int(index): str(name) for index, name in (config.id2label or {}).items()}
     count = int(config.num_labels)

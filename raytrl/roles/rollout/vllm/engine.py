@@ -24,7 +24,7 @@ from raytrl.roles.rollout.vllm.batch import ContinuousBatch
 from raytrl.roles.weights.buckets import Bucket
 
 # Read by vLLM when it is imported; a user's own setting wins.
-_ENVIRONMENT = {
+ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "ERROR",  # at every update a warning of each layer without weights
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # engines of one machine would all bind to its first cores
@@ -254,19 +254,38 @@ def _chosen_arguments(rollout: RolloutSection, config: Any, dtype: torch.dtype, 
         "disable_log_stats": True,
     }
     if device != "cpu":
-        gpus = rollout.resources.get("GPU", 1)
-        # In an actor vLLM would else find Ray's placement group and take it for its own.
-        chosen["distributed_executor_backend"] = "mp" if gpus > 1 else "uni"
-        if gpus < 1:
-            chosen["gpu_memory_utilization"] = 0.9 * gpus
-        if gpus > 1 and gpus_asked(rollout.engine_args) is None:
-            chosen["tensor_parallel_size"] = int(gpus)
-        return chosen
+        return chosen | gpu_arguments(rollout)
+    return chosen | cpu_arguments(rollout, config, dtype, chosen["max_model_len"])
+
+
+def gpu_arguments(rollout: RolloutSection) -> dict[str, Any]:
+    """Of an engine on the GPUs of its process."""
+    gpus = rollout.resources.get("GPU", 1)
+    # In an actor vLLM would else find Ray's placement group and take it for its own.
+    chosen: dict[str, Any] = {"distributed_executor_backend": "mp" if gpus > 1 else "uni"}
+    if gpus < 1:
+        chosen["gpu_memory_utilization"] = 0.9 * gpus
+    if gpus > 1 and gpus_asked(rollout.engine_args) is None:
+        chosen["tensor_parallel_size"] = int(gpus)
+    return chosen
+
+
+def cpu_arguments(rollout: RolloutSection, config: Any, dtype: torch.dtype, length: int) -> dict[str, Any]:
+    """Of an engine on CPUs.
+
+    Args:
+        config: of the model's text part.
+        length: tokens of a sequence at most, unless `engine_args` says otherwise.
+    """
     sequences = rollout.engine_args.get("max_num_seqs", CPU_SEQUENCES)
-    chosen |= {"max_num_seqs": sequences, "enforce_eager": True, "distributed_executor_backend": "uni"}
-    # A prompt that is taken in by parts sets its generator back, which vLLM (0.32) can only do on a GPU: whole ones wait.
-    chosen["enable_chunked_prefill"] = False
-    length = rollout.engine_args.get("max_model_len", chosen["max_model_len"])
+    chosen: dict[str, Any] = {
+        "max_num_seqs": sequences,
+        "enforce_eager": True,
+        "distributed_executor_backend": "uni",
+        # A prompt that is taken in by parts sets its generator back, which vLLM (0.32) can only do on a GPU: whole ones wait.
+        "enable_chunked_prefill": False,
+    }
+    length = rollout.engine_args.get("max_model_len", length)
     chosen["max_num_batched_tokens"] = cpu_batch_tokens(rollout, length)
     if "gpu_memory_utilization" not in rollout.engine_args:
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
@@ -278,7 +297,7 @@ def _chosen_arguments(rollout: RolloutSection, config: Any, dtype: torch.dtype, 
 
 def _maker(arguments: Mapping[str, Any], device: str) -> Callable[[], Any]:
     def make() -> Any:
-        for name, value in _ENVIRONMENT.items():
+        for name, value in ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         # In one process there are no children that could outlive the actor, and weights need not be sent to any.
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"

@@ -1,0 +1,138 @@
+"""Ray Serve for one application: started, watched, drained; on a cluster of others nothing but the own one is touched."""
+
+import logging
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray import serve
+from ray.serve.config import HTTPOptions, ProxyLocation
+from ray.serve.schema import ApplicationStatus
+
+from raytrl.config.runs.serve import ServeRun
+from raytrl.config.sections.serve import is_this_machine
+from raytrl.errors import ResourceError, RunError
+from raytrl.launch.serving.deployment import DEPLOYMENT, application_of
+
+_LOOK_S = 0.5
+_MORE_S = 10.0  # for Serve's own part of what has a limit
+
+
+@dataclass(frozen=True)
+class State:
+    """What Ray Serve says of the application."""
+
+    status: ApplicationStatus
+    text: str
+    running: int  # replicas that answer
+
+
+class Service:
+    """One application of Ray Serve, from its start to its end."""
+
+    def __init__(self, run: ServeRun, *, owns_ray: bool) -> None:
+        """`owns_ray`: the Ray is this run's own, and Serve on it, too."""
+        self._run, self._owns_ray = run, owns_ray
+        self._name = run.served_name
+
+    def start(self, tell: Callable[[str], None]) -> None:
+        """Returns when every replica has answered once.
+
+        Raises:
+            ResourceError: somebody else has the address, the name or the route.
+            RunError: a replica could not start, or not in time.
+        """
+        section = self._run.serve
+        if not self._owns_ray:
+            self._check_others()
+        logging.getLogger("ray.serve").setLevel(logging.ERROR)  # what matters is told here
+        options = HTTPOptions(host=section.host, port=section.port)
+        where = ProxyLocation.HeadOnly if self._owns_ray else ProxyLocation.EveryNode
+        serve.start(proxy_location=where, http_options=options, logging_config={"enable_access_log": False})
+        application = application_of(self._run, logs=True)
+        target = serve.RunTarget(application, name=self._name, route_prefix=section.route)
+        serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
+        deadline = time.monotonic() + section.start_timeout_s
+        while (state := self.state()).status != ApplicationStatus.RUNNING:
+            if state.status in (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.UNHEALTHY):
+                raise RunError(f"serve: a replica could not start: {_cause(state.text)}")
+            if time.monotonic() > deadline:
+                raise RunError(
+                    f"serve.start_timeout_s: the replicas were not ready within {section.start_timeout_s:g} s; found: "
+                    f"{state.running} of {section.replicas}; {_cause(state.text)}"
+                )
+            tell(f"loading: {state.running} of {section.replicas} replicas are ready")
+            time.sleep(_LOOK_S)
+
+    def state(self) -> State:
+        """Raises RunError where Ray or Serve is gone."""
+        try:
+            found = serve.status().applications.get(self._name)
+        except (ray.exceptions.RayError, serve.exceptions.RayServeException, ConnectionError) as error:
+            raise RunError(f"serve: Ray Serve is gone: {str(error).strip().splitlines()[0]}") from None
+        if found is None:
+            return State(ApplicationStatus.NOT_STARTED, "", 0)
+        deployment = found.deployments.get(DEPLOYMENT)
+        running = 0 if deployment is None else deployment.replica_states.get("RUNNING", 0)
+        texts = [found.message, deployment.message if deployment is not None else ""]
+        return State(found.status, "\n".join(text for text in texts if text), running)
+
+    def stop(self) -> int:
+        """Ends the application: nothing new is taken, what is in flight is finished within `serve.drain_s`; returns how many
+        requests were not."""
+        left = 0
+        with suppress(ray.exceptions.RayError, serve.exceptions.RayServeException, TimeoutError):
+            handle = serve.get_app_handle(self._name)
+            limit_s = self._run.serve.drain_s
+            left = sum(handle.broadcast("drain", limit_s).results(timeout_s=limit_s + _MORE_S))
+        with suppress(ray.exceptions.RayError, serve.exceptions.RayServeException):
+            serve.delete(self._name)
+        return left  # a Ray of our own ends with all that is left of Serve
+
+    def _check_others(self) -> None:
+        """On a cluster Serve may run already, with an address of its own and applications of others."""
+        section = self._run.serve
+        details = _details()
+        if details is None:
+            return
+        there = details.get("http_options") or {}
+        found = (there.get("host"), there.get("port"))
+        if found[1] is not None and found[1] != section.port:
+            raise ResourceError(
+                f"serve.port: Ray Serve runs on this cluster already, and has one address; found: {section.port}; expected: "
+                f"serve.port={found[1]}"
+            )
+        if found[0] and section.api_key is None and not is_this_machine(str(found[0])):
+            raise ResourceError(
+                f"serve.api_key: Ray Serve listens at {found[0]} on this cluster, where others reach it; found: none; "
+                f"expected: api_key: NAME"
+            )
+        for name, other in (details.get("applications") or {}).items():
+            ours = DEPLOYMENT in (other.get("deployments") or {})
+            if name == self._name and not ours:
+                raise ResourceError(
+                    f"serve.name: another application of this cluster has that name; found: {name!r}; expected: another"
+                )
+            if name != self._name and other.get("route_prefix") == section.route:
+                raise ResourceError(
+                    f"serve.route: the application {name!r} has it; found: {section.route!r}; expected: another, such as "
+                    f"serve.route=/{self._name}"
+                )
+
+
+def _details() -> dict[str, Any] | None:
+    """What Serve says of itself; None where none runs."""
+    from ray.serve.context import _get_global_client  # no public name for all of it in 2.60
+
+    client = _get_global_client(raise_if_no_controller_running=False)
+    return None if client is None else client.get_serve_details()
+
+
+def _cause(text: str) -> str:
+    """The last line of a traceback says what happened."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    raised = [line for line in lines if "Error" in line]
+    return (raised or lines or ["Ray Serve gives no reason"])[-1]

@@ -1,0 +1,190 @@
+"""What every request goes through first: who may ask, how much, how long, and what happens when the client leaves."""
+
+import asyncio
+import contextlib
+import hashlib
+import hmac
+import logging
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+
+from raytrl.config.sections.serve import ServeSection
+from raytrl.roles.serving.answers import App, Message, Receive, RefusalError, Scope, Send
+from raytrl.roles.serving.metrics import ServerMetrics
+
+_log = logging.getLogger(__name__)
+
+_CLIENT_LEFT = 499  # nginx' word for it, in metrics alone
+
+
+class Guard:
+    """The outermost ASGI application of a replica.
+
+    Ray Serve cancels the task of a client that leaves, a limit here cancels it, too; so the application inside must let a
+    cancellation through to its engine.
+
+    A request needs the key, on every path but /health. One that works (POST) takes one of `max_ongoing` places, or waits with
+    `max_queued` others; its body and its time are bounded. What the application inside does not survive is answered 503 and not
+    500 where the engine is gone.
+    """
+
+    def __init__(
+        self, app: App, section: ServeSection, keys: Sequence[str], alive: Callable[[], bool], metrics: ServerMetrics
+    ) -> None:
+        """
+        Args:
+            keys: each of them opens; none: no key is asked for.
+            alive: whether the engine behind `app` works; False: it will be started anew.
+        """
+        self._app, self._section, self._alive, self._metrics = app, section, alive, metrics
+        self._keys = [hashlib.sha256(key.encode()).digest() for key in keys]
+        self._places = asyncio.Semaphore(section.max_ongoing)
+        self._waiting = 0
+        self._draining = False
+        self._in_flight = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    async def drain(self, limit_s: float) -> int:
+        """Refuses what comes from now on, and waits for what is in flight; returns how many requests are left at the limit."""
+        self._draining = True
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._idle.wait(), limit_s)
+        return self._in_flight
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            return await self._app(scope, receive, send)
+        if scope["type"] != "http":
+            return await send({"type": "websocket.close", "code": 1008})
+        path = str(scope["path"]).removeprefix(scope.get("root_path", "")) or "/"
+        answer, began = _Answer(send, self._alive), time.monotonic()
+        self._in_flight += 1
+        self._idle.clear()
+        try:
+            await self._answer(path, scope, receive, answer)
+        except RefusalError as refused:
+            await answer.refuse(refused)
+        except asyncio.CancelledError:
+            answer.status = _CLIENT_LEFT
+            raise
+        except Exception as error:  # its text may hold what the user sent: only its kind is logged
+            _log.error("%s: raised %s", path, type(error).__name__)
+            await answer.refuse(RefusalError(500, "internal_error", "the server failed at this request"))
+        finally:
+            self._in_flight -= 1
+            if not self._in_flight:
+                self._idle.set()
+            self._metrics.answered(path, answer.status, time.monotonic() - began)
+        return None
+
+    async def _answer(self, path: str, scope: Scope, receive: Receive, answer: "_Answer") -> None:
+        if path != "/health":
+            self._check_key(scope)
+        if self._draining and path != "/metrics":
+            raise RefusalError(503, "draining", "the server is being stopped; come again", again=True)
+        if scope["method"] != "POST":
+            return await self._app(scope, receive, answer.send)
+        try:
+            async with asyncio.timeout(self._section.request_timeout_s), self._place():
+                body = await self._body(scope, receive)
+                await self._app(scope, _replayed(body, receive), answer.send)
+        except TimeoutError:
+            limit = self._section.request_timeout_s
+            raise RefusalError(504, "timeout", f"not done within {limit:g} s (serve.request_timeout_s)") from None
+
+    def _check_key(self, scope: Scope) -> None:
+        if not self._keys:
+            return
+        scheme, _, key = dict(scope["headers"]).get(b"authorization", b"").decode("latin1").partition(" ")
+        digest = hashlib.sha256(key.strip().encode("latin1")).digest()
+        # All are compared, in constant time, so that nothing can be learnt from how long it takes.
+        fits = [hmac.compare_digest(digest, known) for known in self._keys]
+        if scheme.lower() != "bearer" or not any(fits):
+            raise RefusalError(
+                401, "invalid_api_key", "missing or wrong API key; expected: Authorization: Bearer <key>"
+            )
+
+    @contextlib.asynccontextmanager
+    async def _place(self) -> AsyncIterator[None]:
+        if self._places.locked() and self._waiting >= self._section.max_queued:
+            raise RefusalError(429, "too_many_requests", "too many requests wait already; come again", again=True)
+        self._waiting += 1
+        self._metrics.waiting.inc()
+        try:
+            await self._places.acquire()
+        finally:
+            self._waiting -= 1
+            self._metrics.waiting.dec()
+        self._metrics.running.inc()
+        try:
+            yield
+        finally:
+            self._metrics.running.dec()
+            self._places.release()
+
+    async def _body(self, scope: Scope, receive: Receive) -> bytes:
+        limit, body = self._section.max_body_bytes, bytearray()
+        too_long = RefusalError(
+            413, "request_too_large", f"the body is longer than {limit} bytes (serve.max_body_bytes)"
+        )
+        length = dict(scope["headers"]).get(b"content-length", b"0")
+        if length.isdigit() and int(length) > limit:
+            raise too_long
+        while True:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                raise asyncio.CancelledError
+            body += message.get("body", b"")
+            if len(body) > limit:
+                raise too_long
+            if not message.get("more_body", False):
+                return bytes(body)
+
+
+class _Answer:
+    """What goes back: which status, and whether it has begun."""
+
+    def __init__(self, send: Send, alive: Callable[[], bool]) -> None:
+        self._send, self._alive = send, alive
+        self.status, self._begun, self._is_stream, self._replaced = 500, False, False, False
+
+    async def send(self, message: Message) -> None:
+        if self._replaced:
+            return
+        if message["type"] == "http.response.start":
+            if message["status"] >= 500 and not self._alive():
+                self._replaced = True
+                await self._refuse(
+                    RefusalError(503, "engine_gone", "the engine is started anew; come again", again=True)
+                )
+                return
+            self.status, self._begun = message["status"], True
+            self._is_stream = (
+                dict(message.get("headers", ())).get(b"content-type", b"").startswith(b"text/event-stream")
+            )
+        await self._send(message)
+
+    async def refuse(self, refused: RefusalError) -> None:
+        """As a response of its own; where one has begun, as the last event of a stream."""
+        if not self._begun:
+            if refused.status >= 500 and not self._alive():
+                refused = RefusalError(503, "engine_gone", "the engine is started anew; come again", again=True)
+            await self._refuse(refused)
+        elif self._is_stream:
+            self.status = refused.status
+            await self._send({"type": "http.response.body", "body": refused.as_event(), "more_body": False})
+
+    async def _refuse(self, refused: RefusalError) -> None:
+        self.status, self._begun = refused.status, True
+        await refused.answer(self._send)
+
+
+def _replayed(body: bytes, receive: Receive) -> Receive:
+    """A body that is read already, then what the client says next."""
+    messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def hear() -> Message:
+        return messages.pop() if messages else await receive()
+
+    return hear

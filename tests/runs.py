@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import psutil
 import yaml
@@ -82,11 +82,13 @@ def run_file(folder: Path, name: str, **sections: Any) -> str:
     return write_run_file(folder, name, values, sections)
 
 
-def start(*words: str, cwd: Path | None = None, **environment: str) -> subprocess.Popen[str]:
+def start(
+    *words: str, cwd: Path | None = None, output: IO[str] | int = subprocess.PIPE, **environment: str
+) -> subprocess.Popen[str]:
     """Starts `raytrl WORDS…` without waiting for it."""
     return subprocess.Popen(
         [sys.executable, "-m", "raytrl", *words],
-        stdout=subprocess.PIPE,
+        stdout=output,
         stderr=subprocess.STDOUT,
         text=True,
         cwd=cwd,

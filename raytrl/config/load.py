@@ -68,6 +68,25 @@ def load_run(path: str, overrides: list[str], kind: str | None = None, *, elsewh
     refuse_credentials(dict(flatten(values)), path)
     if kind is not None and "kind" not in values:
         values["kind"], origins["kind"] = kind, "command line"
+    return _checked(values, origins, path, kind, elsewhere)
+
+
+def load_values(values: dict[str, Any], where: str) -> LoadedRun:
+    """A run of values that stand in no run file.
+
+    Args:
+        where: what messages name in place of a file.
+
+    Raises:
+        ConfigError: with one line for each problem.
+    """
+    refuse_credentials(dict(flatten(values)), where)
+    return _checked(values, {}, where)
+
+
+def _checked(
+    values: dict[str, Any], origins: dict[str, str], path: str, kind: str | None = None, elsewhere: bool = False
+) -> LoadedRun:
     found = values.get("kind")
     if not isinstance(found, str) or found not in RUNS:
         expected = f"one of {', '.join(RUNS)}"

@@ -11,7 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray.serve.schema
 import yaml
+from pydantic import BaseModel
+from ray.serve.schema import ServeDeploySchema
+
+from raytrl.errors import ConfigError
 
 CLUSTER = Path("cluster")
 LAUNCHER = sorted((CLUSTER / "launcher").glob("*.yaml"))
@@ -88,9 +93,22 @@ JOB_SPEC: dict[str, Any] = {
     "entrypointNumCpus": (int, float),
     "rayClusterSpec": CLUSTER_SPEC,
 }
-SPECS = {"RayCluster": CLUSTER_SPEC, "RayJob": JOB_SPEC}
+SERVICE_SPEC: dict[str, Any] = {
+    "serveConfigV2": str,
+    "rayClusterConfig": CLUSTER_SPEC,
+    "serveService": dict,
+    "upgradeStrategy": {"type": str},
+    "excludeHeadPodFromServeSvc": bool,
+    "serviceUnhealthySecondThreshold": int,
+    "deploymentUnhealthySecondThreshold": int,
+    "rayClusterDeletionDelaySeconds": int,
+    "managedBy": str,
+    "suspend": bool,
+}
+SPECS = {"RayCluster": CLUSTER_SPEC, "RayJob": JOB_SPEC, "RayService": SERVICE_SPEC}
 # Of a pod's spec and of a container, as used here.
 POD = {"containers", "volumes", "tolerations", "nodeSelector", "serviceAccountName", "securityContext"}
+POD |= {"terminationGracePeriodSeconds"}
 CONTAINER = {"name", "image", "resources", "ports", "volumeMounts", "env"}
 
 
@@ -105,8 +123,12 @@ def wrong_fields(values: Any, known: Any, where: str) -> list[str]:
     return [] if good else [f"{where}: found {values!r}"]
 
 
+def cluster_in(spec: dict[str, Any]) -> dict[str, Any]:
+    return spec.get("rayClusterSpec") or spec.get("rayClusterConfig") or spec
+
+
 def groups_of(manifest: dict[str, Any]) -> list[dict[str, Any]]:
-    spec = manifest["spec"].get("rayClusterSpec", manifest["spec"])
+    spec = cluster_in(manifest["spec"])
     return [spec["headGroupSpec"], *spec["workerGroupSpecs"]]
 
 
@@ -123,7 +145,7 @@ def test_kuberay_manifests(path: Path) -> None:
         assert all(container.keys() <= CONTAINER for container in pod["containers"])
         mounts = {mount["name"] for mount in pod["containers"][0]["volumeMounts"]}
         assert mounts == {volume["name"] for volume in pod["volumes"]}, "every pod sees the run directory"
-        assert mounts == {"runs", "shm"}
+        assert mounts == {"runs", "shm"} | ({"key"} if manifest["kind"] == "RayService" else set())
         assert pod["securityContext"]["fsGroup"] == user_of_the_image(), "may write to the volume"
     for group in groups_of(manifest)[1:]:
         assert group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
@@ -150,6 +172,63 @@ def test_a_retry_of_the_job_continues_the_run() -> None:
     assert Path(words[2]).is_file()
 
 
+def unknown_keys(values: Any, model: type[BaseModel], where: str) -> list[str]:
+    """Keys of a Serve config that its schema does not have; the schema itself takes any."""
+    fields, found = model.model_fields, []
+    for key, value in values.items():
+        if key not in fields:
+            found.append(f"{where}.{key}: unknown")
+            continue
+        below = [each for each in re.findall(r"\w+", str(fields[key].annotation)) if each in dir(ray.serve.schema)]
+        inner = [getattr(ray.serve.schema, name) for name in below]
+        for item in value if isinstance(value, list) else [value]:
+            for schema in inner:
+                if isinstance(item, dict) and isinstance(schema, type) and issubclass(schema, BaseModel):
+                    found += unknown_keys(item, schema, f"{where}.{key}")
+    return found
+
+
+def test_what_the_service_serves_is_what_the_application_takes(tmp_path: Path) -> None:
+    """Its args make an application, of a model in the place of the run; the names are those of Serve's schema."""
+    from raytrl.launch.serving.application import application
+    from raytrl.launch.serving.deployment import DEPLOYMENT
+    from tests.ppo_files import make_policy
+
+    service = load(CLUSTER / "kuberay/rayservice.yaml")["spec"]
+    serves = yaml.safe_load(service["serveConfigV2"])
+    ServeDeploySchema.model_validate(serves)
+    assert unknown_keys(serves, ServeDeploySchema, "serve") == []
+    (app,) = serves["applications"]
+    module, _, name = app["import_path"].partition(":")
+    assert (module, name) == (application.__module__, application.__name__)
+    assert [each["name"] for each in app["deployments"]] == [DEPLOYMENT]
+    secret, _, file = app["args"]["api_key"].partition("=")
+    assert secret.isupper()
+    for group in groups_of(load(CLUSTER / "kuberay/rayservice.yaml")):
+        (container,) = group["template"]["spec"]["containers"]
+        assert [m for m in container["volumeMounts"] if file == f"{m['mountPath']}/key"]
+        assert {"containerPort": serves["http_options"]["port"], "name": "serve"} in container["ports"]
+    policy = make_policy(tmp_path, head_size=32)
+    application(app["args"] | {"run": policy, "engine": "transformers"})
+    with pytest.raises(ConfigError, match=r"host: whoever reaches that address"):
+        application({"run": policy})
+    with pytest.raises(ConfigError, match=r"serve.replica: unknown key; nearest known key: replicas"):
+        application(app["args"] | {"run": policy, "replica": 2})
+    with pytest.raises(ConfigError, match="run: missing"):
+        application({})
+
+
+def test_the_check_of_a_serve_config_finds_mistakes() -> None:
+    """Ray's own schema takes these."""
+    wrong = {
+        "http_option": {},
+        "applications": [{"name": "a", "import_path": "a:b", "deployments": [{"name": "c", "max_queued": 1}]}],
+    }
+    ServeDeploySchema.model_validate(wrong)
+    found = unknown_keys(wrong, ServeDeploySchema, "serve")
+    assert found == ["serve.http_option: unknown", "serve.applications.deployments.max_queued: unknown"]
+
+
 # --- Container file -----------------------------------------------------------------------------------------------
 
 
@@ -165,7 +244,7 @@ def test_ray_versions_agree() -> None:
     version = container_steps()[0]["RAY_VERSION"]
     for path in KUBERAY:
         spec = load(path)["spec"]
-        assert spec.get("rayClusterSpec", spec)["rayVersion"] == version
+        assert cluster_in(spec)["rayVersion"] == version
 
 
 def user_of_the_image() -> int:
@@ -252,6 +331,7 @@ def test_every_file_says_at_its_top_how_it_is_used() -> None:
         "Dockerfile": "docker build",
         "rayjob.yaml": "kubectl apply",
         "raycluster.yaml": "kubectl apply",
+        "rayservice.yaml": "kubectl apply",
         "raytrl.sbatch": "sbatch --nodes",
         "prometheus.yml": "prometheus --config.file",
     } | {path.name: f"ray up {path}" for path in LAUNCHER}

@@ -159,7 +159,7 @@ def quickstart(output_dir: str, overrides: list[str], fresh: bool) -> None:
     from raytrl.records.outcome import Evaluated
     from raytrl.report.evaluation import samples_table
     from raytrl.report.progress import Display
-    from raytrl.report.quickstart import paths_table, stages_table
+    from raytrl.report.quickstart import how_to_serve, paths_table, stages_table
     from raytrl.report.run_page import write_run_page
     from raytrl.rundir import RunDirectory
 
@@ -181,6 +181,7 @@ def quickstart(output_dir: str, overrides: list[str], fresh: bool) -> None:
     for stage in stages:
         write_run_page(RunDirectory(output_dir, stage))
     out.print(paths_table(output_dir))
+    out.print(how_to_serve(output_dir, str(last.samples[0]["prompt"])), soft_wrap=True, markup=False)
 
 
 def _stop_on_sigterm() -> None:

@@ -1,5 +1,7 @@
 """The closing tables of `raytrl quickstart`: what every stage changed."""
 
+import json
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -56,6 +58,15 @@ def _ends(rows: Rows, key: str, form: str) -> tuple[str, str]:
     """A metric when it was first and last taken."""
     values = [row[key] for row in rows if key in row]
     return (form.format(values[0]), form.format(values[-1])) if values else ("-", "-")
+
+
+def how_to_serve(output_dir: str, prompt: str) -> str:
+    """The commands that serve the model and ask it."""
+    body = json.dumps({"model": "ppo", "prompt": prompt, "max_tokens": 24})
+    return (
+        f"serve it       raytrl serve {shlex.quote(f'{output_dir}/ppo')}\n"
+        f"and ask it     curl http://127.0.0.1:8000/v1/completions -H 'Content-Type: application/json' -d {shlex.quote(body)}"
+    )
 
 
 def paths_table(output_dir: str) -> Table:

@@ -1,6 +1,9 @@
 """The quickstart as a user types it, with fewer steps; and an evaluation by itself, with what it refuses."""
 
 import json
+import re
+import shlex
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +11,7 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from tests.runs import metrics, raytrl
+from tests.served import served
 
 SMALL = [
     "sft.training.max_steps=4",
@@ -47,6 +51,19 @@ def test_every_stage_is_a_run_of_its_own(small: tuple[Path, str]) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder / "reward/model")
     assert policy.config.vocab_size != judge.config.vocab_size
     assert judge.config.pad_token_id == tokenizer.pad_token_id != tokenizer.eos_token_id
+
+
+def test_it_ends_with_commands_that_serve_what_it_made(small: tuple[Path, str]) -> None:
+    folder, output = small
+    (serve,) = re.findall(r"^serve it +raytrl serve (.*)$", output, re.MULTILINE)
+    (curl,) = re.findall(r"^and ask it +(curl .*)$", output, re.MULTILINE)
+    assert serve == f"{folder}/ppo"
+    with served(folder, *shlex.split(serve), "serve.engine=transformers") as server:
+        assert "http://127.0.0.1:8000/v1/completions" in curl
+        words = shlex.split(curl.replace("http://127.0.0.1:8000", server.base))
+        answer = json.loads(subprocess.run(words, capture_output=True, text=True, check=True).stdout)
+    assert isinstance(answer["choices"][0]["text"], str)
+    assert 0 < answer["usage"]["completion_tokens"] <= 24
 
 
 def test_the_tables_hold_what_was_measured(small: tuple[Path, str]) -> None:

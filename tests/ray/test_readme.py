@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.runs import metrics, raytrl, write_rows
+from tests.served import served
 
 ROOT = Path(__file__).resolve().parents[2]
 GUIDES = ("README.md", "configs/README.md", "cluster/README.md")
@@ -87,11 +88,16 @@ def test_every_command_runs(tmp_path: Path) -> None:
             continue
         if words[0] == "eval":
             as_after_quickstart(clone)
+        if words[0] == "serve":
+            with served(clone, *words[1:], PYTHONPATH=str(ROOT)) as server:
+                assert server.ask("/health")[0] == 200
+            ran.add("serve")
+            continue
         cut = CUTS.get(words[-1] if words[-1].endswith(".yaml") else "", CUTS.get(words[0], []))
         output = raytrl(*words, *cut, cwd=clone, PYTHONPATH=str(ROOT))
         assert output
         ran.add(words[0])
-    assert ran == {"sft", "reward", "ppo", "eval", "tune", "config", "report", "plan", "--version"}
+    assert ran == {"sft", "reward", "ppo", "eval", "tune", "serve", "config", "report", "plan", "--version"}
     assert "<svg" in (clone / "runs/ppo-reviews/report.html").read_text()
     assert len(metrics(clone / "runs/zero2")) == 2
     assert (clone / "runs/sft-reviews-lora/model/merged").is_dir()
@@ -105,4 +111,11 @@ def test_every_training_command_has_a_cut() -> None:
     """Those without one answer at once."""
     guide = (ROOT / "configs/README.md").read_text()
     assert all(f"python configs/{name}.py" in guide for name in ("arithmetic", "games"))
-    assert {words[0] for words in commands()} - CUTS.keys() == {*ELSEWHERE, "config", "report", "plan", "--version"}
+    assert {words[0] for words in commands()} - CUTS.keys() == {
+        *ELSEWHERE,
+        "serve",
+        "config",
+        "report",
+        "plan",
+        "--version",
+    }

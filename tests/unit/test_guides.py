@@ -3,6 +3,7 @@
 Their `raytrl …` commands in shell blocks are run by tests/ray/test_readme.py.
 """
 
+import json
 import re
 import shutil
 import tomllib
@@ -124,6 +125,10 @@ def clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     shutil.copytree(ROOT / "raytrl/quickstart", tmp_path / "runs/quickstart")
+    finished = tmp_path / "runs/my-ppo"
+    (finished / "model").mkdir(parents=True)
+    (finished / "manifest.json").write_text(json.dumps({"kind": "ppo", "state": "done"}))
+    (finished / "model/config.json").write_text(json.dumps({"architectures": ["LlamaForCausalLM"]}))
 
 
 EXAMPLES = [(name_of(page), text) for page in PAGES for text in examples(page.read_text())]

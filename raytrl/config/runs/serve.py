@@ -25,8 +25,10 @@ class ServeRun(Run):
     """A policy behind an API like OpenAI's, a reward model behind POST /score; which of them, the model says."""
     run: str
     """The run directory whose model is served, or the folder of a model."""
+    name: str = ""
+    """The run directory of the server is <output_dir>/<name>. Left out: serve-<run>, beside the run."""
     serve: ServeSection = ServeSection()
-    """Where it listens, what it is called, how much it takes at a time."""
+    """Its address, its limits, and who may ask."""
     _elsewhere: bool = False  # it is looked at for machines that are not this one
 
     def model_post_init(self, context: Any) -> None:

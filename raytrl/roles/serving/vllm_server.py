@@ -30,9 +30,8 @@ _WARM_UP = {"max_tokens": 2, "n": 2, "logprobs": 1, "seed": 0, "temperature": 1.
 class VllmServer:
     """vLLM's engine, in a process of its own, and the application in front of it."""
 
-    def __init__(self, run: ServeRun, metrics: ServerMetrics, stat_loggers: list[Any] | None = None) -> None:
-        """`stat_loggers`: who else hears of vLLM's own metrics."""
-        self._run, self._metrics, self._loggers = run, metrics, stat_loggers
+    def __init__(self, run: ServeRun, metrics: ServerMetrics) -> None:
+        self._run, self._metrics = run, metrics
         self._engine: Any = None
 
     async def application(self) -> App:
@@ -58,7 +57,7 @@ class VllmServer:
         vars(arguments).update(self._arguments())
         context = UsageContext.OPENAI_API_SERVER
         self._engine = AsyncLLM.from_engine_args(
-            AsyncEngineArgs.from_cli_args(arguments), usage_context=context, stat_loggers=self._loggers
+            AsyncEngineArgs.from_cli_args(arguments), usage_context=context, stat_loggers=_stat_loggers()
         )
         app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
         app.state.args = arguments
@@ -185,6 +184,14 @@ class VllmServer:
         if ranks := [_rank_of(path) for path in run.serve.adapters.values()]:
             chosen |= adapter_arguments({"r": max(ranks)}, len(ranks))
         return chosen | run.serve.engine_args
+
+
+def _stat_loggers() -> list[Any]:
+    """vLLM's own metrics: at /metrics, and within Ray Serve to Ray as well."""
+    from vllm.v1.metrics.loggers import PrometheusStatLogger
+    from vllm.v1.metrics.ray_wrappers import RayPrometheusStatLogger
+
+    return [PrometheusStatLogger, RayPrometheusStatLogger]
 
 
 def _unshielded(route: Any) -> Callable[..., Awaitable[Any]]:

@@ -13,9 +13,9 @@ from raytrl.config.yaml12 import dump, parse
 _BLOCK = re.compile(r"^```(?P<kind>\w*)\n(?P<text>.*?)\n```$", re.DOTALL | re.MULTILINE)
 _CODE = re.compile(r"`([^`\n]+)`")
 # A path from the root or a home directory, or an address, but for the hub's own.
-_PLACE = re.compile(r"~?/[^/]+/.+|(?!hf://|https://huggingface\.co/)[A-Za-z][\w+.-]*://.+", re.DOTALL)
+_PLACE = re.compile(r"(?:~/|/[^/]+/).+|(?!hf://|https://huggingface\.co/)[A-Za-z][\w+.-]*://.+", re.DOTALL)
 _WITHIN = re.compile(
-    r"(?<![\w./~:-])(?:~?/[^/\s]+/|(?!hf://|https://huggingface\.co/)[A-Za-z][\w+.-]*://)[^\s`'\",;)\]}]*"
+    r"(?<![\w./~:-])(?:~/|/[^/\s]+/|(?!hf://|https://huggingface\.co/)[A-Za-z][\w+.-]*://)[^\s`'\",;)\]}]*"
 )
 
 
@@ -88,11 +88,14 @@ def for_others(card: str, library: str) -> tuple[str, int]:
         whole = _PLACE.fullmatch(found)
         return short(whole) if whole else _WITHIN.sub(short, found)
 
+    def word(found: str) -> Any:
+        key, equals, given = found.partition("=")  # an address may hold one, too
+        return f"{key}={value(given)}" if equals and not _PLACE.fullmatch(found) else value(found)
+
     def block(match: re.Match[str]) -> str:
         if match["kind"] == "yaml":
             return f"```yaml\n{dump(value(parse(match['text'], 'the card')[0])).strip()}\n```"
-        words = [word.partition("=") for word in shlex.split(match["text"])]
-        return f"```\n{shlex.join(f'{value(name)}{equals}{value(given)}' for name, equals, given in words)}\n```"
+        return f"```\n{shlex.join(map(word, shlex.split(match['text'])))}\n```"
 
     text = _BLOCK.sub(block, card)
     text = _CODE.sub(lambda match: f"`{value(match[1])}`", text)

@@ -3,11 +3,14 @@
 import shlex
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
+
+if TYPE_CHECKING:
+    from raytrl.roles.models.push import Destination
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
@@ -75,10 +78,7 @@ def plan(file: str, overrides: list[str], cluster: list[str], models: str) -> No
     out.print(f"[dim]{RULE}[/]")
 
 
-def push(run_dir: str, adapter: bool, to: Any, token: str | None, dry_run: bool) -> None:
-    """Args:
-    to: a `Destination`.
-    """
+def push(run_dir: str, adapter: bool, to: "Destination", token: str | None, dry_run: bool) -> None:
     from raytrl.roles.models.push import check_repo, package_of, send, token_of
     from raytrl.rundir import RunDirectory
 

@@ -230,7 +230,7 @@ def send(package: Package, to: Destination, token: str, tell: Callable[[str], No
         disable_progress_bars()
     client = type(get_session())
     set_client_factory(lambda: client(follow_redirects=True, timeout=_CALL_S))  # by itself it waits for ever
-    limit_s = 10 * _CALL_S + sum(package.sizes().values()) / _SLOWEST
+    limit_s = 10 * _CALL_S + sum(package.sizes().values()) // _SLOWEST
     try:
         return within(limit_s, lambda: _committed(package, to, token, tell))
     except RaytrlError:

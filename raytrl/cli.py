@@ -164,8 +164,39 @@ def report(
         from raytrl.report.run_page import write_run_page
         from raytrl.rundir import RunDirectory
 
-        parent, _, name = run_dir.rstrip("/").rpartition("/")
-        out.print(write_run_page(RunDirectory(parent or ".", name)), soft_wrap=True)
+        out.print(write_run_page(RunDirectory.named(run_dir)), soft_wrap=True)
+
+    _guarded(work, debug)
+
+
+@app.command()
+def push(
+    run_dir: Annotated[str, typer.Argument(metavar="RUN_DIR", help="of a finished run", show_default=False)],
+    repo: Annotated[str, typer.Argument(metavar="REPO", help="owner/name, or name", show_default=False)],
+    adapter: Annotated[
+        bool, typer.Option("--adapter", help="of a LoRA run the adapter alone, not the merged model")
+    ] = False,
+    private: Annotated[
+        bool | None,
+        typer.Option("--private/--public", help="who sees a new repository: only you, unless --public"),
+    ] = None,
+    revision: Annotated[str | None, typer.Option(metavar="BRANCH", help="made where there is none")] = None,
+    token: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME[=PATH]", help="a variable, or a file, that holds it; default: HF_TOKEN, or `hf auth login`"
+        ),
+    ] = None,
+    message: Annotated[str | None, typer.Option(help="of the commit")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="only show what would be sent")] = False,
+    debug: Debug = False,
+) -> None:
+    """Sends a finished run's model, with its card, to the Hugging Face Hub."""
+
+    def work() -> None:
+        from raytrl.roles.models.push import Destination
+
+        commands.push(run_dir, adapter, Destination(repo, private, revision, message), token, dry_run)
 
     _guarded(work, debug)
 

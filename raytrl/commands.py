@@ -3,11 +3,14 @@
 import shlex
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
+
+if TYPE_CHECKING:
+    from raytrl.roles.models.push import Destination
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
@@ -89,6 +92,34 @@ def plan(file: str, overrides: list[str], cluster: list[str], models: str) -> No
 
     out.print(plan_view(planned(loaded, planned_cluster(loaded.run, cluster), models)))
     out.print(f"[dim]{RULE}[/]")
+
+
+def push(run_dir: str, adapter: bool, to: "Destination", token: str | None, dry_run: bool) -> None:
+    from raytrl.roles.models.push import check_repo, package_of, send, token_of
+    from raytrl.rundir import RunDirectory
+
+    def tell(text: str) -> None:
+        out.print(text, soft_wrap=True, markup=False)
+
+    check_repo(to.repo)
+    secret = None if dry_run and token is None else token_of(token)
+    with package_of(RunDirectory.named(run_dir), adapter) as package:
+        for name, size in package.sizes().items():
+            tell(f"{size:>16,}  {name}")
+        tell(f"{sum(package.sizes().values()):>16,}  bytes to {to.repo}")
+        if package.left_out:
+            tell(f"not sent, no part of a model: {', '.join(package.left_out)}")
+        if package.shortened:
+            tell(f"of {package.shortened} local paths and addresses in README.md only the last part is sent")
+        if dry_run:
+            tell("nothing was sent (--dry-run)")
+            return
+        assert secret is not None
+        try:
+            tell(send(package, to, secret, tell))
+        except KeyboardInterrupt:
+            err.print("interrupted; the same command sends what is missing")
+            raise typer.Exit(130) from None
 
 
 def submit(words: list[str], address: str | None, wait: bool, env: list[str], secret: list[str]) -> None:

@@ -35,6 +35,13 @@ class RunDirectory:
             self.uri = f"{base.rstrip('/')}/{name}{query}{options}"
             self.filesystem, self.path = _from_uri(self.uri)
 
+    @classmethod
+    def named(cls, where: str) -> "RunDirectory":
+        """The run at a path or URI, as a user gives it."""
+        path, query, options = where.partition("?") if "://" in where else (where, "", "")
+        parent, _, name = path.rstrip("/").rpartition("/")
+        return cls(f"{parent or ('/' if path.startswith('/') else '.')}{query}{options}", name)
+
     def __str__(self) -> str:
         if not self.is_local:
             return self.uri.partition("?")[0]

@@ -25,6 +25,7 @@ CUTS = {
     "sft": ["training.max_steps=2", "data.eval=null"],
     "reward": ["training.max_steps=2", "data.eval=null"],
     "ppo": [*SMALL_PPO, "data.eval=null", "eval=null"],
+    "push": ["--dry-run"],  # unit/test_push.py has a hub
     "eval": ["rows=4", "rollout.sampling.max_new_tokens=4"],
     "tune": [
         f"fixed={{{', '.join(word.replace('=', ': ') for word in SMALL_PPO)}}}",
@@ -97,7 +98,7 @@ def test_every_command_runs(tmp_path: Path) -> None:
         output = raytrl(*words, *cut, cwd=clone, PYTHONPATH=str(ROOT))
         assert output
         ran.add(words[0])
-    assert ran == {"sft", "reward", "ppo", "eval", "tune", "serve", "config", "report", "plan", "--version"}
+    assert ran == {"sft", "reward", "ppo", "eval", "tune", "serve", "config", "report", "plan", "push", "--version"}
     assert "<svg" in (clone / "runs/ppo-reviews/report.html").read_text()
     assert len(metrics(clone / "runs/zero2")) == 2
     assert (clone / "runs/sft-reviews-lora/model/merged").is_dir()

@@ -107,6 +107,7 @@ def _ppo(folder: Path, name: str, source: dict[str, Any], steps: int = 6) -> str
     )
 
 
+@pytest.mark.slow
 def test_a_run_against_the_server_is_a_run_with_the_model(folder: Path) -> None:
     """The server is killed in the middle, and comes back at its address; another is drained under a run's calls."""
     raytrl("ppo", _ppo(folder, "by-model", {"model": str(folder / "reward")}))

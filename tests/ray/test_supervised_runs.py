@@ -207,6 +207,7 @@ def test_a_run_stored_on_s3(folder: Path, s3: str, monkeypatch: pytest.MonkeyPat
     assert "continues from step" in output
     assert {"config.yaml", "manifest.json", "metrics.jsonl", "model", "checkpoints"} <= names()
     assert {"model.safetensors", "tokenizer.json", "README.md"} <= names("model")
+    assert "  tokenizer.json\n" in raytrl("push", f"s3://runs/here/remote{s3}", "someone/remote", "--dry-run")
     with bucket.open_input_stream(f"{path}/metrics.jsonl") as stream:
         steps = [json.loads(line)["step"] for line in stream.readall().decode().splitlines()]
     assert steps[-1] == 8

@@ -49,6 +49,7 @@ def modules_after(*words: str) -> tuple[int, set[str], str]:
         (["config", "schema", "sft"], 0),
         (["sft", "RUN", "training.learnin_rate=1"], 2),
         (["sft", "nowhere.yaml"], 2),
+        (["push", "nowhere", "someone/a"], 2),
     ],
 )
 def test_help_and_config_answers_import_no_heavy_library(words: list[str], status: int, tmp_path: Path) -> None:

@@ -33,6 +33,21 @@ def test_runs_of_one_name_in_two_places_share_nothing_on_a_node(tmp_path: Path) 
     assert RunDirectory("s3://bucket/bob?region=us-east-1", "ppo").own_name == places[1].own_name
 
 
+@pytest.mark.parametrize(
+    ("where", "path"),
+    [
+        ("runs/a/", "runs/a"),
+        ("a", "a"),
+        ("/a", "/a"),
+        ("s3://bucket/runs/a?region=x&endpoint_override=http://localhost:1", "s3://bucket/runs/a"),
+    ],
+)
+def test_a_run_as_it_is_named_on_the_command_line(where: str, path: str) -> None:
+    run_dir = RunDirectory.named(where)
+    assert (str(run_dir), run_dir.own_name.split("-")[1]) == (path, "a")
+    assert run_dir.is_local or run_dir.uri == where
+
+
 def test_a_mirrored_folder_keeps_what_was_there(tmp_path: Path) -> None:
     run_dir = RunDirectory(str(tmp_path), "a")
     run_dir.write("tensorboard/first", "1")

@@ -75,7 +75,7 @@ def _greedy(folder: Path, adapter: str | None, prompt: str, tokens: int) -> str:
     tokenizer = AutoTokenizer.from_pretrained(folder / "policy")
     ids = tokenizer(prompt, return_tensors="pt")
     made = model.generate(**ids, max_new_tokens=tokens, do_sample=False)[0, ids["input_ids"].shape[1] :]
-    return str(tokenizer.decode(made, skip_special_tokens=True))
+    return str(tokenizer.decode(made, skip_special_tokens=True)).rstrip("\ufffd")  # vLLM withholds half a character
 
 
 @pytest.mark.parametrize("model", ["film", "polite", "rude"])
@@ -225,21 +225,18 @@ def test_too_many_at_a_time_are_told_when_to_come_again(server: Server, client: 
 
 
 def test_an_engine_that_is_killed_comes_back(server: Server, client: OpenAI) -> None:
-    """Meanwhile whoever comes is told to come again, or finds that the replica is being replaced."""
+    """Whoever comes at once is told to come again; who comes while the replica is replaced waits for the new one."""
     (engine,) = server.below("EngineCore")
     engine.kill()
-    seen, ends = set(), time.monotonic() + 200
-    while time.monotonic() < ends:
+    seen, ends = list[int](), time.monotonic() + 200
+    while time.monotonic() < ends and 200 not in seen:
         try:
-            client.completions.create(model="film", prompt="the", max_tokens=2, timeout=30)
-            if seen:
-                break
+            client.completions.create(model="film", prompt="the", max_tokens=2, timeout=200)
+            seen.append(200)
         except APIStatusError as error:
-            seen.add(error.status_code)
-        time.sleep(0.2)
-    else:
-        pytest.fail(f"not back: {seen}")
-    assert seen <= {503, 500, 404}
-    assert 503 in seen
+            seen.append(error.status_code)
+    assert set(seen) <= {503, 200}, seen
+    assert seen[0] == 503
     (another,) = server.below("EngineCore")
     assert another.pid != engine.pid
+    assert "0 of 1 replicas answer" in server.said()

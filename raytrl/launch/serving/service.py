@@ -49,7 +49,9 @@ class Service:
         if not self._owns_ray:
             self._check_others()
         logging.getLogger("ray.serve").setLevel(logging.ERROR)  # what matters is told here
-        options = HTTPOptions(host=section.host, port=section.port)
+        options = HTTPOptions(
+            host=section.host, port=section.port, request_timeout_s=section.request_timeout_s + _MORE_S
+        )
         where = ProxyLocation.HeadOnly if self._owns_ray else ProxyLocation.EveryNode
         serve.start(proxy_location=where, http_options=options, logging_config={"enable_access_log": False})
         application = application_of(self._run, logs=True)

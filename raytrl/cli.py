@@ -146,7 +146,9 @@ def serve(
             metavar="RUN_DIR|CONFIG", help="a finished run, a model's folder, or a run file", show_default=False
         ),
     ],
-    overrides: Overrides = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="such as serve.port=8001", show_default=False)
+    ] = None,
     debug: Debug = False,
 ) -> None:
     """A finished model behind HTTP until Ctrl-C: a policy by OpenAI's API, a reward model by POST /score."""

@@ -59,7 +59,8 @@ def load_run(path: str, overrides: list[str], kind: str | None = None, *, elsewh
     Raises:
         ConfigError: with one line for each problem, naming file (and line) and key.
     """
-    values, origins = ({"kind": "serve", "run": path}, {}) if Path(path).is_dir() else _read(path)
+    served = kind in (None, "serve") and Path(path).is_dir()
+    values, origins = ({"kind": "serve", "run": path}, {}) if served else _read(path)
     for override in overrides:
         key, _, text = override.partition("=")
         refuse_credentials({key: text}, "command line")  # first, since what else is wrong with it is told with its text

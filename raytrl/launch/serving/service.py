@@ -1,6 +1,7 @@
 """Ray Serve for one application: started, watched, drained; on a cluster of others nothing but the own one is touched."""
 
 import logging
+import re
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -18,6 +19,8 @@ from raytrl.errors import ResourceError, RunError
 from raytrl.launch.serving.deployment import DEPLOYMENT, application_of
 
 _LOOK_S = 0.5
+_RAISED = re.compile(r"[\w.]*(Error|Exception): ")
+_CAUSE_LINES = 3
 _MORE_S = 10.0  # for Serve's own part of what has a limit
 
 
@@ -85,12 +88,13 @@ class Service:
     def stop(self) -> int:
         """Ends the application: nothing new is taken, what is in flight is finished within `serve.drain_s`; returns how many
         requests were not."""
-        left = 0
-        with suppress(ray.exceptions.RayError, serve.exceptions.RayServeException, TimeoutError):
-            handle = serve.get_app_handle(self._name)
-            limit_s = self._run.serve.drain_s
-            left = sum(handle.broadcast("drain", limit_s).results(timeout_s=limit_s + _MORE_S))
-        with suppress(ray.exceptions.RayError, serve.exceptions.RayServeException):
+        left, limit_s = 0, self._run.serve.drain_s
+        gone = (ray.exceptions.RayError, serve.exceptions.RayServeException, RunError, TimeoutError)
+        with suppress(*gone):
+            if self.state().running:  # else nobody is there to be asked
+                drained = serve.get_app_handle(self._name).broadcast("drain", limit_s)
+                left = sum(drained.results(timeout_s=limit_s + _MORE_S))
+        with suppress(*gone):
             serve.delete(self._name)
         return left  # a Ray of our own ends with all that is left of Serve
 
@@ -134,7 +138,8 @@ def _details() -> dict[str, Any] | None:
 
 
 def _cause(text: str) -> str:
-    """The last line of a traceback says what happened."""
+    """What was raised at last, with the lines that its text goes on in."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    raised = [line for line in lines if "Error" in line]
-    return (raised or lines or ["Ray Serve gives no reason"])[-1]
+    raised = [i for i, line in enumerate(lines) if _RAISED.match(line)]
+    told = lines[raised[-1] :][:_CAUSE_LINES] if raised else lines[-1:]
+    return " ".join(told) or "Ray Serve gives no reason"

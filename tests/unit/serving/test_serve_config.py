@@ -74,6 +74,11 @@ def test_of_a_lora_run_the_merged_model_is_served(tmp_path: Path, models: Path) 
     assert _loaded(run).model_path == str(run / "model/merged")
 
 
+def test_a_folder_is_no_run_file_of_another_kind(models: Path) -> None:
+    with pytest.raises(ConfigError, match="no such run file"):
+        load_run(str(models / "policy"), [], "sft")
+
+
 @pytest.mark.parametrize(
     ("kind", "state", "words"), [("eval", "done", "no model of its own"), ("ppo", "running", "not finished")]
 )

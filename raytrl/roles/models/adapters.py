@@ -54,6 +54,7 @@ def with_adapters(model: Any, adapters: Mapping[str, tuple[str, str]]) -> Any:
         try:
             if found is model:
                 found = PeftModel.from_pretrained(model, folder, adapter_name=name)
+            # The first a second time: only this says what did not fit.
             loaded = found.load_adapter(folder, adapter_name=name)
         except (OSError, ValueError, RuntimeError, TypeError) as error:
             raise ConfigError(f"{key}: {folder!r} does not fit the model: {str(error).splitlines()[0]}") from error

@@ -6,7 +6,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Sequence
-from itertools import zip_longest
+from itertools import islice, zip_longest
 from typing import Any
 
 import torch
@@ -103,7 +103,7 @@ class Batches:
         adapter = self._calls[0].adapter
         served = [call for call in self._calls if call.adapter == adapter]
         turns = zip_longest(*([(call, *each) for each in call.waiting] for call in served))
-        found = [each for turn in turns for each in turn if each is not None][: self._max_rows]
+        found = list(islice((each for turn in turns for each in turn if each is not None), self._max_rows))
         for call, _, _ in found:
             call.waiting.popleft()
         # Who has had a turn and has more rows stands behind those who have not.

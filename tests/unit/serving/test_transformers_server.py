@@ -16,6 +16,7 @@ from prometheus_client import CollectorRegistry
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from raytrl.config.runs.serve import ServeRun
+from raytrl.errors import ConfigError
 from raytrl.roles.serving.answers import App, Message
 from raytrl.roles.serving.guard import Guard
 from raytrl.roles.serving.metrics import ServerMetrics
@@ -230,7 +231,7 @@ def test_usage_and_finish(served: Served) -> None:
 
 def test_an_end_token_ends(chatty: Served) -> None:
     tokenizer = AutoTokenizer.from_pretrained(chatty.path)
-    found = chatty.complete(["the film"] * 30, seed=0, n=8, max_tokens=60)
+    found = chatty.complete(["the film"] * 30, n=8, max_tokens=60)
     stopped = [choice for choice in found.choices if choice.finish_reason == "stop"]
     assert all(tokenizer.eos_token not in choice.text for choice in found.choices)
     assert stopped and found.usage.completion_tokens < 30 * 8 * 60
@@ -338,6 +339,66 @@ def test_who_leaves_stops_the_work(served: Served, stream: bool) -> None:
     asyncio.run(leave())
     served.complete("a", max_tokens=1)  # what was left of the batch is done
     assert served.server._batches.num_sampled - before < 8 * 100 - 8
+
+
+def test_rows_that_have_ended_leave_their_batch(served: Served) -> None:
+    async def work(client: AsyncOpenAI) -> None:
+        for asked in [asyncio.ensure_future(completed(client, tokens)) for tokens in (3, 50, 7)]:
+            await asked
+
+    def completed(client: AsyncOpenAI, tokens: int) -> Any:
+        return client.completions.create(model="policy", prompt="a", max_tokens=tokens)
+
+    before = served.server._batches.num_sampled
+    served.do(work)
+    assert served.server._batches.num_sampled - before == 60
+
+
+def test_a_large_request_does_not_hold_up_a_small_one(served: Served) -> None:
+    async def work(client: AsyncOpenAI) -> None:
+        large = asyncio.ensure_future(client.completions.create(model="two", prompt=["a"] * 40, n=8, max_tokens=40))
+        while not served.server._batches.num_sampled > before:
+            await asyncio.sleep(0)
+        await client.completions.create(model="policy", prompt="a", max_tokens=2)
+        assert not large.done()
+        assert len((await large).choices) == 320
+
+    before = served.server._batches.num_sampled
+    served.do(work)
+
+
+def test_adapters_that_do_not_fit_are_refused(base: str, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    good = load_file(f"{adapter(base, tmp_path / 'good', 1)}/adapter_model.safetensors")
+    name = sorted(good)[0]
+    for wrong in (
+        {key: value for key, value in good.items() if key != name},
+        good | {name.replace("layers.0", "layers.7"): good[name].clone()},
+        good | {name: good[name][:, :-1].clone()},
+    ):
+        save_file(wrong, tmp_path / "good/adapter_model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(ConfigError, match=r"serve\.adapters\.wrong: .*does not fit the model"):
+            Served(base, adapters={"wrong": str(tmp_path / "good")})
+
+
+def test_models_that_cannot_be_loaded_are_refused(base: str) -> None:
+    with pytest.raises(ConfigError, match=r"run: .*cannot be loaded"):
+        Served(base, engine_args={"no_such_argument": 1})
+    short = Served(base, engine_args={"max_model_len": 20})
+    assert short.complete([5] * 10, max_tokens=10).usage.total_tokens == 20
+    assert short.post({"prompt": [5] * 10, "max_tokens": 11}).status_code == 400
+    short.server.close()
+
+
+def test_time_that_is_up_stops_the_work(base: str) -> None:
+    served = Served(base, request_timeout_s=1.0)
+    served.complete("a", max_tokens=1)
+    answer = served.post({"prompt": ["a"] * 100, "n": 8, "max_tokens": 100})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (504, "timeout")
+    served.complete("a", max_tokens=1)
+    assert served.server._batches.num_sampled < 800 * 100 / 2
+    served.server.close()
 
 
 BAD: list[tuple[Any, int, str | None]] = [

@@ -17,7 +17,7 @@ from raytrl.config.runs.serve import ServeRun
 from raytrl.config.sections.reward import SourceSection
 from raytrl.roles.reward.call import MODEL_BATCH_SIZE, Asked, Failure, check_value
 from raytrl.roles.reward.model import ModelSource
-from raytrl.roles.serving.answers import App, RefusalError, no_such, refused
+from raytrl.roles.serving.answers import App, RefusalError, failed, no_such, refused
 from raytrl.roles.serving.metrics import ServerMetrics
 from raytrl.roles.serving.requests import json_of, of_form
 
@@ -86,7 +86,7 @@ class ScoreServer:
                 Route("/health", _health),
                 Route("/metrics", self._metrics_page),
             ],
-            exception_handlers={RefusalError: refused, HTTPException: no_such},
+            exception_handlers={RefusalError: refused, HTTPException: no_such, Exception: failed},
         )
 
     def is_alive(self) -> bool:

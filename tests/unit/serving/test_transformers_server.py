@@ -28,6 +28,7 @@ CHAT = (
     "{% if messages[-1]['role'] == 'system' %}{{ raise_exception('a user has to speak') }}{% endif %}"
     "{% if add_generation_prompt %}<|turn|>assistant {% endif %}"
 )
+LEAST = {"top_p": 5e-324, "extra_body": {"top_k": 1}}
 PROMPTS = ["the film", " good actor is", "a", "the plot of the story was slow and the scene looks"]
 
 
@@ -273,7 +274,7 @@ def test_logprobs_are_those_of_a_forward_pass(served: Served) -> None:
 
 def test_top_k_and_top_p_cut_off(served: Served) -> None:
     likeliest = served.texts("the film", temperature=0)
-    for cut in ({"extra_body": {"top_k": 1}}, {"top_p": 1e-9}, {"temperature": 1e-300}):
+    for cut in ({"extra_body": {"top_k": 1}}, {"top_p": 1e-9}, {"temperature": 1e-300}, LEAST):
         assert served.texts("the film", **cut) == likeliest
     two = {token for text in served.texts("a", n=8, max_tokens=1, extra_body={"top_k": 2}) for token in [text]}
     assert 1 <= len(two) <= 2

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from raytrl.config.runs.supervised import SupervisedRun
+from raytrl.errors import ConfigError
 from raytrl.roles.models.base import labels_of
 from raytrl.roles.models.loading import load_model
 from raytrl.roles.models.sharded import whole_models
@@ -33,6 +34,34 @@ def policy_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     named = dict(model.named_parameters())
     adapter = {name: value for name, value in named.items() if f".{POLICY_ADAPTER}." in name and "lora_" in name}
     return adapter or named
+
+
+def with_adapters(model: Any, adapters: Mapping[str, tuple[str, str]]) -> Any:
+    """The model with finished adapters on it, side by side, or as it is where there are none.
+
+    Args:
+        adapters: name in PEFT → (key of the run file, folder).
+
+    Raises:
+        ConfigError: one does not fit the model: some of its weights have no place, or places have no weights.
+    """
+    if not adapters:
+        return model
+    from peft import PeftModel
+
+    found = model
+    for name, (key, folder) in adapters.items():
+        try:
+            if found is model:
+                found = PeftModel.from_pretrained(model, folder, adapter_name=name)
+            # The first a second time: only this says what did not fit.
+            loaded = found.load_adapter(folder, adapter_name=name)
+        except (OSError, ValueError, RuntimeError, TypeError) as error:
+            raise ConfigError(f"{key}: {folder!r} does not fit the model: {str(error).splitlines()[0]}") from error
+        wrong = sorted([*loaded.unexpected_keys, *loaded.missing_keys])
+        if wrong:
+            raise ConfigError(f"{key}: {folder!r} does not fit the model; found: no match for {', '.join(wrong[:3])}")
+    return found
 
 
 def merge_adapter(run: SupervisedRun, base: str, adapter: str, tokenizer: Any, folder: str) -> None:

@@ -118,8 +118,8 @@ class TransformersEngine(SamplingEngine):
         sums: list[float] = []
         for start in range(0, len(responses), self._chunk_prompts):
             batch = responses[start : start + self._chunk_prompts]
-            prompt_BP, prompt_mask_BP = _left_padded([r.prompt_of(by_row[r.row]).token_ids for r in batch], device)
-            tokens_BR, mask_BR = (t.flip(-1) for t in _left_padded([r.token_ids[::-1] for r in batch], device))
+            prompt_BP, prompt_mask_BP = left_padded([r.prompt_of(by_row[r.row]).token_ids for r in batch], device)
+            tokens_BR, mask_BR = (t.flip(-1) for t in left_padded([r.token_ids[::-1] for r in batch], device))
             mask_BT = torch.cat([prompt_mask_BP, mask_BR], dim=-1)
             logits_BRV = self._model(
                 input_ids=torch.cat([prompt_BP, tokens_BR], dim=-1),
@@ -141,7 +141,7 @@ class TransformersEngine(SamplingEngine):
         """Sample until every row has ended or is full. Some rows that are done may go on in the batch, and are cut afterwards."""
         device = next(self._model.parameters()).device
         draws_BR = None if draws_BR is None else draws_BR.to(device)
-        input_ids, mask = _left_padded([turn.token_ids for turn in turns], device)
+        input_ids, mask = left_padded([turn.token_ids for turn in turns], device)
         drawn = _Drawn.of([turn.room for turn in turns])
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
         rows_B = torch.arange(len(turns))
@@ -234,7 +234,7 @@ class _Drawn:
         return Sampled(tuple(tokens), tuple(logprobs), bool(self.ended_B[i]))
 
 
-def _left_padded(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+def left_padded(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
     """Ids and attention mask, both int64 (B, P). Padding holds id 0, which only the mask tells from a real 0."""
     width = max(len(ids) for ids in prompts)
     input_ids = torch.zeros(len(prompts), width, dtype=torch.long)

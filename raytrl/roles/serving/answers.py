@@ -92,3 +92,8 @@ async def no_such(request: Request, error: Exception) -> Response:
     code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "invalid_request")
     text = f"{request.method} {request.url.path}: {error.detail}"
     return JSONResponse(RefusalError(error.status_code, code, text).to_json(), error.status_code, error.headers)
+
+
+async def failed(_: Request, error: Exception) -> Response:
+    """Starlette's handler of all else; it is raised again for the guard, which knows whether the engine is gone."""
+    return JSONResponse(RefusalError(500, "internal_error", "the server failed at this request").to_json(), 500)

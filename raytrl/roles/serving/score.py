@@ -1,12 +1,11 @@
 """POST /score: a reward model as PPO asks it, bit for bit."""
 
 import asyncio
-import json
 import logging
 from concurrent.futures import ThreadPoolExecutor
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, StrictBool, StrictStr, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, StrictBool, StrictStr, model_validator
 from pydantic import Field as PydanticField
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -18,8 +17,9 @@ from raytrl.config.runs.serve import ServeRun
 from raytrl.config.sections.reward import SourceSection
 from raytrl.roles.reward.call import MODEL_BATCH_SIZE, Asked, Failure, check_value
 from raytrl.roles.reward.model import ModelSource
-from raytrl.roles.serving.answers import App, RefusalError, no_such, refused
+from raytrl.roles.serving.answers import App, RefusalError, failed, no_such, refused
 from raytrl.roles.serving.metrics import ServerMetrics
+from raytrl.roles.serving.requests import json_of, of_form
 
 _log = logging.getLogger(__name__)
 
@@ -86,7 +86,7 @@ class ScoreServer:
                 Route("/health", _health),
                 Route("/metrics", self._metrics_page),
             ],
-            exception_handlers={RefusalError: refused, HTTPException: no_such},
+            exception_handlers={RefusalError: refused, HTTPException: no_such, Exception: failed},
         )
 
     def is_alive(self) -> bool:
@@ -97,7 +97,7 @@ class ScoreServer:
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     async def _score(self, request: Request) -> Response:
-        asked = _parsed(await request.body())
+        asked = of_form(ScoreRequest, json_of(await request.body()))
         rows = asked.rows()
         if len(rows) > self._max_rows:
             raise RefusalError(
@@ -120,19 +120,6 @@ class ScoreServer:
 
 async def _health(_: Request) -> Response:
     return Response(status_code=200)
-
-
-def _parsed(body: bytes) -> ScoreRequest:
-    try:
-        return ScoreRequest.model_validate(json.loads(body))
-    except ValidationError as error:
-        problem = error.errors(include_input=False, include_url=False)[0]
-        place = ".".join(
-            str(part) for part in problem["loc"] if part not in ("constrained-str", "list[_Message]", "str")
-        )
-        raise RefusalError(400, "invalid_body", f"{place or 'body'}: {problem['msg']}", param=place or None) from None
-    except (ValueError, RecursionError) as error:  # no JSON, no text
-        raise RefusalError(400, "invalid_json", f"the body is no JSON: {type(error).__name__}") from None
 
 
 def _plain(text: Any) -> Any:

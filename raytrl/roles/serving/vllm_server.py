@@ -21,6 +21,7 @@ from raytrl.roles.rollout.vllm.adapters import adapter_arguments
 from raytrl.roles.rollout.vllm.engine import ENVIRONMENT, cpu_arguments, gpu_arguments
 from raytrl.roles.serving.answers import App, RefusalError, no_such, post, refused
 from raytrl.roles.serving.metrics import ServerMetrics
+from raytrl.roles.serving.requests import check_limits
 
 # Ours come first, and say which key they are of.
 _OWN_LIMITS = {"VLLM_MAX_N_SEQUENCES": str(2**30), "VLLM_MAX_COMPLETION_PROMPTS": str(2**30)}
@@ -125,29 +126,8 @@ class VllmServer:
             ) from None
 
     def _check(self, request: Any, rows: int, max_tokens: int | None) -> None:
-        """Our own limits; and a field that nobody reads is refused, as at OpenAI, not passed over."""
-        serve, n = self._run.serve, request.n
-        if unknown := sorted(request.model_extra or ()):
-            raise RefusalError(
-                400, "unknown_field", f"{unknown[0]}: unknown; expected: no such field", param=unknown[0]
-            )
-        if rows > serve.max_rows:
-            raise RefusalError(
-                413,
-                "too_many_rows",
-                f"{rows} prompts in one request; expected: at most {serve.max_rows} (serve.max_rows)",
-            )
-        if (n or 1) > serve.max_n:
-            raise RefusalError(
-                400, "n_too_large", f"n: found: {n}; expected: at most {serve.max_n} (serve.max_n)", param="n"
-            )
-        if serve.max_tokens is not None and (max_tokens or 0) > serve.max_tokens:
-            raise RefusalError(
-                400,
-                "max_tokens_too_large",
-                f"max_tokens: found: {max_tokens}; expected: at most {serve.max_tokens} (serve.max_tokens)",
-                param="max_tokens",
-            )
+        unknown = request.model_extra or ()
+        check_limits(self._run.serve, rows=rows, n=request.n, max_tokens=max_tokens, unknown=unknown)
 
     def _words(self) -> list[str]:
         """As vLLM's own server is told; what has a field of EngineArgs is in `_arguments`."""

@@ -1,6 +1,7 @@
 """A policy on vLLM behind OpenAI's API: vLLM's own serving classes, with our routes, limits and defaults.
 
-All of what vLLM keeps moving from release to release is imported here, and tests/engines holds it to the pinned one.
+All of what vLLM keeps moving from release to release is imported here; tests/ray/test_serve_policy.py holds it to the pinned
+one.
 """
 
 import json
@@ -182,8 +183,9 @@ def _unshielded(route: Any) -> Callable[..., Awaitable[Any]]:
 
 def _ends_of_turns(model_path: str) -> list[int]:
     """What ends an assistant's turn beside the end token, as where the policy was sampled in training."""
-    turn = turn_end(AutoTokenizer.from_pretrained(model_path))
-    return [] if turn is None else [turn[0]]
+    tokenizer = AutoTokenizer.from_pretrained(model_path)
+    turn = turn_end(tokenizer)
+    return [] if turn is None or turn[0] == tokenizer.eos_token_id else [turn[0]]
 
 
 def _rank_of(adapter: str) -> int:

@@ -148,6 +148,7 @@ def test_without_the_key_nothing_but_health_answers(server: Server) -> None:
         ({"n": 0}, 400, "at least 1"),
         ({"n": "many"}, 400, "integer"),
         ({"stop": [""]}, 400, "empty"),
+        (b'{"model": "film", "prompt": "a", "stop": ["\\ud800"]}', 400, "JSON"),
         ({"logprobs": 1000}, 400, "logprobs"),
         ({"best_of": 2}, 400, "best_of"),
         ({"unheard": 1}, 400, "unheard"),

@@ -22,7 +22,7 @@ from raytrl.roles.rollout.vllm.adapters import adapter_arguments
 from raytrl.roles.rollout.vllm.engine import ENVIRONMENT, cpu_arguments, gpu_arguments
 from raytrl.roles.serving.answers import App, RefusalError, no_such, post, refused
 from raytrl.roles.serving.metrics import ServerMetrics
-from raytrl.roles.serving.requests import check_limits
+from raytrl.roles.serving.requests import check_limits, json_of
 
 # Ours come first, and say which key they are of.
 _OWN_LIMITS = {"VLLM_MAX_N_SEQUENCES": str(2**30), "VLLM_MAX_COMPLETION_PROMPTS": str(2**30)}
@@ -71,7 +71,12 @@ class VllmServer:
         ends_turns = _ends_of_turns(self._run.model_path)
         # vLLM shields its work from the cancellation by which Ray Serve tells that a client has left.
         complete, chat = _unshielded(create_completion), _unshielded(create_chat_completion)
-        checked = [Depends(validate_json_request)]
+
+        async def whole_text(raw_request: Request) -> None:
+            if b"\\u" in (body := await raw_request.body()):
+                json_of(body)
+
+        checked = [Depends(validate_json_request), Depends(whole_text)]
 
         @app.post("/v1/completions", dependencies=checked)
         async def completions(request: CompletionRequest, raw_request: Request) -> Any:

@@ -1,12 +1,27 @@
 """What `raytrl eval` shows: one table of all models, and a few responses side by side."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.markup import escape
 from rich.table import Table
 
+from raytrl.report.benchmark import measured_tables
 from raytrl.report.conversation import as_markup, text_of
+
+
+def evaluation_tables(results: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> Iterator[Table]:
+    """Of an evaluation of whatever form, to be shown one below the other.
+
+    Args:
+        results: what results.json holds.
+        samples: rows of samples.jsonl.
+    """
+    if "scores" not in (samples[0] if samples else {}):
+        yield from measured_tables(results)
+    else:
+        yield samples_table(samples)
+        yield results_table(results)
 
 
 def results_table(results: Mapping[str, Any]) -> Table:

@@ -17,9 +17,11 @@ def measured_tables(results: Mapping[str, Any]) -> Iterator[Table]:
 
 
 def measured_cells(results: Mapping[str, Any]) -> Iterator[tuple[str, Head, Cells]]:
-    """(title, head, rows) of each table of benchmarks; none of other results."""
+    """(title, head, rows) of each table of benchmarks or pairs; none of other results."""
     if "benchmarks" in results:
         yield from _benchmark_cells(results)
+    if "pairs" in results:
+        yield from _pair_cells(results)
 
 
 def as_table(title: str, head: Head, cells: Cells) -> Table:
@@ -51,6 +53,52 @@ def _benchmark_cells(results: Mapping[str, Any]) -> Iterator[tuple[str, Head, Ce
         yield "model against compare, document by document", head, [_compared(row) for row in compared]
 
 
+def _pair_cells(results: Mapping[str, Any]) -> Iterator[tuple[str, Head, Cells]]:
+    left_out = any(row["too_long"] or row["unscored"] for row in results["pairs"])
+    apart = ["too long", "without score"] if left_out else []
+    for key in [key for key in ("model", "compare") if key in results]:
+        cells = []
+        for row in [row for row in results["pairs"] if row["model"] == key]:
+            counts = f"{row['right']:,}, {row['ties']:,}, {row['wrong']:,}"
+            margin = "-" if row["margin"] is None else f"{row['margin']:+.3f}"
+            lost = [f"{row['too_long']:,}", f"{row['unscored']:,}"] if left_out else []
+            pairs = f"{row['n']:,}" + ("" if row["limit"] is None else " (limit)")
+            cells.append([_category(row), _with_error(row["accuracy"], row["stderr"]), counts, margin, pairs, *lost])
+            if row.get("macro") is not None:
+                empty = [""] * (3 + len(lost))
+                cells.append(["mean of the categories", _with_error(row["macro"], row["macro_stderr"]), *empty])
+        head = ["category", "accuracy, a tie half", "right, ties, wrong", "mean margin", "pairs", *apart]
+        yield f"{key}: {results[key]['path']}", head, cells
+    if compared := results.get("comparison"):
+        rows = [
+            [
+                _category(row),
+                _signed(row["difference"], row["stderr"]),
+                f"{row['higher']:,}, {row['lower']:,}",
+                f"{row['n']:,}",
+                "-" if row["p"] is None else shown_p(row["p"]),
+                row["test"] or "-",
+            ]
+            for row in compared
+        ]
+        head = ["category", "model − compare", "better, worse", "pairs of both", "p", "by"]
+        yield "model against compare, pair by pair", head, rows
+
+
+def _category(row: Mapping[str, Any]) -> str:
+    return "all pairs" if row["category"] is None else str(row["category"])
+
+
+def _with_error(value: float | None, error: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.4f}" + ("" if error is None else f" ± {error:.4f}")
+
+
+def _signed(value: float | None, error: float | None) -> str:
+    return "-" if value is None else f"{value:+.4f}" + ("" if error is None else f" ± {error:.4f}")
+
+
 def _metric(metric: str, filtered: str) -> str:
     return metric if filtered == "none" else f"{metric}, {filtered}"
 
@@ -58,9 +106,7 @@ def _metric(metric: str, filtered: str) -> str:
 def _value(row: Mapping[str, Any] | None) -> str:
     if row is None:
         return "-"
-    if row["value"] is None:
-        return "not a number"
-    return f"{row['value']:.4f}" + ("" if row["stderr"] is None else f" ± {row['stderr']:.4f}")
+    return "not a number" if row["value"] is None else _with_error(row["value"], row["stderr"])
 
 
 def _documents(row: Mapping[str, Any]) -> str:
@@ -77,8 +123,7 @@ def _how(model: Mapping[str, Any]) -> str:
 
 
 def _compared(row: Mapping[str, Any]) -> list[str]:
-    difference = "-" if row["difference"] is None else f"{row['difference']:+.4f}"
-    difference += "" if row["stderr"] is None else f" ± {row['stderr']:.4f}"
+    difference = _signed(row["difference"], row["stderr"])
     counts = "-" if row["better"] is None else f"{row['better']}, {row['worse']}"
     documents = f"{row['n']:,}" + (" (limit)" if row["limit"] is not None else "")
     p = "-" if row["p"] is None else shown_p(row["p"])

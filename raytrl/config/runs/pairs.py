@@ -7,6 +7,7 @@ from pydantic import model_validator
 
 from raytrl.config.runs.base import Columns, ModelUse, Processes, RowKind, Run, or_raise
 from raytrl.config.runs.finished import ModelPath, unfinished
+from raytrl.config.runs.supervised import OF_TEMPLATES
 from raytrl.config.sections.benchmark import PairsSection
 from raytrl.config.sections.data import DataSource
 from raytrl.config.sections.model import ModelSection
@@ -57,7 +58,8 @@ class PairsRun(Run):
         return (("chosen", "rejected"),)
 
     def taken_beside(self, rows: RowKind) -> Columns:
-        return () if self.pairs.category is None else (self.pairs.category,)
+        named = () if self.pairs.category is None else (self.pairs.category,)
+        return (*named, *(OF_TEMPLATES if rows == "chat" else ()))
 
     def in_words(self, rows: Mapping[str, int], microbatch: int | None) -> list[tuple[str, str]]:
         return [] if self.pairs.rows is None else [("limit", f"the first {self.pairs.rows:,} pairs")]

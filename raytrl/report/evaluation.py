@@ -6,7 +6,7 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from raytrl.report.benchmark import measured_tables
+from raytrl.report.benchmark import measured_tables, shown_p
 from raytrl.report.conversation import as_markup, text_of
 
 
@@ -49,6 +49,8 @@ def results_table(results: Mapping[str, Any]) -> Table:
         rate = "-" if found["win_rate"] is None else f"{found['win_rate']:.1%}"
         table.add_row("win rate over compare", rate, "")
         table.add_row("  wins, ties, losses", f"{found['wins']}, {found['ties']}, {found['losses']}", "")
+        if found.get("p") is not None:  # an evaluation of an earlier version has none
+            table.add_row("  p, exact sign test", shown_p(found["p"]), "")
     return table
 
 

@@ -11,6 +11,7 @@ import torch
 
 from raytrl.config.sections.benchmark import BenchmarkSection
 from raytrl.config.sections.engines import CPU_SEQUENCES, cpu_batch_tokens, cpu_cache_bytes
+from raytrl.errors import RunError
 from raytrl.roles.benchmark.sliced import Answered, Arguments
 
 _SEED = 1234  # lm-eval's
@@ -48,17 +49,34 @@ class Harness:
         return Answered(list(getattr(self._lm, method)(asked, disable_tqdm=True)), cut)
 
     def _is_cut(self, method: str, arguments: Arguments) -> bool:
-        """Whether lm-eval leaves out the beginning of a request, which it would only log."""
-        text, room = str(arguments[0]), self._longest
+        """Whether lm-eval leaves out the beginning of a request, which it would only log.
+
+        Raises:
+            RunError: there is no room for its answer alone, of which lm-eval would say nothing more.
+        """
+        most = int(self._lm.max_length)
         if method == "generate_until":
-            settings = arguments[1]
-            room = int(self._lm.max_length)
-            room -= int(settings.get("max_gen_toks") or settings.get("max_new_tokens") or self._lm.max_gen_toks)
-        else:
-            text += str(arguments[1])
-        if len(text.encode()) <= room:  # a token has a byte at least
+            settings, text = arguments[1], str(arguments[0])
+            new = int(settings.get("max_gen_toks") or settings.get("max_new_tokens") or self._lm.max_gen_toks)
+            if new >= most:
+                raise RunError(
+                    f"benchmark: {new} tokens are to be written; expected: fewer than {most}, which the model takes with the "
+                    f"question; set max_gen_toks in generation_kwargs of the task, or benchmark.max_length"
+                )
+            return self._tokens(text, most - new) > most - new
+        text, answer = str(arguments[0]) + str(arguments[1]), str(arguments[1])
+        if self._tokens(text, self._longest) <= self._longest:
             return False
-        return len(self._lm.tok_encode(text)) > room
+        if (alone := self._tokens(answer, most)) > most:
+            raise RunError(
+                f"benchmark: an answer alone has {alone} tokens; expected: at most {most}, which the model takes: "
+                f"{answer[:60]!r}"
+            )
+        return True
+
+    def _tokens(self, text: str, enough: int) -> int:
+        """How many, or none where it cannot be more than enough: a token has a byte at least."""
+        return 0 if len(text.encode()) < enough else len(self._lm.tok_encode(text))
 
 
 def load_harness(

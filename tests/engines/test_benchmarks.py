@@ -215,8 +215,9 @@ def test_vllm_says_the_same(folder: Path) -> None:
         numbers(plain)["surprise", "word_perplexity", "none"][0], rel=1e-4
     )
     for ours, theirs in zip(vllm["samples"]["write"], plain["samples"]["write"], strict=True):
-        # vLLM withholds a last character of which it has some bytes only.
-        assert ours["filtered_resps"][0].rstrip("\ufffd") == theirs["filtered_resps"][0].rstrip("\ufffd")
+        # vLLM withholds a last character of which it has some bytes only, and lm-eval has it write special tokens.
+        plain_text = ours["filtered_resps"][0].replace("<|pad|>", "").rstrip("\ufffd")
+        assert plain_text == theirs["filtered_resps"][0].rstrip("\ufffd")
 
 
 # --- Pairs --------------------------------------------------------------------------------------------------------

@@ -131,7 +131,7 @@ def near(value: Any) -> Any:
     [
         ({}, False),
         ({"fewshot": 2, "limit": 10}, False),
-        ({"limit": 10}, True),
+        ({"fewshot": 1, "limit": 10}, True),
         ({"limit": 10, "max_length": 24}, False),
     ],
     ids=["all", "fewshot", "chat", "cut"],

@@ -2,6 +2,7 @@
 
 import functools
 import importlib.metadata
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -92,14 +93,13 @@ def _ask(asker: Any, show: Callable[[Progress], None], key: str, method: str, sl
 
 def make_load(run: BenchmarkRun) -> "Callable[[str], Harness]":
     """In an actor: what loads a model by its key."""
-    import os
-
-    if run.benchmark.offline:
-        os.environ.update(OFFLINE)  # before the libraries that read it are imported
-    from raytrl.roles.benchmark.harness import load_harness
-    from raytrl.roles.models.base import torch_dtype
 
     def load(key: str) -> "Harness":
+        if run.benchmark.offline:
+            os.environ.update(OFFLINE)  # before the libraries that read it are imported
+        from raytrl.roles.benchmark.harness import load_harness
+        from raytrl.roles.models.base import torch_dtype
+
         path, tokenizer = run.evaluated[key]
         return load_harness(
             path,

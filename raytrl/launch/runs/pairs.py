@@ -56,11 +56,12 @@ def _tell(show: Callable[[Progress], None], key: str, done: int, count: int) -> 
 
 def make_load(run: PairsRun) -> "Callable[[str], PairScorer]":
     """In an actor: what loads a reward model by its key."""
-    from raytrl.config.sections.reward import SourceSection
-    from raytrl.roles.reward.model import ModelSource
-    from raytrl.roles.reward.pairs import PairScorer
 
     def load(key: str) -> "PairScorer":
+        from raytrl.config.sections.reward import SourceSection
+        from raytrl.roles.reward.model import ModelSource
+        from raytrl.roles.reward.pairs import PairScorer
+
         model = run.model
         section = SourceSection(
             name=key,

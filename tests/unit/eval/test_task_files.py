@@ -48,12 +48,10 @@ def test_a_group_and_a_tag_by_name(tasks: Path) -> None:
     assert {Path(file.path).stem for file in group.files} == {"all", "choose", "write"}
 
 
-def test_a_name_of_lm_evals_own_needs_its_data() -> None:
-    with (
-        offline(True),
-        pytest.raises(ConfigError, match=r"benchmark.tasks: arc_easy: cannot be loaded; .*offline: false"),
-    ):
-        load_tasks(section("arc_easy"))
+def test_data_of_the_hub_are_not_fetched(tasks: Path) -> None:
+    file = edit(tasks / "choose.yaml", dataset_path="some/questions", dataset_kwargs={})
+    with offline(True), pytest.raises(ConfigError, match=r"choose.yaml: cannot be loaded; .*offline: false does"):
+        load_tasks(section(file))
 
 
 def test_an_unknown_name_is_answered_with_near_ones(tasks: Path) -> None:

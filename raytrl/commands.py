@@ -38,18 +38,19 @@ def evaluate(file: str, overrides: list[str] | None, fresh: bool) -> None:
     from raytrl.config.load import load_run
 
     loaded = load_run(file, overrides or [], "eval")
-    from raytrl.launch.runs.evaluation import EvalKind
-    from raytrl.launch.runs.run import run_to_end
-    from raytrl.report.evaluation import results_table, samples_table
+    from raytrl.launch.runs.run import kind_of, run_to_end
+    from raytrl.records.outcome import Evaluated
+    from raytrl.report.evaluation import evaluation_tables
     from raytrl.report.progress import Display
 
     _stop_on_sigterm()
     with Display(out, f"eval {loaded.run.name}") as display:
-        outcome = run_to_end(EvalKind(loaded), _command(), fresh, display.show)
+        outcome = run_to_end(kind_of(loaded), _command(), fresh, display.show)
+    assert isinstance(outcome, Evaluated)
     if outcome.already_done:
         out.print("this evaluation is finished already; --fresh does it anew")
-    out.print(samples_table(outcome.samples))
-    out.print(results_table(outcome.results))
+    for table in evaluation_tables(outcome.results, outcome.samples):
+        out.print(table)
     _write_page(loaded)
 
 

@@ -17,7 +17,7 @@ os.environ["RAYTRL_TESTS"] = str(os.getpid())  # by which what they start is kno
 _OF_RAY = re.compile(r"^ray::|/ray/core/|/ray/dashboard/|/ray/_private/")
 # What holds models, and a GPU where there is one. Of Ray's own, a TrainController has been seen to outlive a head that was
 # stopped under it: it waits for its own end in Ray's code. That is told, and ended.
-_OURS = re.compile(r"^ray::(RayTrainWorker|RolloutActor|RewardActor|Board)")
+_OURS = re.compile(r"^ray::(RayTrainWorker|RolloutActor|RewardActor|MeasuringActor|Board)")
 _LAST_S = 60
 
 

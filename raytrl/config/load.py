@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from raytrl.config.credentials import refuse_credentials
 from raytrl.config.describe import fields_at
 from raytrl.config.foreign.deepspeed import read_deepspeed
-from raytrl.config.kinds import RUNS
+from raytrl.config.kinds import FORMS, RUNS, run_class
 from raytrl.config.renamed import unknown_key
 from raytrl.config.runs.base import Run
 from raytrl.config.sections.algorithms import PRESETS
@@ -100,9 +100,14 @@ def _checked(
             f"{where}: kind: is {found!r}, but the command is `raytrl {kind}`; run `raytrl {found} {path}`"
         )
     try:
-        run = RUNS[found].model_validate(values, context={"elsewhere": elsewhere})
+        model = run_class(found, values)
+    except ConfigError as error:
+        raise ConfigError(f"{_where('kind', origins, path)}: {error}") from None
+    values = {key: value for key, value in values.items() if value is not None or key not in FORMS.get(found, {})}
+    try:
+        run = model.model_validate(values, context={"elsewhere": elsewhere})
     except ValidationError as error:
-        raise ConfigError("\n".join(_problems(error, RUNS[found], values, origins, path))) from None
+        raise ConfigError("\n".join(_problems(error, model, values, origins, path))) from None
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
     for key, value in flatten(values):

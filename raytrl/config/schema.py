@@ -6,16 +6,28 @@ from pydantic import TypeAdapter
 
 from raytrl.config.describe import native_help
 from raytrl.config.foreign.native import NativeClass, native_fields
-from raytrl.config.kinds import RUNS
+from raytrl.config.kinds import forms_of
 from raytrl.config.renamed import OWNED
-from raytrl.config.runs.base import TrainingRun
+from raytrl.config.runs.base import Run, TrainingRun
 from raytrl.config.runs.sweep import DISTRIBUTIONS
+
+_DIALECT, _VERSION = "$schema", "https://json-schema.org/draft/2020-12/schema"
 
 
 def json_schema(kind: str) -> dict[str, Any]:
     """JSON schema (2020-12) of one kind, the foreign classes' fields included."""
-    model = RUNS[kind]
-    schema: dict[str, Any] = {"$schema": "https://json-schema.org/draft/2020-12/schema", **model.model_json_schema()}
+    forms = [_schema_of(model) for model in forms_of(kind)]
+    if len(forms) == 1:
+        return {_DIALECT: _VERSION, **forms[0]}
+    sections = {name: section for form in forms for name, section in form.pop("$defs").items()}
+    named = {
+        "kind": {"const": kind, "description": " ".join(form["properties"]["kind"]["description"] for form in forms)}
+    }
+    return {_DIALECT: _VERSION, "type": "object", "properties": named, "anyOf": forms, "$defs": sections}
+
+
+def _schema_of(model: type[Run]) -> dict[str, Any]:
+    schema: dict[str, Any] = model.model_json_schema()
     properties = schema["properties"]
     foreign = model.foreign()
     if native := foreign.get("training"):

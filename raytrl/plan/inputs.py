@@ -10,7 +10,7 @@ import functools
 import glob
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import xxhash
@@ -39,6 +39,11 @@ def inputs_of(run: Run) -> Inputs:
     found |= {key: _model(path, None) for key, path in run.tokenizers().items()}
     found |= {key: _code(place) for key, place in run.user_functions().items()}
     return {key: _few(files) for key, files in found.items() if files}
+
+
+def digests(files: Sequence[str]) -> dict[str, str]:
+    """Of files that are digested whole, as data are."""
+    return _few({file: _digest(file, _WHOLE_DATA) for file in files})
 
 
 def changes(before: Mapping[str, Mapping[str, str]], now: Mapping[str, Mapping[str, str]]) -> dict[str, str]:

@@ -11,6 +11,8 @@ from typing import Any
 
 from raytrl.config.foreign.deepspeed import zero_stage
 from raytrl.config.runs.base import Run
+from raytrl.config.runs.benchmark import BenchmarkRun
+from raytrl.config.runs.pairs import PairsRun
 from raytrl.config.runs.ppo import PpoRun
 from raytrl.config.runs.rollout import RolloutRun
 from raytrl.config.runs.serve import ServeRun
@@ -30,6 +32,7 @@ LIBRARIES_GIB = {
     "rollout": 0.5,
     "vllm": 0.65,
     "reward": 0.5,
+    "benchmark": 0.9,
     "function": 0.25,
 }
 # On a GPU: the CUDA context, NCCL and what the allocator cannot use. Not measured here: the usual size.
@@ -39,7 +42,8 @@ GIB = 2**30
 # TRL scores tokens and vocabulary in tiles of this size (trl/kernels/chunked_logprob.py), with these float32 copies.
 _TILE = (4096, 32768)
 _TILE_COPIES = 4
-_SCORED_TOKENS = 32 * 1024  # of a batch of texts that a reward model scores
+_REQUEST_TOKENS = 512  # of a benchmark's question or a pair's text, which nobody has counted: most are shorter
+_SCORED_TOKENS = 32 * _REQUEST_TOKENS  # of a batch of texts that a reward model scores
 _UNKNOWN_LENGTH = 4096
 _GPU_BATCH_TOKENS = 16384  # of a forward pass: vLLM's default, on the largest GPUs
 
@@ -344,6 +348,33 @@ def server(run: ServeRun, shape: ModelShape) -> Estimate:
     return replace(estimate, share=float(share)) if on_gpu else estimate
 
 
+def benchmark_actor(run: BenchmarkRun, shape: ModelShape) -> Estimate:
+    """One benchmark actor: weights, and a batch's hidden states and log-probabilities over the vocabulary."""
+    section, on_gpu = run.benchmark, run.uses_gpu
+    size = _size(run.model.dtype, on_gpu)
+    weights, length = shape.parameters * float(size), section.max_length or _REQUEST_TOKENS
+    tokens = section.batch_size * length
+    parts = {"weights": weights, "activations": tokens * (2.0 * shape.hidden + 3 * shape.widest) * size}
+    if section.engine != "vllm":
+        parts["log-probs"] = tokens * shape.vocab * (4.0 + size)
+    elif not on_gpu:
+        rollout = section.as_rollout
+        parts["activations"] = cpu_batch_tokens(rollout, length) * (2.0 * shape.hidden + 3 * shape.widest) * size
+        parts["weights"] += 2.0 * shape.vocab * shape.hidden * size  # embedding and head are kept packed as well
+        parts["cache"] = float(cpu_cache_bytes(rollout, shape.layers * shape.kv_width * size, length))
+    estimate = _finish(parts, 0.0, on_gpu, "benchmark", weights)
+    return replace(estimate, share=0.9 * min(1.0, section.gpus)) if on_gpu and section.engine == "vllm" else estimate
+
+
+def pairs_actor(run: PairsRun, shape: ModelShape) -> Estimate:
+    """One actor that scores pairs with a reward model."""
+    on_gpu = run.uses_gpu
+    size = _size(run.model.dtype, on_gpu)
+    weights, tokens = shape.parameters * float(size), run.pairs.batch_size * _REQUEST_TOKENS
+    parts = {"weights": weights, "activations": tokens * (2.0 * shape.hidden + 3 * shape.widest) * size}
+    return _finish(parts, 0.0, on_gpu, "reward", weights)
+
+
 def _finish(parts: dict[str, float], offloaded: float, on_gpu: bool, libraries: str, loading: float) -> Estimate:
     """Adds the process itself; on a GPU also what it needs of RAM: libraries, and the weights while they are loaded."""
     process = LIBRARIES_GIB[libraries] * GIB
@@ -382,4 +413,6 @@ _ESTIMATES: Mapping[str, Callable[[Any, Mapping[str, ModelShape]], Estimate]] = 
     "rollout": lambda run, held: rollout_actor(run, _largest(held)),
     "reward": lambda run, held: reward_actor(run, held),
     "server": lambda run, held: server(run, held["run"]),
+    "benchmark": lambda run, held: benchmark_actor(run, _largest(held)),
+    "pairs": lambda run, held: pairs_actor(run, _largest(held)),
 }

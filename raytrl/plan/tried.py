@@ -38,7 +38,7 @@ def facts_of(run: Run) -> tuple[Facts, list[str]]:
         embeddings = check_weights(run)
     except ConfigError as error:
         problems.append(str(error))
-    if problems or not found:
+    if problems or (run.data_sources() and not found):
         return counted, problems
     if (count := sum(counted.rows.values())) > _MOST:
         return counted | Facts(notices=[f"{count:,} rows are tried at the start, not here"]), problems

@@ -23,12 +23,16 @@ def words_of(run: Run, shapes: Mapping[str, ModelShape], facts: Facts) -> Words:
     """
     rows, columns = facts.rows, facts.columns
     words = [_model(use, shapes.get(use.key)) for use in run.models()]
-    subjects = {"data.train": "data", "data.eval": "held out" if "data.train" in rows else "data"}
+    subjects = {
+        "data.train": "data",
+        "data.eval": "held out" if "data.train" in rows else "data",
+        "pairs.data": "pairs",
+    }
     words += [(subjects[key], facts.words.get(key) or f"{count:,} rows") for key, count in rows.items()]
-    uses = {"data.train": "trains on", "data.eval": "evaluates on"}
+    uses = {"data.train": "trains on", "data.eval": "evaluates on", "pairs.data": "compares"}
     words += [(uses[key], text) for key, text in columns.items() if key != "data.eval" or text not in _others(columns)]
     words += run.in_words(rows, microbatch_of(run, shapes))
-    words += facts.tools
+    words += [*facts.tools, *facts.found]
     return words + _former(run, run.steps(rows))
 
 

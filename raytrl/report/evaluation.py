@@ -1,12 +1,27 @@
 """What `raytrl eval` shows: one table of all models, and a few responses side by side."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.markup import escape
 from rich.table import Table
 
+from raytrl.report.benchmark import measured_tables, shown_p
 from raytrl.report.conversation import as_markup, text_of
+
+
+def evaluation_tables(results: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> Iterator[Table]:
+    """Of an evaluation of whatever form, to be shown one below the other.
+
+    Args:
+        results: what results.json holds.
+        samples: rows of samples.jsonl.
+    """
+    if "scores" not in (samples[0] if samples else {}):
+        yield from measured_tables(results)
+    else:
+        yield samples_table(samples)
+        yield results_table(results)
 
 
 def results_table(results: Mapping[str, Any]) -> Table:
@@ -34,6 +49,8 @@ def results_table(results: Mapping[str, Any]) -> Table:
         rate = "-" if found["win_rate"] is None else f"{found['win_rate']:.1%}"
         table.add_row("win rate over compare", rate, "")
         table.add_row("  wins, ties, losses", f"{found['wins']}, {found['ties']}, {found['losses']}", "")
+        if found.get("p") is not None:  # an evaluation of an earlier version has none
+            table.add_row("  p, exact sign test", shown_p(found["p"]), "")
     return table
 
 

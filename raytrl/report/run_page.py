@@ -1,6 +1,7 @@
 """report.html of a run: how it went, in pictures; what it said; how it was made."""
 
 import html
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -25,8 +26,9 @@ from raytrl.records.metrics import (
     TOLD,
     time_of,
 )
+from raytrl.report.benchmark import measured_cells
 from raytrl.report.conversation import as_html, text_of
-from raytrl.report.page import as_svg, page, panels, table
+from raytrl.report.page import as_svg, page, panels, shown, table
 from raytrl.rundir import RunDirectory
 
 Rows = Sequence[Mapping[str, Any]]
@@ -72,12 +74,15 @@ def write_run_page(run_dir: RunDirectory) -> str:
     manifest = run_dir.manifest()
     if not manifest:
         raise ConfigError(f"{run_dir}: no run; found: no manifest.json; expected: the directory of a run")
-    page_text = run_page(str(run_dir), manifest, run_dir.metrics(), run_dir.rows("samples.jsonl"))
+    results = json.loads(run_dir.read("results.json") or "{}") if manifest["state"] == "done" else {}
+    page_text = run_page(str(run_dir), manifest, run_dir.metrics(), run_dir.rows("samples.jsonl"), results)
     run_dir.write("report.html", page_text)
     return f"{run_dir}/report.html"
 
 
-def run_page(title: str, manifest: Mapping[str, Any], metrics: Rows, samples: Rows) -> str:
+def run_page(
+    title: str, manifest: Mapping[str, Any], metrics: Rows, samples: Rows, results: Mapping[str, Any] | None = None
+) -> str:
     """The page.
 
     Args:
@@ -85,13 +90,18 @@ def run_page(title: str, manifest: Mapping[str, Any], metrics: Rows, samples: Ro
         manifest: of the run, in whatever state.
         metrics: rows of metrics.jsonl, none for an evaluation.
         samples: rows of samples.jsonl, none for a supervised run.
+        results: what results.json holds; nothing of it but for benchmarks and pairs.
     """
     parts = [_summary(manifest, metrics)]
     if (curves := _curves(metrics)) is not None:
         parts.append(f"<figure>{curves}</figure>")
     if _has_phases(metrics):
         parts.append(f"<h2>Where the time goes</h2><figure>{_phases(metrics)}</figure>")
-    if samples:
+    for caption, head, cells in measured_cells(results or {}):
+        parts.append(f"<h2>{html.escape(caption)}</h2>{table(head, cells, numbers=True)}")
+    if samples and "task" in samples[0]:
+        parts.append(f"<h2>Answers</h2>{_answers(samples)}")
+    elif samples and "scores" in samples[0]:
         parts.append(f"<h2>Responses</h2>{_samples(samples)}")
     if manifest.get("metrics"):
         parts.append(_folded("Metrics at the end", table((), manifest["metrics"].items())))
@@ -162,6 +172,24 @@ def _samples(samples: Rows, count: int = 6) -> str:
     first, last = samples[0]["step"], samples[-1]["step"]
     at_first = [row for row in samples if row["step"] == first][:count]
     return _responses("step", at_first + [row for row in samples if row["step"] == last != first][:count])
+
+
+def _answers(samples: Rows, count: int = 4) -> str:
+    """Each model's to the first documents of each task, the right one beside them."""
+    chosen = [row for row in samples if row["doc_id"] < count]
+    models = list(dict.fromkeys(row["model"] for row in chosen))
+    chosen.sort(key=lambda row: (row["task"], row["filter"], row["doc_id"], models.index(row["model"])))
+    lines = "".join(
+        f"<tr><td>{html.escape(row['task'])}</td><td>{html.escape(row['model'])}</td>"
+        f"<td><span class=quiet>{html.escape(row['prompt'])}</span>{html.escape(row['response'])}</td>"
+        f"<td>{html.escape(_told(row['metrics']))}</td></tr>"
+        for row in chosen
+    )
+    return f"<table><tr><th>task</th><th>model</th><th>question and answer</th><th>metrics</th></tr>{lines}</table>"
+
+
+def _told(metrics: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {shown(value)}" for name, value in metrics.items())
 
 
 def _responses(key: str, rows: Rows) -> str:

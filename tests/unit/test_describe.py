@@ -3,8 +3,9 @@
 import pytest
 
 from raytrl.config.describe import meaning
-from raytrl.config.kinds import RUNS
+from raytrl.config.kinds import RUNS, forms_of
 from raytrl.config.load import flatten
+from raytrl.config.runs.base import Run
 
 
 @pytest.mark.parametrize(
@@ -52,12 +53,12 @@ def test_a_meaning_is_one_line() -> None:
     assert "~20% slower" in meaning(RUNS["sft"], "training.gradient_checkpointing")  # %% in TRL's source
 
 
-@pytest.mark.parametrize("kind", RUNS)
-def test_every_default_has_a_meaning(kind: str) -> None:
+@pytest.mark.parametrize("run", [run for kind in RUNS for run in forms_of(kind)])
+def test_every_default_has_a_meaning(run: type[Run]) -> None:
     defaults = {
         name: field.get_default(call_default_factory=True)
-        for name, field in RUNS[kind].model_fields.items()
+        for name, field in run.model_fields.items()
         if not field.is_required()
     }
     values = {name: value.model_dump() if hasattr(value, "model_dump") else value for name, value in defaults.items()}
-    assert [key for key, _ in flatten(values) if not meaning(RUNS[kind], key)] == []
+    assert [key for key, _ in flatten(values) if not meaning(run, key)] == []

@@ -16,7 +16,7 @@ import yaml
 from raytrl.cli import app
 from raytrl.config.describe import fields_at
 from raytrl.config.foreign.native import native_fields
-from raytrl.config.kinds import RUNS
+from raytrl.config.kinds import RUNS, forms_of
 from raytrl.config.load import load_run
 from raytrl.config.runs.base import Run
 from raytrl.config.trials import check_edges, load_base
@@ -179,10 +179,11 @@ def has_key(run: type[Run], key: str) -> bool:
 
 def unknown_keys(text: str) -> list[str]:
     """Dotted keys in the prose, `rollout.actors` or `learner.workers: 2`, that no kind of run has."""
-    sections = {name for run in RUNS.values() for name in run.model_fields}
+    runs = [run for kind in RUNS for run in forms_of(kind)]
+    sections = {name for run in runs for name in run.model_fields}
     found = [match[0] for code in inline(text) if (match := re.match(r"\w+(\.\w+)+(?=$|[:=])", code))]
     keys = [key for key in found if key.split(".")[0] in sections and not key.endswith((".py", ".yaml", ".jsonl"))]
-    return [key for key in keys if not any(has_key(run, key) for run in RUNS.values())]
+    return [key for key in keys if not any(has_key(run, key) for run in runs)]
 
 
 def unknown_commands(text: str) -> list[str]:

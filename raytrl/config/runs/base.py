@@ -40,7 +40,7 @@ class Processes:
     """Equal processes of a run, and the section of the run file that says what each of them takes."""
 
     key: str  # of their number in the run file
-    role: Literal["trainer", "learner", "rollout", "reward", "server"]
+    role: Literal["trainer", "learner", "rollout", "reward", "benchmark", "pairs", "server"]
     section: ProcessSection
     count: int  # that the run cannot do without
     most: int  # that it can use
@@ -66,6 +66,7 @@ class ModelUse:
     revision: str | None = None
     trust_remote_code: bool = False
     new_head: bool = False  # a head that its folder lacks is made new
+    adapters: bool = False  # of an adapter's folder, the merged model beside it will do
     retrained: bool = False  # all of it, by transformers' Trainer, which saves it with its generation config
 
 

@@ -6,11 +6,11 @@ from typing import ClassVar, Literal
 from pydantic import PositiveInt, model_validator
 
 from raytrl.config.runs.base import ModelUse, or_raise
+from raytrl.config.runs.finished import ModelPath, unfinished
 from raytrl.config.runs.rollout import RolloutRun
 from raytrl.config.sections.base import Section
 from raytrl.config.sections.data import DataSource
 from raytrl.config.sections.engines import Asked, chosen_engine, engine_problems
-from raytrl.config.sections.model import TokenizerSpec
 from raytrl.config.sections.rollout import RolloutSection
 
 
@@ -29,7 +29,7 @@ class EvalRun(RolloutRun):
 
     kind: Literal["eval"] = "eval"
     """Scores of a model's responses, alone or against a second model."""
-    compare: str | None = None
+    compare: ModelPath | None = None
     """A second model, with its own tokenizer, on the same prompts: Hugging Face id or local folder. null: none."""
     data: EvalData
     """Where the prompts come from."""
@@ -93,14 +93,7 @@ class EvalRun(RolloutRun):
     def _agreement(self) -> "EvalRun":
         # auto becomes a name here, so that the run file in the run directory says what a run was made with.
         self.__dict__["rollout"] = self.rollout.chosen(engine=chosen_engine(self.asked))
-        model, rollout, problems = self.model, self.rollout, []
-        if model.path is None:
-            problems.append("model.path: missing; only a finished model can be evaluated: a Hugging Face id or folder")
-        if isinstance(model.tokenizer, TokenizerSpec):
-            problems.append("model.tokenizer: a tokenizer cannot be trained here; found: vocab_size; expected: a path")
-        for key in ("revision", "pad_token"):
-            if (value := getattr(model, key)) is not None:
-                problems.append(f"model.{key}: does nothing for eval; found: {value!r}; leave it out")
+        rollout, problems = self.rollout, unfinished(self.model)
         problems += self._reward_problems() + engine_problems(self.asked)
         if rollout.samples != RolloutSection().samples:
             problems.append(

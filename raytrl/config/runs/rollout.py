@@ -124,7 +124,7 @@ class RolloutRun(Run):
 
     def _reward_models(self) -> tuple[ModelUse, ...]:
         return tuple(
-            ModelUse(f"reward.sources.{i}.model", source.model, "score", ("reward.actors",))
+            ModelUse(f"reward.sources.{i}.model", source.model, "score", ("reward.actors",), adapters=True)
             for i, source in enumerate(self.reward.sources)
             if source.model is not None
         )

@@ -12,7 +12,7 @@ from raytrl.config.foreign.native import NativeClass, check_values, native_defau
 from raytrl.config.renamed import OWNED, unknown_key
 from raytrl.config.runs.base import Columns, Head, ModelUse, Processes, RowKind, TrainingRun, or_raise
 
-_OF_TEMPLATES: Columns = ("tools", "chat_template_kwargs")  # what TRL hands to the chat template beside the messages
+OF_TEMPLATES: Columns = ("tools", "chat_template_kwargs")  # what TRL hands to the chat template beside the messages
 
 _STRATEGIES = ("no", "steps", "epoch")
 
@@ -279,7 +279,7 @@ class SftRun(SupervisedRun):
     def taken_beside(self, rows: RowKind) -> Columns:
         if rows == "input_ids":
             return ("labels", "completion_mask", "assistant_masks")
-        return _OF_TEMPLATES if rows == "chat" else ()
+        return OF_TEMPLATES if rows == "chat" else ()
 
 
 class RewardRun(SupervisedRun):
@@ -299,7 +299,7 @@ class RewardRun(SupervisedRun):
         return (("chosen", "rejected"),)
 
     def taken_beside(self, rows: RowKind) -> Columns:
-        return ("margin", *(_OF_TEMPLATES if rows == "chat" else ()))
+        return ("margin", *(OF_TEMPLATES if rows == "chat" else ()))
 
 
 class DpoRun(SupervisedRun):
@@ -318,7 +318,7 @@ class DpoRun(SupervisedRun):
         return (("chosen", "rejected"),)
 
     def taken_beside(self, rows: RowKind) -> Columns:
-        return _OF_TEMPLATES if rows == "chat" else ()
+        return OF_TEMPLATES if rows == "chat" else ()
 
     @property
     def has_reference(self) -> bool:

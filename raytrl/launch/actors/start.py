@@ -1,4 +1,4 @@
-"""Starting rollout and reward actors in placement groups."""
+"""Starting actors in placement groups."""
 
 import functools
 import itertools
@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -14,6 +15,7 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from raytrl.config.runs.rollout import RolloutRun
+from raytrl.config.sections.base import ProcessSection
 from raytrl.config.sections.reward import RewardSection
 from raytrl.config.sections.rollout import RolloutSection
 from raytrl.errors import ResourceError
@@ -43,31 +45,59 @@ def started_actors(
     Raises:
         ResourceError: they could not all be placed in time.
     """
-    roles: list[tuple[str, type, RolloutSection | RewardSection, Callable[[], Any] | None]] = [
-        ("rollout", RolloutActor, run.rollout, make_engine),
-        ("reward", RewardActor, run.reward, make_sources),
-    ]
-    wanted = [(role, kind, section, make) for role, kind, section, make in roles if make is not None]
-    places = _lent_places(group, [section.actors for _, _, section, _ in wanted]) if group is not None else None
-    own = [] if places is not None else [_group(section, role) for role, _, section, _ in wanted]
+    # transformers samples one chunk at a time; calls to vLLM wait side by side for its continuous batch.
+    threads = MAX_IN_FLIGHT if run.rollout.engine == "vllm" else 1
+    # vLLM measures what a GPU has left, so there it loads last: when a learner that has loaded asks it to.
+    waits = run.rollout.shares_gpu
+    wanted = []
+    if make_engine is not None:
+        wanted.append(Role("rollout", RolloutActor, run.rollout, run.rollout.actors, make_engine, threads, waits))
+    if make_sources is not None:
+        wanted.append(Role("reward", RewardActor, run.reward, run.reward.actors, make_sources))
+    limit = (run.rollout.start_timeout_s, "rollout.start_timeout_s")
+    with placed_actors(run.output_dir, run.name, wanted, limit, group) as started:
+        yield started.get("rollout", []), started.get("reward", [])
+
+
+@dataclass(frozen=True)
+class Role:
+    """Actors of one kind."""
+
+    name: str
+    kind: type  # of `Actor`
+    section: ProcessSection
+    count: int
+    make: Callable[[], Any]  # what an actor is given to make what it holds
+    threads: int = 1  # calls that it works on at a time
+    waits: bool = False  # it loads when it is first asked, not at once
+
+
+@contextmanager
+def placed_actors(
+    output_dir: str, name: str, roles: Sequence[Role], limit: tuple[float, str], group: Any = None
+) -> Iterator[dict[str, list[Any]]]:
+    """Actors of a run by role, loading; as `started_actors`.
+
+    Args:
+        limit: seconds to place them all, and the key that says so.
+    """
+    places = _lent_places(group, [role.count for role in roles]) if group is not None else None
+    own = [] if places is not None else [_group(role) for role in roles]
     try:
-        deadline = time.monotonic() + run.rollout.start_timeout_s
-        for placed, (role, _, section, _) in zip(own, wanted, strict=False):
+        deadline = time.monotonic() + limit[0]
+        for placed, role in zip(own, roles, strict=False):
             if not placed.wait(max(0.1, deadline - time.monotonic())):
-                raise _not_placed(section, role, run.rollout.start_timeout_s)
-        # transformers samples one chunk at a time; calls to vLLM wait side by side for its continuous batch.
-        threads = MAX_IN_FLIGHT if run.rollout.engine == "vllm" else 1
-        started: dict[str, list[Any]] = {"rollout": [], "reward": []}
-        for number, (role, kind, section, make) in enumerate(wanted):
-            for rank in range(section.actors):
-                in_role = functools.partial(as_role, os.getcwd(), run.output_dir, run.name, role, rank, make)
+                raise _not_placed(role, limit)
+        started: dict[str, list[Any]] = {role.name: [] for role in roles}
+        for number, role in enumerate(roles):
+            for rank in range(role.count):
+                in_role = functools.partial(as_role, os.getcwd(), output_dir, name, role.name, rank, role.make)
                 place = (own[number], rank) if places is None else next(places)
-                actor = _make(*place, kind, section.resources, in_role, threads if role == "rollout" else 1)
-                # vLLM measures what a GPU has left, so there it loads last: when a learner that has loaded asks it to.
-                if not (role == "rollout" and section.shares_gpu):
+                actor = _make(*place, role.kind, role.section.resources, in_role, role.threads)
+                if not role.waits:
                     actor.start.remote()  # not waited for: learners load at the same time
-                started[role].append(actor)
-        yield started["rollout"], started["reward"]
+                started[role.name].append(actor)
+        yield started
     finally:
         if ray.is_initialized():
             for placed in own:
@@ -81,27 +111,32 @@ def _lent_places(group: Any, actors: Sequence[int]) -> Iterator[tuple[Any, int]]
 
 def bundles(section: RolloutSection | RewardSection) -> tuple[list[dict[str, float]], list[dict[str, str]]]:
     """One bundle an actor, none empty, and the labels that each asks of its node."""
-    return [dict(section.resources) or {"CPU": 0.001}] * section.actors, [dict(section.labels)] * section.actors
+    return _bundles(section, section.actors)
 
 
-def _group(section: RolloutSection | RewardSection, role: str) -> Any:
+def _bundles(section: ProcessSection, count: int) -> tuple[list[dict[str, float]], list[dict[str, str]]]:
+    return [dict(section.resources) or {"CPU": 0.001}] * count, [dict(section.labels)] * count
+
+
+def _group(role: Role) -> Any:
     """A place for each actor; all are placed, or none."""
-    resources, labels = bundles(section)
+    section = role.section
+    resources, labels = _bundles(section, role.count)
     return placement_group(
         resources,
         strategy=section.placement.upper(),
         bundle_label_selector=labels if section.labels else None,
-        name=f"raytrl-{role}",
+        name=f"raytrl-{role.name}",
     )
 
 
-def _not_placed(section: RolloutSection | RewardSection, role: str, limit_s: float) -> ResourceError:
+def _not_placed(role: Role, limit: tuple[float, str]) -> ResourceError:
+    section, (limit_s, key) = role.section, limit
     labels = f" on nodes with {', '.join(f'{key}={value}' for key, value in section.labels.items())}"
     return ResourceError(
-        f"{role}.actors: could not be placed within {limit_s:g} s (rollout.start_timeout_s); found free: "
+        f"{role.name}.actors: could not be placed within {limit_s:g} s ({key}); found free: "
         f"{_amounts(ray.available_resources())} on {sum(node['Alive'] for node in ray.nodes())} nodes; expected: "
-        f"{section.actors} x {_amounts(section.resources)}{labels if section.labels else ''}, placed by "
-        f"{section.placement}"
+        f"{role.count} x {_amounts(section.resources)}{labels if section.labels else ''}, placed by {section.placement}"
     )
 
 

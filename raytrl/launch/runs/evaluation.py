@@ -1,7 +1,6 @@
 """`raytrl eval`: responses of finished models, scored by the reward sources, from rollout and reward actors alone."""
 
 import functools
-import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -10,12 +9,11 @@ from typing import TYPE_CHECKING, Any
 from raytrl.config.runs.evaluation import EvalRun
 from raytrl.errors import ActorsGoneError, NonFiniteError
 from raytrl.launch.runs.conversations import let_converse, tools_of
-from raytrl.launch.runs.resume import Standing
-from raytrl.launch.runs.run import Kind, Start
+from raytrl.launch.runs.measuring import EvaluationKind, write_results
+from raytrl.launch.runs.run import Start
 from raytrl.loop.ahead import without
 from raytrl.plan.checks.common import Facts
 from raytrl.plan.checks.evaluation import check_eval
-from raytrl.records.outcome import Evaluated
 from raytrl.records.progress import Progress
 from raytrl.records.samples import Attempt, Prompt, Response, Score, sample_row
 from raytrl.roles.reward.summary import compare, summarize
@@ -38,12 +36,8 @@ class Answers:
     kls: list[float] | None = field(default=None)  # one a response, nats
 
 
-class EvalKind(Kind[EvalRun, Evaluated]):
-    """`run.Kind` of an evaluation; it is done as a whole, or anew."""
-
-    def standing(self, run_dir: RunDirectory, fresh: bool) -> Standing:
-        found = super().standing(run_dir, fresh)
-        return found if found.state == "done" else Standing("fresh")
+class EvalKind(EvaluationKind[EvalRun]):
+    """`run.Kind` of responses that are sampled and scored."""
 
     def check(self, run_dir: RunDirectory, before_last: Callable[[], None]) -> Facts:
         return check_eval(self.run, self.tell_rows, before_last)
@@ -55,10 +49,6 @@ class EvalKind(Kind[EvalRun, Evaluated]):
         seconds = time.time() - started + start.clock["checks_s"]
         _write(self.run, start.run_dir, answers, seconds)
         return {}
-
-    def outcome(self, run_dir: RunDirectory, already_done: bool) -> Evaluated:
-        results = json.loads(run_dir.read("results.json") or "{}")
-        return Evaluated(str(run_dir), already_done, results, run_dir.rows("samples.jsonl"))
 
 
 def _on_actors(run: EvalRun, show: Callable[[Progress], None]) -> dict[str, Answers]:
@@ -151,9 +141,7 @@ def make_folder_engine(run: EvalRun) -> "FolderEngine":
 
 
 def _write(run: EvalRun, run_dir: RunDirectory, answers: dict[str, Answers], seconds: float) -> None:
-    """samples.jsonl, then results.json."""
     rows = [row for key, found in answers.items() for row in _rows(key, found)]
-    run_dir.write("samples.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     results: dict[str, Any] = {
         key: {"path": run.evaluated[key][0], **summarize(found.responses, found.scores, found.kls).to_json()}
         for key, found in answers.items()
@@ -161,7 +149,7 @@ def _write(run: EvalRun, run_dir: RunDirectory, answers: dict[str, Answers], sec
     if "compare" in answers:
         results["comparison"] = compare(answers["model"].scores, answers["compare"].scores).to_json()
     results["seconds"] = seconds
-    run_dir.write("results.json", json.dumps(results, indent=2) + "\n")
+    write_results(run_dir, results, rows)
 
 
 def _rows(key: str, found: Answers) -> list[dict[str, Any]]:

@@ -19,13 +19,14 @@ Rows = Mapping[str, Any]  # key of the run file → its datasets.Dataset
 @dataclass(frozen=True)
 class Facts:
     """What the checks of a run found out about its datasets: by their keys how many rows, words about them and about their
-    columns; notices; and the tools that its conversations may use."""
+    columns; notices; the tools that its conversations may use; and whatever else it is about."""
 
     rows: Mapping[str, int] = field(default_factory=dict)
     words: Mapping[str, str] = field(default_factory=dict)
     notices: Sequence[str] = ()  # what of the rows is cut, left out, written twice
     columns: Mapping[str, str] = field(default_factory=dict)
     tools: Sequence[tuple[str, str]] = ()  # (subject, sentence)
+    found: Sequence[tuple[str, str]] = ()  # (subject, sentence)
 
     def __or__(self, other: "Facts") -> "Facts":
         """Of both; a notice that both have is told once."""
@@ -35,6 +36,7 @@ class Facts:
             tuple(dict.fromkeys([*self.notices, *other.notices])),
             {**self.columns, **other.columns},
             tuple(dict.fromkeys([*self.tools, *other.tools])),
+            tuple(dict.fromkeys([*self.found, *other.found])),
         )
 
 
@@ -49,7 +51,7 @@ def check_run(run: Run) -> dict[str, int]:
     """
     for use in run.models():
         if use.path is not None:
-            check_model_path(use.path, use.key, use.revision, adapters=use.key.startswith("reward."))
+            check_model_path(use.path, use.key, use.revision, adapters=use.adapters)
     return check_weights(run)
 
 

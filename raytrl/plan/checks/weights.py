@@ -97,13 +97,13 @@ def check_generation_config(path: str, revision: str | None, key: str) -> None:
 
 
 def _place(use: ModelUse) -> str | None:
-    """The folder, or that of a hub id where the cache has its weights; beside a reward model's adapter the merged model."""
+    """The folder, or that of a hub id where the cache has its weights; where an adapter will do the merged model beside it."""
     if use.path is None:
         return None
     if not os.path.isdir(use.path):
         cached = cached_folder(use.path, use.revision)
         return cached if cached is not None and _has_weights(cached) else None
-    if use.key.startswith("reward.") and os.path.isfile(os.path.join(use.path, "adapter_config.json")):
+    if use.adapters and os.path.isfile(os.path.join(use.path, "adapter_config.json")):
         beside = (os.path.join(use.path, "merged"), os.path.join(os.path.dirname(use.path.rstrip("/")), "merged"))
         return next((place for place in beside if os.path.isdir(place)), None)
     return use.path

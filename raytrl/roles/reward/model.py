@@ -1,6 +1,6 @@
 """Reward models: a sequence classifier with its own tokenizer, given text."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +9,16 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from raytrl.config.sections.reward import SourceSection
 from raytrl.errors import ConfigError
+from raytrl.records.samples import PromptText
 from raytrl.roles.models.positions import positions_of
 from raytrl.roles.reward.call import Asked, Failure, Pair
 from raytrl.within import within
 
 _CUT_HERE = "\ue0c7cut\ue0c7"  # of the private use area: no text has it
+
+
+class TooLong(Failure):
+    """A text that is longer than the classifier can take."""
 
 
 class ModelSource:
@@ -33,16 +38,22 @@ class ModelSource:
     Raises ConfigError when the classifier cannot be loaded, was never trained as one, or `label` names no output.
     """
 
-    def __init__(self, section: SourceSection, device: str | None = None) -> None:
+    def __init__(self, section: SourceSection, device: str | None = None, keys: tuple[str, str] | None = None) -> None:
+        """
+        Args:
+            device: default: a GPU where there is one.
+            keys: of model and label in the run file, for messages; default: those of a reward source.
+        """
         assert section.model is not None
         self.section = section
-        self._where = f"reward.sources.{section.name}.model: {section.model}"
+        model_key, label_key = keys or tuple(f"reward.sources.{section.name}.{key}" for key in ("model", "label"))
+        self._where = f"{model_key}: {section.model}"
         self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         path = _merged(section.model, self._where)
         self._model, self._tokenizer = self._load(path)
         _head_in_float32(self._model)
         self._text_config = self._model.config.get_text_config()
-        self._output = output_index(self._model.config, section.label, f"reward.sources.{section.name}.label")
+        self._output = output_index(self._model.config, section.label, label_key)
         self._padding: int | None = self._text_config.pad_token_id
         self._vocabulary: int = self._model.get_input_embeddings().num_embeddings
         self._max_tokens = _max_tokens(self._text_config, self._tokenizer)
@@ -52,11 +63,7 @@ class ModelSource:
 
     def call(self, pairs: Sequence[Pair]) -> Sequence[object]:
         """One value a response; see `RewardSource`."""
-        return within(self.section.timeout_s, lambda: self.scores([Asked.of(pair) for pair in pairs]))
-
-    def scores(self, rows: Sequence[Asked]) -> list[object]:
-        """One value a row, or a `Failure` in its place; all of them in one forward pass."""
-        return self._scores([self.token_ids(row) for row in rows])
+        return within(self.section.timeout_s, lambda: self.scores([self.token_ids(Asked.of(pair)) for pair in pairs]))
 
     def close(self) -> None:
         """Nothing outlives the object."""
@@ -84,18 +91,36 @@ class ModelSource:
             text = self.text(row)
         except Exception as error:  # a template is a program; it may raise anything, and does for one response alone
             return Failure(f"its chat template cannot render the response: {error}", retry=False)
+        return self._ids(text, chat)
+
+    def whole_ids(self, whole: PromptText, options: Mapping[str, Any]) -> list[int] | Failure:
+        """As `token_ids`, of a text or conversation that is complete: as TRL's RewardTrainer reads one side of a pair.
+
+        Args:
+            options: for the chat template: tools, and what else it takes.
+        """
+        if isinstance(whole, str):
+            return self._ids(whole if self._end and whole.endswith(self._end) else whole + self._end, False)
+        if not self._tokenizer.chat_template:
+            return Failure("its tokenizer has no chat template, and the texts are lists of messages", retry=False)
+        try:
+            return self._ids(str(self._tokenizer.apply_chat_template(list(whole), tokenize=False, **options)), True)
+        except Exception as error:
+            return Failure(f"its chat template cannot render the text: {error}", retry=False)
+
+    def _ids(self, text: str, chat: bool) -> list[int] | Failure:
         # A chat template writes the special tokens itself.
         ids = list(self._tokenizer(text, add_special_tokens=not chat)["input_ids"])
         if not ids:
             return Failure("the text has no tokens", retry=False)
         if len(ids) > self._max_tokens:
-            return Failure(f"the text has {len(ids)} tokens; the model takes {self._max_tokens}", retry=False)
+            return TooLong(f"the text has {len(ids)} tokens; the model takes {self._max_tokens}", retry=False)
         if max(ids) >= self._vocabulary:
             return Failure(f"token id {max(ids)} of its tokenizer; the model has {self._vocabulary}", retry=False)
         return ids
 
     @torch.inference_mode()
-    def _scores(self, rows: Sequence[list[int] | Failure]) -> list[object]:
+    def scores(self, rows: Sequence[list[int] | Failure]) -> list[object]:
         """The score of each row of token ids, all in one forward pass; a Failure stays what it is."""
         sound = [row for row in rows if not isinstance(row, Failure)]
         if not sound:

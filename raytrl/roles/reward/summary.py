@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from raytrl.records.samples import Response, Score
+from raytrl.roles.paired import sign_test
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +48,8 @@ class Comparison:
     left_out: int  # pairs of which one was dropped
     win_rate: float | None  # (wins + ties / 2) / compared
     margin: Spread | None  # score minus the other's score
+    margin_stderr: float | None  # of its mean, prompt by prompt; None for fewer than two
+    p: float | None  # two-sided, by the exact sign test: wins and losses as unlike where both models are alike
 
     def to_json(self) -> dict[str, Any]:
         """Plain dictionaries and numbers, ready for json.dumps."""
@@ -100,7 +103,9 @@ def compare(scores: Sequence[Score], other: Sequence[Score]) -> Comparison:
         losses=losses,
         left_out=len(scores) - len(margins),
         win_rate=(wins + ties / 2) / len(margins) if margins else None,
-        margin=spread(margins),
+        margin=(found := spread(margins)),
+        margin_stderr=found.std / math.sqrt(found.count) if found is not None and found.count > 1 else None,
+        p=sign_test(wins, losses) if margins else None,
     )
 
 

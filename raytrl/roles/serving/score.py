@@ -74,7 +74,7 @@ class ScoreServer:
             name=run.served_name, model=run.model_path, label=run.serve.label, dtype=run.serve.dtype
         )
         self._max_rows, self._metrics = run.serve.max_rows, metrics
-        self._source = ModelSource(section)
+        self._source = ModelSource(section, keys=("run", "serve.label"))
         self._thread = ThreadPoolExecutor(1, "score")
 
     async def application(self) -> App:
@@ -112,7 +112,10 @@ class ScoreServer:
         return JSONResponse({"scores": list(map(_as_json, found))})
 
     async def _in_turn(self, rows: list[Asked]) -> list[object]:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, self._source.scores, rows)
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self._scores, rows)
+
+    def _scores(self, rows: list[Asked]) -> list[object]:
+        return list(self._source.scores([self._source.token_ids(row) for row in rows]))
 
     async def _metrics_page(self, _: Request) -> Response:
         return Response(self._metrics.text(), media_type="text/plain; version=0.0.4")

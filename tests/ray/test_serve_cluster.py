@@ -70,14 +70,18 @@ def test_nothing_but_the_own_application_is_touched(cluster: Nodes, tmp_path: Pa
     for wrong, told in (
         (["serve.port=1", "serve.route=/mine"], f"expected: serve.port={port}"),
         ([at, "serve.route=/other"], "the application 'other' has it"),
+        ([at, "serve.route=/mine", "serve.name=other"], "another application of this cluster has that name"),
     ):
         assert told in raytrl("serve", *mine, *wrong, status=2)
+        assert _status(other, "a-key-of-theirs") == 200
     with served(tmp_path, *mine, "serve.route=/mine", port=port) as server:
         body = {"prompts": ["a"], "completions": ["b"]}
         assert server.ask("/mine/score", body)[0] == 200
         assert server.ask("/score", body)[0] == 404
         kill_everything(server.process)  # the application lives on the cluster, and goes on
         assert server.ask("/mine/score", body)[0] == 200
+    told = raytrl("serve", *mine, at, "serve.route=/mine", "name=another", status=2)
+    assert f"of {tmp_path}/runs/serve-reward" in told  # somebody else's, though of the same model
     with served(tmp_path, *mine, "serve.route=/mine", port=port) as server:  # and is taken over
         assert server.ask("/mine/score", body)[0] == 200
         shown = _all_shown(cluster, server.process)

@@ -121,8 +121,22 @@ def test_without_the_key_nothing_but_health_answers(server: Server) -> None:
     assert OpenAI(base_url=f"{server.base}/v1", api_key="the-next-key").models.list().data
     with pytest.raises(AuthenticationError):
         OpenAI(base_url=f"{server.base}/v1", api_key="none").models.list()
-    written = [file for file in server.log.parent.rglob("*") if file.is_file() and file.name != "key"]
-    assert not [file for file in written if KEY.encode() in file.read_bytes()]
+    marker = "nobody shall log this prompt"
+    server.ask("/v1/completions", {"prompt": marker, "model": "film"}, headers={"Authorization": f"Bearer {KEY}"})
+    server.ask("/v1/completions", {"prompt": marker, "n": "many"}, headers={"Authorization": f"Bearer {KEY}"})
+    words = [word for process in server.below("raylet") for word in process.cmdline() if "raylet_socket_name=" in word]
+    sessions = {Path(word.partition("=")[2]).parents[1] for word in words}
+        Path(word.partition("=")[2]).parents[1]
+        for raylet in server.below("raylet")
+        for word in raylet.cmdline()
+        if "_socket_name=" in word
+    }
+    written = [file for place in (server.log.parent, *sessions) for file in place.rglob("*") if file.is_file()]
+    assert len(written) > 20
+    for file in written:
+        text = file.read_bytes() if file.name != "key" else b""
+        assert KEY.encode() not in text, file
+        assert marker.encode() not in text, file
 
 
 @pytest.mark.parametrize(
@@ -155,6 +169,9 @@ def test_without_the_key_nothing_but_health_answers(server: Server) -> None:
         ({"logit_bias": {"999999": 1}}, 400, "vocab"),
         ({"structured_outputs": {"regex": "((("}}, 400, "structured_outputs"),
         ({"stream": True, "max_tokens": 0}, 400, "at least 1"),
+        ({"stream": True, "prompt": [999999]}, 400, "out of vocabulary"),
+        ({"stream": True, "logit_bias": {"999999": 1}}, 400, "vocab"),
+        ({"stream": True, "logprobs": 1000}, 400, "logprobs"),
         ({"model": "other"}, 404, "does not exist"),
     ],
 )
@@ -206,7 +223,10 @@ def test_a_client_that_leaves_stops_the_engine(server: Server, stream: bool) -> 
     gone = "raytrl_serve_running 0.0"
     wait_for("idle", lambda: gone in server.ask("/metrics", headers=headers)[2], server.process)
     made = _generated(server) - before
-    assert made < 0.7 * 8 * 4 * 100
+    assert made < 0.4 * 8 * 4 * 100
+    assert (
+        'raytrl_serve_answers_total{path="/v1/completions",status="499"}' in server.ask("/metrics", headers=headers)[2]
+    )
     assert server.ask("/health")[0] == 200
 
 

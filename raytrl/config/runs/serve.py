@@ -12,6 +12,20 @@ from raytrl.config.sections.engines import Asked, chosen_engine, engine_problems
 from raytrl.config.sections.rollout import RolloutSection
 from raytrl.config.sections.serve import ServeSection
 
+# What is said of a run that samples, and where it stands here; longer ones first.
+_KEYS = {
+    "lora (the adapter is merged on the rollout side, or several are held with ppo.max_lag)": "serve.adapters",
+    "seed (every response has a seed of its own)": "seed",
+    "raytrl, which tokenizes itself": "raytrl",
+    "rollout.versions": "serve.adapters",
+    "rollout.actors": "serve.replicas",
+    "lora.r": "serve.adapters",
+    "model.path": "run",
+    "model.tokenizer": "run",
+    "model.dtype": "serve.dtype",
+    "model.trust_remote_code": "raytrl: no code that comes with a model is run",
+    "rollout.": "serve.",
+}
 _ONLY_FOR_POLICIES = ("engine", "engine_args", "adapters", "max_tokens", "max_n")
 
 
@@ -148,8 +162,10 @@ class ServeRun(Run):
 
 
 def _own_keys(line: str) -> str:
-    """What is said of a run that samples, of the same keys here."""
-    return line.replace("rollout.actors", "serve.replicas").replace("rollout.", "serve.")
+    """What is said of a run that samples, with the keys of this kind."""
+    for theirs, ours in _KEYS.items():
+        line = line.replace(theirs, ours)
+    return line
 
 
 def _name_of(folder: Path) -> str:

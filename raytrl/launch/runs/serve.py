@@ -2,6 +2,7 @@
 
 import json
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -54,13 +55,23 @@ class ServeKind(Kind[ServeRun, Served]):
         return Served(str(run_dir), already_done, int(run_dir.manifest().get("cut_off", 0)))
 
     def _watch(self, service: Any, show: Callable[[Progress], None]) -> None:
-        """Tells of replicas that are gone and back; ends with an interrupt."""
-        known, pause = self.run.serve.replicas, threading.Event()
+        """Tells of replicas that are gone and back; ends with an interrupt, or when none comes back.
+
+        Raises:
+            RunError: none did within `serve.start_timeout_s`, or the application is gone.
+        """
+        known, pause, last = self.run.serve.replicas, threading.Event(), time.monotonic()
         show(Progress("phase", text="serving; Ctrl-C stops it"))
         while not pause.wait(_LOOK_S):
             state = service.state()
             if state.status in ("NOT_STARTED", "DELETING"):
                 raise RunError("serve: the application was deleted by somebody else")
+            if state.running:
+                last = time.monotonic()
+            elif time.monotonic() - last > (limit_s := self.run.serve.start_timeout_s):
+                raise RunError(
+                    f"serve: no replica came back within {limit_s:g} s (serve.start_timeout_s); {state.text}"
+                )
             if state.running != known:
                 known = state.running
                 show(Progress("notice", text=f"{known} of {self.run.serve.replicas} replicas answer"))
@@ -70,6 +81,7 @@ def ready(run: ServeRun) -> str:
     """The address, and a command that asks there."""
     serve = run.serve
     host = "127.0.0.1" if serve.host in ("0.0.0.0", "::") else serve.host  # noqa: S104 (what to ask, not where to listen)
+    host = f"[{host}]" if ":" in host else host
     base = f"http://{host}:{serve.port}{serve.route.removesuffix('/')}"
     body: dict[str, Any] = {"prompts": ["…"], "completions": ["…"]}
     if not run.scores:

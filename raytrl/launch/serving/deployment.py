@@ -1,5 +1,6 @@
 """A finished model as an application of Ray Serve: what each replica is, and how Serve is told of it."""
 
+import contextlib
 import logging
 import os
 from typing import Any
@@ -9,11 +10,13 @@ from ray.serve import Application
 from ray.serve.config import BackpressureConfig
 
 from raytrl.config.runs.serve import ServeRun
+from raytrl.errors import ConfigError
 from raytrl.launch.session.logs import start_log
 from raytrl.launch.session.secrets import load_secrets, values_at
 from raytrl.launch.session.session import QUIET_LIBRARIES, work_in
 from raytrl.rundir import RunDirectory
 
+OWNER = "owner"
 DEPLOYMENT = "raytrl"  # of every application of ours, by which it is known
 _HEALTH_PERIOD_S = 1.0  # three failures in a row, and a replica is started anew
 _HEALTH_LIMIT_S = 30.0  # a busy machine is no reason
@@ -58,10 +61,18 @@ class Replica:
         left: int = await self._guard.drain(limit_s)
         return left
 
+    def reconfigure(self, owner: dict[str, str]) -> None:
+        """Called by Ray Serve with what says whose application it is; there is nothing to change."""
+
     async def check_health(self) -> None:
-        """Called by Ray Serve."""
-        if self._guard is not None and not self._server.is_alive():
+        """Called by Ray Serve, every second: a file of keys may have changed."""
+        if self._guard is None:
+            return
+        if not self._server.is_alive():
             raise RuntimeError("the engine is gone")
+        if "=" in (self._section.api_key or ""):
+            with contextlib.suppress(ConfigError):  # while it is written: the keys of before
+                self._guard.take_keys(values_at(self._section.api_key, "serve.api_key"))
 
     def __del__(self) -> None:
         server = getattr(self, "_server", None)  # the constructor may have failed before
@@ -75,8 +86,13 @@ def _rank() -> int:
     return int(getattr(rank, "rank", rank) or 0)
 
 
-def application_of(run: ServeRun, *, logs: bool) -> Application:
-    """What `serve.run` takes."""
+def application_of(run: ServeRun, *, owner: str, logs: bool) -> Application:
+    """What `serve.run` takes.
+
+    Args:
+        owner: whose it is, for others on the same cluster.
+        logs: whether there is a run directory to log to.
+    """
     section = run.serve
     others = {name: amount for name, amount in section.resources.items() if name not in ("CPU", "GPU")}
     options: dict[str, Any] = {
@@ -89,6 +105,7 @@ def application_of(run: ServeRun, *, logs: bool) -> Application:
     deployment = serve.deployment(
         serve.ingress()(Replica),
         name=DEPLOYMENT,
+        user_config={OWNER: owner},
         num_replicas=section.replicas,
         ray_actor_options=options,
         **({"max_replicas_per_node": 1} if section.placement == "strict_spread" else {}),

@@ -16,12 +16,17 @@ from ray.serve.schema import ApplicationStatus
 from raytrl.config.runs.serve import ServeRun
 from raytrl.config.sections.serve import is_this_machine
 from raytrl.errors import ResourceError, RunError
-from raytrl.launch.serving.deployment import DEPLOYMENT, application_of
+from raytrl.launch.serving.deployment import DEPLOYMENT, OWNER, application_of
+from raytrl.rundir import RunDirectory
 
 _LOOK_S = 0.5
+_LAST_BYTES_S = 1.0  # for answers on their way through Serve's proxy
 _RAISED = re.compile(r"[\w.]*(Error|Exception): ")
 _CAUSE_LINES = 3
 _MORE_S = 10.0  # for Serve's own part of what has a limit
+
+
+_GONE = (ray.exceptions.RayError, serve.exceptions.RayServeException, RunError, TimeoutError)
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,8 @@ class Service:
         """`owns_ray`: the Ray is this run's own, and Serve on it, too."""
         self._run, self._owns_ray = run, owns_ray
         self._name = run.served_name
+        self._owner = RunDirectory(run.output_dir, run.name).uri
+        self._is_deployed = False
 
     def start(self, tell: Callable[[str], None]) -> None:
         """Returns when every replica has answered once.
@@ -57,8 +64,9 @@ class Service:
         )
         where = ProxyLocation.HeadOnly if self._owns_ray else ProxyLocation.EveryNode
         serve.start(proxy_location=where, http_options=options, logging_config={"enable_access_log": False})
-        application = application_of(self._run, logs=True)
+        application = application_of(self._run, owner=self._owner, logs=True)
         target = serve.RunTarget(application, name=self._name, route_prefix=section.route)
+        self._is_deployed = True
         serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
         deadline = time.monotonic() + section.start_timeout_s
         while (state := self.state()).status != ApplicationStatus.RUNNING:
@@ -87,16 +95,22 @@ class Service:
 
     def stop(self) -> int:
         """Ends the application: nothing new is taken, what is in flight is finished within `serve.drain_s`; returns how many
-        requests were not."""
+        requests were not. Where it never began it does nothing."""
+        if not self._is_deployed:
+            return 0
         left, limit_s = 0, self._run.serve.drain_s
-        gone = (ray.exceptions.RayError, serve.exceptions.RayServeException, RunError, TimeoutError)
-        with suppress(*gone):
-            if self.state().running:  # else nobody is there to be asked
-                drained = serve.get_app_handle(self._name).broadcast("drain", limit_s)
-                left = sum(drained.results(timeout_s=limit_s + _MORE_S))
-        with suppress(*gone):
-            serve.delete(self._name)
-        return left  # a Ray of our own ends with all that is left of Serve
+        try:
+            with suppress(*_GONE):
+                if self.state().running:  # else nobody is there to be asked
+                    drained = serve.get_app_handle(self._name).broadcast("drain", limit_s)
+                    left = sum(drained.results(timeout_s=limit_s + _MORE_S))
+                    time.sleep(_LAST_BYTES_S)
+        finally:
+            # A Ray of our own ends with all of Serve: to delete the application first would only make it answer 404.
+            if not self._owns_ray:
+                with suppress(*_GONE):
+                    serve.delete(self._name, _blocking=not left)
+        return left
 
     def _check_others(self) -> None:
         """On a cluster Serve may run already, with an address of its own and applications of others."""
@@ -117,10 +131,13 @@ class Service:
                 f"expected: api_key: NAME"
             )
         for name, other in (details.get("applications") or {}).items():
-            ours = DEPLOYMENT in (other.get("deployments") or {})
-            if name == self._name and not ours:
+            mark = (
+                ((other.get("deployments") or {}).get(DEPLOYMENT) or {}).get("deployment_config", {}).get("user_config")
+            )
+            if name == self._name and mark != {OWNER: self._owner}:
                 raise ResourceError(
-                    f"serve.name: another application of this cluster has that name; found: {name!r}; expected: another"
+                    f"serve.name: another application of this cluster has that name; found: {name!r}"
+                    f"{f' of {mark[OWNER]}' if mark else ''}; expected: another, such as serve.name={name}-2"
                 )
             if name != self._name and other.get("route_prefix") == section.route:
                 raise ResourceError(

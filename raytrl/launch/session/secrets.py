@@ -100,9 +100,10 @@ def values_at(place: str | None, key: str) -> list[str]:
     name, _, path = place.partition("=")
     try:
         text = Path(path).read_text(encoding="utf-8") if path else os.environ.get(name, "")
-    except OSError as error:
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "no text in UTF-8"
         raise ConfigError(
-            f"{key}: cannot be read on {os.uname().nodename}; found: {path}: {error.strerror}; expected: a file that every node "
+            f"{key}: cannot be read on {os.uname().nodename}; found: {path}: {reason}; expected: a file that every node "
             f"has, such as a mounted Kubernetes secret"
         ) from None
     if not (found := [line.strip() for line in text.splitlines() if line.strip()]):

@@ -14,7 +14,7 @@ from typing import Any
 
 from raytrl.config.sections.reward import SourceSection
 from raytrl.errors import ConfigError
-from raytrl.roles.reward.call import Asked, AwayError, CallError, Failure, FinalError, Pair
+from raytrl.roles.reward.call import MODEL_BATCH_SIZE, Asked, AwayError, CallError, Failure, FinalError, Pair
 from raytrl.within import within
 
 # Of the 4xx answers, those that another try may change: timeout, too early.
@@ -64,8 +64,14 @@ class EndpointSource:
         if self.section.send_ended:
             body["ended"] = [row.whole for row in rows]
         request = urllib.request.Request(self._url, data=json.dumps(body).encode(), headers=self._headers)  # noqa: S310 (config admits http and https only)
-        # urllib bounds each read, not their sum: a server that drips bytes needs the outer limit.
-        return within(self.section.timeout_s, lambda: self._post(request, len(pairs)))
+        try:
+            # urllib bounds each read, not their sum: a server that drips bytes needs the outer limit.
+            return within(self.section.timeout_s, lambda: self._post(request, len(pairs)))
+        except _TooLargeError:
+            if len(pairs) == 1:
+                raise
+            half = _half_of(len(pairs))
+            return [*self.call(pairs[:half]), *self.call(pairs[half:])]
 
     def _post(self, request: urllib.request.Request, count: int) -> Sequence[object]:
         """The scores of `count` responses."""
@@ -75,6 +81,7 @@ class EndpointSource:
             with _opener(request.full_url).open(request, timeout=timeout_s) as response:
                 answer = _read(response, ends, _ANSWER_BYTES + count * _SCORE_BYTES)
         except urllib.error.HTTPError as error:
+            self._has_answered = True
             raise _refused(error, self.section.send_ended) from None
         except TimeoutError:
             raise CallError(f"gave no answer within {timeout_s:g} s") from None
@@ -88,6 +95,10 @@ class EndpointSource:
 
     def close(self) -> None:
         """Nothing is held between calls."""
+
+
+class _TooLargeError(FinalError):
+    """The server takes less at a time."""
 
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
@@ -122,7 +133,15 @@ def _refused(error: urllib.error.HTTPError, sent_ended: bool) -> CallError:
         return AwayError(reason, _retry_after_s(error.headers.get("Retry-After")))
     if error.code in (400, 422) and sent_ended and b"ended" in text:
         reason += "; of a server that knows no `ended`: send_ended: false"
+    if error.code == 413:
+        return _TooLargeError(reason)
     return CallError(reason) if error.code >= 500 or error.code in _TRANSIENT else FinalError(reason)
+
+
+def _half_of(count: int) -> int:
+    """Of a call that is too large: whole batches of a served model where there are several, whose scores stay the same then."""
+    batches = -(-count // MODEL_BATCH_SIZE)
+    return batches // 2 * MODEL_BATCH_SIZE or count // 2
 
 
 def _retry_after_s(header: str | None) -> float:

@@ -90,7 +90,7 @@ async def no_such(request: Request, error: Exception) -> Response:
     """Starlette's handler of what it refuses itself: a path or method that nobody serves."""
     assert isinstance(error, HTTPException)
     code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "invalid_request")
-    text = f"{request.method} {request.url.path}: {error.detail}"
+    text = f"{request.method} {request.scope['path']}: {error.detail}"
     return JSONResponse(RefusalError(error.status_code, code, text).to_json(), error.status_code, error.headers)
 
 

@@ -120,8 +120,9 @@ class Batches:
             self._failures = 0
         except Exception as error:  # its text may hold what was asked: only its kind is logged
             _log.error("a batch of %d rows failed: %s", len(batch), type(error).__name__)
-            for call, _, _ in batch:
-                call.fail()
+            calls = {id(call): call for call, _, _ in batch}
+            for call in calls.values():
+                call.fail(by_another=len(calls) > 1)
             if self._device.type == "cuda" and isinstance(error, torch.OutOfMemoryError):
                 torch.cuda.empty_cache()
             self._failures += 1

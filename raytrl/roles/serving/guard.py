@@ -4,16 +4,19 @@ import asyncio
 import contextlib
 import hashlib
 import hmac
+import json
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
+from urllib.parse import urlsplit
 
-from raytrl.config.sections.serve import ServeSection
+from raytrl.config.sections.serve import ServeSection, is_this_machine
 from raytrl.roles.serving.answers import App, Message, Receive, RefusalError, Scope, Send
 from raytrl.roles.serving.metrics import ServerMetrics
 
 _log = logging.getLogger(__name__)
 
+_ENDS_S = 60.0  # after a drain, for whoever asked for it to end this process
 _CLIENT_LEFT = 499  # nginx' word for it, in metrics alone
 
 
@@ -37,17 +40,24 @@ class Guard:
             alive: whether the engine behind `app` works; False: it will be started anew.
         """
         self._app, self._section, self._alive, self._metrics = app, section, alive, metrics
-        self._keys = [hashlib.sha256(key.encode()).digest() for key in keys]
+        self.take_keys(keys)
         self._places = asyncio.Semaphore(section.max_ongoing)
         self._waiting = 0
-        self._draining = False
+        self._drains_until = 0.0
         self._in_flight = 0
         self._idle = asyncio.Event()
         self._idle.set()
 
+    def take_keys(self, keys: Sequence[str]) -> None:
+        """From now on these open."""
+        self._keys = [hashlib.sha256(key.encode()).digest() for key in keys]
+
     async def drain(self, limit_s: float) -> int:
-        """Refuses what comes from now on, and waits for what is in flight; returns how many requests are left at the limit."""
-        self._draining = True
+        """Refuses what comes from now on, and waits for what is in flight; returns how many requests are left at the limit.
+
+        Whoever asked for it ends this process soon; where he is gone himself, it serves again.
+        """
+        self._drains_until = time.monotonic() + limit_s + _ENDS_S
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._idle.wait(), limit_s)
         return self._in_flight
@@ -79,24 +89,33 @@ class Guard:
         return None
 
     async def _answer(self, path: str, scope: Scope, receive: Receive, answer: "_Answer") -> None:
-        if path != "/health":
+        works = scope["method"] not in ("GET", "HEAD")
+        if path != "/health" or works:
             self._check_key(scope)
-        if self._draining and path != "/metrics":
+        if time.monotonic() < self._drains_until and path != "/metrics":
             raise RefusalError(503, "draining", "the server is being stopped; come again", again=True)
-        if scope["method"] != "POST":
+        if not works:
             return await self._app(scope, receive, answer.send)
         try:
-            async with asyncio.timeout(self._section.request_timeout_s), self._place():
-                body = await self._body(scope, receive)
-                await self._app(scope, _replayed(body, receive), answer.send)
+            async with asyncio.timeout(self._section.request_timeout_s) as limit:
+                body = await self._body(scope, receive)  # before it has a place: who sends slowly keeps nobody waiting
+                async with self._place():
+                    await self._app(scope, _replayed(body, receive), answer.send)
         except TimeoutError:
-            limit = self._section.request_timeout_s
-            raise RefusalError(504, "timeout", f"not done within {limit:g} s (serve.request_timeout_s)") from None
+            if not limit.expired():
+                raise
+            limit_s = self._section.request_timeout_s
+            raise RefusalError(504, "timeout", f"not done within {limit_s:g} s (serve.request_timeout_s)") from None
 
     def _check_key(self, scope: Scope) -> None:
+        headers = dict(scope["headers"])
         if not self._keys:
+            # A page of anywhere that is open in a browser of this machine reaches its servers, too, by a name of its own.
+            host = headers.get(b"host", b"localhost").decode("latin1")
+            if not is_this_machine(urlsplit(f"//{host}").hostname or ""):
+                raise RefusalError(403, "wrong_host", "without a key it answers to names of this machine alone")
             return
-        scheme, _, key = dict(scope["headers"]).get(b"authorization", b"").decode("latin1").partition(" ")
+        scheme, _, key = headers.get(b"authorization", b"").decode("latin1").partition(" ")
         digest = hashlib.sha256(key.strip().encode("latin1")).digest()
         # All are compared, in constant time, so that nothing can be learnt from how long it takes.
         fits = [hmac.compare_digest(digest, known) for known in self._keys]
@@ -124,6 +143,9 @@ class Guard:
             self._places.release()
 
     async def _body(self, scope: Scope, receive: Receive) -> bytes:
+        kind = dict(scope["headers"]).get(b"content-type", b"").partition(b";")[0].strip().lower()
+        if kind != b"application/json":  # what a browser sends for any page, without asking first, is none
+            raise RefusalError(415, "unsupported_media_type", "expected: Content-Type: application/json")
         limit, body = self._section.max_body_bytes, bytearray()
         too_long = RefusalError(
             413, "request_too_large", f"the body is longer than {limit} bytes (serve.max_body_bytes)"
@@ -143,41 +165,71 @@ class Guard:
 
 
 class _Answer:
-    """What goes back: which status, and whether it has begun."""
+    """What goes back: which status, and whether it has begun.
+
+    The status of a stream goes out with its first event: engines look at some of what was asked only then, and an error that
+    comes first is an answer of its own.
+    """
 
     def __init__(self, send: Send, alive: Callable[[], bool]) -> None:
         self._send, self._alive = send, alive
         self.status, self._begun, self._is_stream, self._replaced = 500, False, False, False
+        self._held: Message | None = None
 
     async def send(self, message: Message) -> None:
         if self._replaced:
             return
         if message["type"] == "http.response.start":
             if message["status"] >= 500 and not self._alive():
-                self._replaced = True
-                await self._refuse(
-                    RefusalError(503, "engine_gone", "the engine is started anew; come again", again=True)
-                )
+                await self._replace(_ENGINE_GONE)
                 return
-            self.status, self._begun = message["status"], True
-            self._is_stream = (
-                dict(message.get("headers", ())).get(b"content-type", b"").startswith(b"text/event-stream")
-            )
-        await self._send(message)
+            kind = dict(message.get("headers", ())).get(b"content-type", b"")
+            if kind.startswith(b"text/event-stream"):
+                self._held = message
+                return
+            await self._begin(message)
+        elif self._held is not None:
+            begin, self._held = self._held, None
+            if (refused := _error_in(message.get("body", b""))) is not None:
+                await self._replace(refused if self._alive() else _ENGINE_GONE)
+                return
+            self._is_stream = True
+            await self._begin(begin)
+            await self._send(message)
+        else:
+            await self._send(message)
 
     async def refuse(self, refused: RefusalError) -> None:
         """As a response of its own; where one has begun, as the last event of a stream."""
         if not self._begun:
-            if refused.status >= 500 and not self._alive():
-                refused = RefusalError(503, "engine_gone", "the engine is started anew; come again", again=True)
-            await self._refuse(refused)
+            gone = refused.status == 500 and not self._alive()
+            await self._replace(_ENGINE_GONE if gone else refused)
         elif self._is_stream:
             self.status = refused.status
             await self._send({"type": "http.response.body", "body": refused.as_event(), "more_body": False})
 
-    async def _refuse(self, refused: RefusalError) -> None:
-        self.status, self._begun = refused.status, True
+    async def _begin(self, message: Message) -> None:
+        self.status, self._begun = message["status"], True
+        await self._send(message)
+
+    async def _replace(self, refused: RefusalError) -> None:
+        self.status, self._begun, self._replaced = refused.status, True, True
         await refused.answer(self._send)
+
+
+_ENGINE_GONE = RefusalError(503, "engine_gone", "the engine is started anew; come again", again=True)
+
+
+def _error_in(event: bytes) -> RefusalError | None:
+    """What a stream's first event refuses; None: it is no error."""
+    if not event.startswith(b'data: {"error"'):
+        return None
+    error = json.loads(event.removeprefix(b"data: ").split(b"\n\n")[0])["error"]
+    status = error.get("code")
+    known = isinstance(status, int) and 400 <= status < 600
+    return RefusalError(
+        status if known else 500, str(error.get("type")), str(error.get("message")), param=error.get("param")
+    )
 
 
 def _replayed(body: bytes, receive: Receive) -> Receive:

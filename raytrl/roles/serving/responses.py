@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from raytrl.errors import RunError
+from raytrl.roles.serving.answers import RefusalError
 from raytrl.roles.serving.sampling import Sampling
 from raytrl.roles.serving.text_stream import StopStrings, TextStream
 
@@ -99,7 +100,7 @@ class Call:
             adapter: None: the model itself.
             streams: whether pieces go as they come; else each row goes as one, at its end.
         """
-        self.adapter, self.streams, self.is_wanted = adapter, streams, True
+        self.adapter, self.streams, self.is_wanted, self._may_come_again = adapter, streams, True, False
         self.waiting = deque(enumerate(rows))
         self._whole = None if streams else {i: Piece() for i in range(len(rows))}
         self._left = len(rows)
@@ -116,9 +117,9 @@ class Call:
         if piece.finish or (self._whole is None and (piece.text or piece.tokens)):
             self._send((index, piece))
 
-    def fail(self) -> None:
-        """From the sampling thread: nothing more will come."""
-        self.is_wanted = False
+    def fail(self, by_another: bool = False) -> None:
+        """From the sampling thread: nothing more will come. `by_another`: maybe of what another call asked."""
+        self.is_wanted, self._may_come_again = False, by_another
         self._send(None)
 
     async def pieces(self) -> AsyncIterator[tuple[int, Piece]]:
@@ -126,9 +127,12 @@ class Call:
 
         Raises:
             RunError: sampling failed.
+            RefusalError: it did, and may not if it is asked for again.
         """
         while self._left:
             found = await self._inbox.get()
+            if found is None and self._may_come_again:
+                raise RefusalError(503, "batch_failed", "sampling failed for all that was asked together", again=True)
             if found is None:
                 raise RunError("serve: sampling failed")
             self._left -= found[1].finish is not None

@@ -1,7 +1,6 @@
 """POST /score: a reward model as PPO asks it, bit for bit."""
 
 import asyncio
-import logging
 from concurrent.futures import ThreadPoolExecutor
 from typing import Annotated, Any
 
@@ -21,7 +20,7 @@ from raytrl.roles.serving.answers import App, RefusalError, failed, no_such, ref
 from raytrl.roles.serving.metrics import ServerMetrics
 from raytrl.roles.serving.requests import json_of, of_form
 
-_log = logging.getLogger(__name__)
+_FAILURES = 3
 
 
 class _Message(BaseModel):
@@ -76,11 +75,12 @@ class ScoreServer:
         self._max_rows, self._metrics = run.serve.max_rows, metrics
         self._source = ModelSource(section, keys=("run", "serve.label"))
         self._thread = ThreadPoolExecutor(1, "score")
+        self._failures = 0  # in a row
 
     async def application(self) -> App:
         """What answers; the model has scored once before."""
         await self._in_turn([Asked("a", "b", True)])
-        return Starlette(
+        app = Starlette(
             routes=[
                 Route("/score", self._score, methods=["POST"]),
                 Route("/health", _health),
@@ -88,10 +88,12 @@ class ScoreServer:
             ],
             exception_handlers={RefusalError: refused, HTTPException: no_such, Exception: failed},
         )
+        app.router.redirect_slashes = False  # to an address that the client made up
+        return app
 
     def is_alive(self) -> bool:
-        """Its engine is this process."""
-        return True
+        """Its engine is this process; after some failures in a row it is not what was asked that fails."""
+        return self._failures < _FAILURES
 
     def close(self) -> None:
         self._thread.shutdown(wait=False, cancel_futures=True)
@@ -115,7 +117,13 @@ class ScoreServer:
         return await asyncio.get_running_loop().run_in_executor(self._thread, self._scores, rows)
 
     def _scores(self, rows: list[Asked]) -> list[object]:
-        return list(self._source.scores([self._source.token_ids(row) for row in rows]))
+        try:
+            found = list(self._source.scores([self._source.token_ids(row) for row in rows]))
+        except Exception:
+            self._failures += 1
+            raise
+        self._failures = 0
+        return found
 
     async def _metrics_page(self, _: Request) -> Response:
         return Response(self._metrics.text(), media_type="text/plain; version=0.0.4")

@@ -87,6 +87,7 @@ class TransformersServer:
             ],
             exception_handlers={RefusalError: refused, HTTPException: no_such, Exception: failed},
         )
+        app.router.redirect_slashes = False  # to an address that the client made up
         if (status := await post(app, "/v1/completions", _WARM_UP)) != 200:
             raise RunError(f"serve: the model did not answer its first request; found: HTTP {status}; expected: 200")
         return app

@@ -4,7 +4,9 @@ All of what vLLM keeps moving from release to release is imported here; tests/ra
 one.
 """
 
+import asyncio
 import json
+import logging
 import os
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -61,7 +63,9 @@ class VllmServer:
         self._engine = AsyncLLM.from_engine_args(
             AsyncEngineArgs.from_cli_args(arguments), usage_context=context, stat_loggers=_stat_loggers()
         )
-        app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
+        # Of a stream that fails they would log what was asked.
+        logging.getLogger("vllm.entrypoints").setLevel(logging.CRITICAL)
+        app = FastAPI(redirect_slashes=False, openapi_url=None, docs_url=None, redoc_url=None)
         app.state.args = arguments
         init_exception_handler(app)
         app.exception_handler(RefusalError)(refused)
@@ -120,16 +124,21 @@ class VllmServer:
         from vllm.v1.engine.exceptions import EngineGenerateError
 
         try:
-            return await route(request, raw_request)
+            answer = await route(request, raw_request)
         except EngineGenerateError:
             given = [
-                name for name in ("structured_outputs", "response_format") if getattr(request, name, None) is not None
+                name for name in ("structured_outputs", "response_format") if _constrains(getattr(request, name, None))
             ]
             if not given or not self.is_alive():
                 raise
             raise RefusalError(
                 400, "invalid_constraint", f"{given[0]}: cannot be kept to; expected: a valid grammar", param=given[0]
             ) from None
+
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():  # vLLM makes a refusal of it, which nobody asked for
+            raise asyncio.CancelledError
+        return answer
 
     def _check(self, request: Any, rows: int, max_tokens: int | None) -> None:
         unknown = request.model_extra or ()
@@ -140,11 +149,8 @@ class VllmServer:
         run = self._run
         words = ["--model", run.model_path, "--served-model-name", run.served_name]
         if run.serve.adapters:
-            words += [
-                "--enable-lora",
-                "--lora-modules",
-                *(f"{name}={path}" for name, path in run.serve.adapters.items()),
-            ]
+            adapters = [json.dumps({"name": name, "path": path}) for name, path in run.serve.adapters.items()]
+            words += ["--enable-lora", "--lora-modules", *adapters]
         return words
 
     def _arguments(self) -> dict[str, Any]:
@@ -154,11 +160,6 @@ class VllmServer:
             "dtype": str(dtype).removeprefix("torch."),
             "generation_config": "vllm",  # OpenAI's defaults, as in training; not those of the model's authors
             "seed": run.seed,
-            **(
-                {}
-                if run.serve.max_tokens is None
-                else {"override_generation_config": {"max_new_tokens": run.serve.max_tokens}}
-            ),
         }
         if run.uses_gpu:
             chosen |= gpu_arguments(run.sampling)
@@ -169,7 +170,11 @@ class VllmServer:
             chosen |= cpu_arguments(run.sampling, config, dtype, positions.most)
         if ranks := [_rank_of(path) for path in run.serve.adapters.values()]:
             chosen |= adapter_arguments({"r": max(ranks)}, len(ranks))
-        return chosen | run.serve.engine_args
+        chosen |= run.serve.engine_args
+        if run.serve.max_tokens is not None:  # what a chat has that asks for no number
+            own = {"max_new_tokens": run.serve.max_tokens}
+            chosen["override_generation_config"] = {**chosen.get("override_generation_config", {}), **own}
+        return chosen
 
 
 def _stat_loggers() -> list[Any]:
@@ -184,6 +189,11 @@ def _unshielded(route: Any) -> Callable[..., Awaitable[Any]]:
     """vLLM's route without `with_cancellation`, whose inner task outlives a cancellation."""
     inner: Callable[..., Awaitable[Any]] = route.__wrapped__
     return inner
+
+
+def _constrains(asked: Any) -> bool:
+    """Whether a request's field holds the text to a form."""
+    return asked is not None and getattr(asked, "type", None) != "text"
 
 
 def _ends_of_turns(model_path: str) -> list[int]:

@@ -174,6 +174,45 @@ def test_retry_after_is_kept_to(server: _Server, pair: Any) -> None:
     assert server.calls == 2  # at once, and when the outage was over
 
 
+def test_a_call_that_is_too_large_is_made_in_whole_batches(server: _Server, pair: Any) -> None:
+    sizes: list[int] = []
+
+    def answer(_: Any, body: dict[str, Any], __: int) -> tuple[int, bytes]:
+        sizes.append(len(body["prompts"]))
+        return _scores([float(text) for text in body["completions"]]) if sizes[-1] <= 40 else (413, b"too large")
+
+    server.answer = answer
+    pairs = [pair("p", str(i), row=i) for i in range(150)]
+    assert ask(_source(server), pairs) == list(map(float, range(150)))
+    assert sizes == [150, 64, 32, 32, 86, 32, 54, 32, 22]
+
+
+def test_one_response_that_is_too_large_is_a_failure(server: _Server, pair: Any) -> None:
+    server.answer = lambda *_: (413, b"too large")
+    assert ask(_source(server, retries=3), [pair("p", "x")]) == [Failure("answered HTTP 413: too large", retry=False)]
+    assert server.calls == 1
+
+
+def test_a_server_that_said_to_come_again_may_be_gone_for_a_while(server: _Server, pair: Any) -> None:
+    """It drains when it is first asked, and restarts."""
+    server.answer = lambda *_: (503, b"draining")
+    source = _source(server, retries=0, outage_s=20)
+    port, handler = server.server.server_port, server.server.RequestHandlerClass
+    asked = ThreadPoolExecutor(1).submit(ask, source, [pair("p", "x")])
+    while not server.calls:
+        time.sleep(0.01)
+    server.server.shutdown()
+    server.server.server_close()
+    with pytest.raises(TimeoutError):
+        asked.result(timeout=0.2)
+    again = ThreadingHTTPServer(("127.0.0.1", port), handler)
+    server.answer = lambda *_: _scores([1])
+    threading.Thread(target=again.serve_forever, args=(0.01,), daemon=True).start()
+    assert asked.result(timeout=20) == [1.0]
+    again.shutdown()
+    again.server_close()
+
+
 def test_a_server_that_has_answered_may_be_gone_for_a_while(server: _Server, pair: Any) -> None:
     server.answer = lambda *_: _scores([1])
     source = _source(server, retries=0, outage_s=20)

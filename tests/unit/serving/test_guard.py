@@ -47,6 +47,7 @@ class _World:
         async def send(message: Message) -> None:
             back.append(message)
 
+        headers = {"content_type": "application/json", **headers}
         raw = [(name.replace("_", "-").encode(), value.encode()) for name, value in headers.items()]
         scope = {"type": "http", "method": method, "path": f"/mine{path}", "root_path": "/mine", "headers": raw}
         await self.guard(scope, receive, send)
@@ -120,6 +121,112 @@ def test_the_key_guards_every_path(path: str, header: str | None) -> None:
         assert headers["www-authenticate"] == "Bearer"
         assert json.loads(body)["error"]["code"] == "invalid_api_key"
         assert KEY not in body.decode()
+
+    _run(work)
+
+
+def test_health_is_open_to_be_read_and_takes_no_place() -> None:
+    async def work() -> None:
+        world = _World(_echo, keys=(KEY,))
+        assert [(await world.ask("/health", method=method))[0] for method in ("GET", "HEAD")] == [200, 200]
+        assert [(await world.ask("/health", method=method))[0] for method in ("POST", "PUT", "OPTIONS")] == [401] * 3
+
+    _run(work)
+
+
+@pytest.mark.parametrize(
+    "host", ["evil.example", "evil.example:8000", "localhost.evil.example", "10.0.0.1", "127.0.0.1.evil.example"]
+)
+def test_without_a_key_it_answers_to_names_of_this_machine_alone(host: str) -> None:
+    async def work() -> None:
+        status, _, body = await _World(_echo).ask(host=host)
+        assert (status, json.loads(body)["error"]["code"]) == (403, "wrong_host")
+        assert (await _World(_echo, keys=(KEY,)).ask(host=host, authorization=f"Bearer {KEY}"))[0] == 200
+        for own in ("localhost", "127.0.0.1:8000", "[::1]:8000"):
+            assert (await _World(_echo).ask(host=own))[0] == 200
+
+    _run(work)
+
+
+@pytest.mark.parametrize(
+    "kind", ["text/plain", "application/x-www-form-urlencoded", "", "multipart/form-data; a=application/json"]
+)
+def test_what_a_browser_sends_for_any_page_is_refused(kind: str) -> None:
+    async def work() -> None:
+        status, _, body = await _World(_echo).ask(content_type=kind)
+        assert (status, json.loads(body)["error"]["code"]) == (415, "unsupported_media_type")
+        assert (await _World(_echo).ask(content_type="Application/JSON; charset=utf-8"))[0] == 200
+
+    _run(work)
+
+
+def test_keys_may_change() -> None:
+    async def work() -> None:
+        world = _World(_echo, keys=(KEY,))
+        world.guard.take_keys(("next-key",))
+        assert (await world.ask(authorization=f"Bearer {KEY}"))[0] == 401
+        assert (await world.ask(authorization="Bearer next-key"))[0] == 200
+
+    _run(work)
+
+
+@pytest.mark.parametrize(("code", "alive", "status"), [(400, True, 400), (None, True, 500), (500, False, 503)])
+def test_an_error_that_comes_first_in_a_stream_is_an_answer(code: int | None, alive: bool, status: int) -> None:
+    async def streams(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]})
+        event = json.dumps(
+            {"error": {"message": "out of vocab", "type": "BadRequestError", "param": None, "code": code}}
+        )
+        await send({"type": "http.response.body", "body": f"data: {event}\n\n".encode(), "more_body": True})
+        await send({"type": "http.response.body", "body": b"data: [DONE]\n\n"})
+
+    async def work() -> None:
+        found, headers, body = await _World(streams, alive=lambda: alive).ask()
+        assert (found, headers["content-type"]) == (status, "application/json")
+        assert json.loads(body)["error"]["message"] == (
+            "out of vocab" if alive else "the engine is started anew; come again"
+        )
+
+    _run(work)
+
+
+def test_a_slow_sender_keeps_nobody_waiting() -> None:
+    async def work() -> None:
+        world = _World(_echo, max_ongoing=1, max_queued=0)
+
+        async def never() -> Message:
+            return await asyncio.get_running_loop().create_future()  # type: ignore[no-any-return]
+
+        headers = [(b"content-type", b"application/json")]
+        scope = {"type": "http", "method": "POST", "path": "/score", "headers": headers}
+        slow = asyncio.create_task(world.guard(scope, never, never))  # type: ignore[arg-type]
+        await asyncio.sleep(0.01)
+        assert (await world.ask())[0] == 200
+        slow.cancel()
+        await asyncio.wait({slow})
+
+    _run(work)
+
+
+def test_who_asked_for_a_drain_and_is_gone_leaves_a_server_that_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("raytrl.roles.serving.guard._ENDS_S", 0.0)
+
+    async def work() -> None:
+        world = _World(_echo)
+        assert await world.guard.drain(0.05) == 0
+        assert (await world.ask())[0] == 503
+        await asyncio.sleep(0.06)
+        assert (await world.ask())[0] == 200
+
+    _run(work)
+
+
+def test_a_timeout_inside_is_not_the_limit() -> None:
+    async def fails(scope: Any, receive: Any, send: Any) -> None:
+        raise TimeoutError
+
+    async def work() -> None:
+        assert (await _World(fails).ask())[0] == 500
 
     _run(work)
 

@@ -29,6 +29,7 @@ CHAT = (
     "{% if add_generation_prompt %}<|turn|>assistant {% endif %}"
 )
 LEAST = {"top_p": 5e-324, "extra_body": {"top_k": 1}}
+JSON = {"Content-Type": "application/json"}
 PROMPTS = ["the film", " good actor is", "a", "the plot of the story was slow and the scene looks"]
 
 
@@ -81,7 +82,9 @@ class Served:
     def do(self, work: Callable[[AsyncOpenAI], Any]) -> Any:
         async def inside() -> Any:
             async with httpx.AsyncClient(transport=httpx.ASGITransport(self.app)) as http:
-                return await work(AsyncOpenAI(base_url="http://s/v1", api_key="-", http_client=http, max_retries=0))
+                return await work(
+                    AsyncOpenAI(base_url="http://localhost/v1", api_key="-", http_client=http, max_retries=0)
+                )
 
         return asyncio.run(inside())
 
@@ -105,7 +108,7 @@ class Served:
         async def inside() -> httpx.Response:
             async with httpx.AsyncClient(transport=httpx.ASGITransport(self.app)) as http:
                 content = body if isinstance(body, bytes) else json.dumps(body).encode()
-                return await http.post(f"http://s{path}", content=content)
+                return await http.post(f"http://localhost{path}", content=content, headers=JSON)
 
         return asyncio.run(inside())
 
@@ -325,10 +328,11 @@ def test_who_leaves_stops_the_work(served: Served, stream: bool) -> None:
             if message["type"] == "http.response.body":
                 begun.set()
 
-        scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": [], "query_string": b""}
+        scope = {"type": "http", "method": "POST", "path": "/v1/completions", "query_string": b""}
+        scope |= {"headers": [(b"content-type", b"application/json")]}
         before = served.server._batches.num_sampled
         task = asyncio.create_task(served.app(scope, hear, tell))
-        while served.server._batches.num_sampled == before:
+        while served.server._batches.num_sampled == before and not task.done():
             await asyncio.sleep(0)
         if stream:
             await begun.wait()
@@ -502,7 +506,7 @@ def test_paths(served: Served) -> None:
 
     async def get(path: str) -> httpx.Response:
         async with httpx.AsyncClient(transport=httpx.ASGITransport(served.app)) as http:
-            return await http.get(f"http://s{path}")
+            return await http.get(f"http://localhost{path}")
 
     assert asyncio.run(get("/health")).status_code == 200
     assert "raytrl_serve_answers" in asyncio.run(get("/metrics")).text
@@ -526,7 +530,7 @@ def test_a_model_that_fails_is_told_and_ends_the_server(base: str, monkeypatch: 
     answers = [served.post({"prompt": "a"}) for _ in range(2)]
     assert [answer.status_code for answer in answers] == [500, 500] and served.server.is_alive()
     assert answers[0].json()["error"]["code"] == "internal_error"
-    assert b'"code": "internal_error"' in served.post({"prompt": "a", "stream": True}).content
+    assert served.post({"prompt": "a", "stream": True}).status_code in (500, 503)  # the third in a row
     served.server._batches._thread.join(10)
     assert not served.server.is_alive()
     answer = served.post({"prompt": "a"})

@@ -126,11 +126,6 @@ def test_without_the_key_nothing_but_health_answers(server: Server) -> None:
     server.ask("/v1/completions", {"prompt": marker, "n": "many"}, headers={"Authorization": f"Bearer {KEY}"})
     words = [word for process in server.below("raylet") for word in process.cmdline() if "raylet_socket_name=" in word]
     sessions = {Path(word.partition("=")[2]).parents[1] for word in words}
-        Path(word.partition("=")[2]).parents[1]
-        for raylet in server.below("raylet")
-        for word in raylet.cmdline()
-        if "_socket_name=" in word
-    }
     written = [file for place in (server.log.parent, *sessions) for file in place.rglob("*") if file.is_file()]
     assert len(written) > 20
     for file in written:

@@ -13,6 +13,7 @@ import argparse
 import asyncio
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -49,7 +50,8 @@ def bare(model: str, *words: str) -> Iterator[str]:
     """The address of the peer."""
     port = free_port()
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
-    process = subprocess.Popen([sys.executable, "-c", _BARE, model, str(port), *words], env=environment)
+    command = [sys.executable, "-c", _BARE, model, str(port), *words]
+    process = subprocess.Popen(command, env=environment, start_new_session=True)
     base = f"http://127.0.0.1:{port}"
     try:
         while True:
@@ -61,7 +63,7 @@ def bare(model: str, *words: str) -> Iterator[str]:
                 time.sleep(0.5)
         yield base
     finally:
-        process.terminate()
+        os.killpg(process.pid, signal.SIGKILL)  # its engine, too, which is a process of its own
         process.wait()
 
 

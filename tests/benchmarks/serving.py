@@ -124,7 +124,7 @@ def policy(model: str, rounds: int, tokens: int, haproxy: bool, words: list[str]
             )
 
 
-def reward(model: str, rounds: int) -> None:
+def reward(model: str, rounds: int, calls_of_256: int) -> None:
     import torch
 
     torch.set_num_threads(1)
@@ -148,7 +148,7 @@ def reward(model: str, rounds: int) -> None:
         }
         assert ask(sources["here"], pairs) == ask(sources["served"], pairs), "other scores"
         for size in (256, 1):
-            calls = 8 if size > 1 else 64
+            calls = calls_of_256 if size > 1 else 8 * calls_of_256
             found: dict[str, list[float]] = {name: [] for name in sources}
             for number in range(rounds + 1):
                 for name in sorted(sources, reverse=bool(number % 2)):
@@ -202,6 +202,7 @@ def main() -> None:
     parser.add_argument("--classifier", action="store_true")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--requests", type=int, default=128)
+    parser.add_argument("--calls", type=int, default=8, help="of 256 rows to a reward model, a round")
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--haproxy", action="store_true")
     given = parser.parse_args()
@@ -210,7 +211,7 @@ def main() -> None:
         place = Path(model, "model") if Path(model, "manifest.json").exists() else Path(model)
         names = json.loads((place / "config.json").read_text())["architectures"]
         if "SequenceClassification" in names[0]:
-            reward(model, given.rounds)
+            reward(str(place), given.rounds, given.calls)
         else:
             policy(model, given.rounds, given.tokens, given.haproxy, given.words, given.requests)
 

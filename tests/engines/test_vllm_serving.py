@@ -19,6 +19,7 @@ from tests.ppo_files import make_policy
 _LONG = {"model": "m", "prompt": ["the"] * 75, "n": 4, "max_tokens": 100, "ignore_eos": True}
 
 
+@pytest.mark.slow
 def test_the_clock_and_who_leaves_stop_the_engine(tmp_path: Path) -> None:
     serve = {"engine": "vllm", "name": "m", "request_timeout_s": 0.5, "max_tokens": 100}
     serve["engine_args"] = {"override_generation_config": {"temperature": 0.7}}

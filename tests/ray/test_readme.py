@@ -90,7 +90,7 @@ def test_every_command_runs(tmp_path: Path) -> None:
         if words[0] == "eval":
             as_after_quickstart(clone)
         if words[0] == "serve":
-            with served(clone, *words[1:], PYTHONPATH=str(ROOT)) as server:
+            with served(clone, *words[1:], "serve.engine=transformers", PYTHONPATH=str(ROOT)) as server:
                 assert server.ask("/health")[0] == 200
             ran.add("serve")
             continue

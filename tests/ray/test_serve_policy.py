@@ -240,6 +240,7 @@ def test_too_many_at_a_time_are_told_when_to_come_again(server: Server, client: 
     assert found.count((200, None)) >= 12
 
 
+@pytest.mark.slow
 def test_an_engine_that_is_killed_comes_back(server: Server, client: OpenAI) -> None:
     """Whoever comes at once is told to come again; who comes while the replica is replaced waits for the new one."""
     (engine,) = server.below("EngineCore")

@@ -279,9 +279,10 @@ def test_a_hub_that_hangs_is_given_up_and_the_rest_sent_later(
     assert f"me/a: the hub at {hub.url} " in output and "the same command sends what is missing" in output
     hub.hangs_at = None
     monkeypatch.setattr(pushing, "_CALL_S", 30.0)
+    there = len(hub.uploads)  # on a busy machine more than one: an answer that came too late was asked for again
     assert push(run)[0] == 0
     assert received(hub) == files_below(run / "model")
-    assert len(hub.uploads) == 1
+    assert len(hub.uploads) - there == (0 if there else 1)
 
 
 def test_no_hub_there(hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import platform
+from collections.abc import Iterable
 
 from raytrl import __version__
 
@@ -10,8 +11,14 @@ _LIBRARIES = ("ray", "torch", "transformers", "trl", "peft", "accelerate", "data
 
 def versions() -> dict[str, str]:
     """Name → version; a library that is not installed is left out."""
-    found = {"python": platform.python_version(), "raytrl": __version__}  # a source tree need not be installed
-    for name in _LIBRARIES:
+    # A source tree need not be installed.
+    return {"python": platform.python_version(), "raytrl": __version__, **installed(_LIBRARIES)}
+
+
+def installed(libraries: Iterable[str]) -> dict[str, str]:
+    """Name → version of those that are."""
+    found = {}
+    for name in libraries:
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

@@ -47,18 +47,19 @@ def refuse_credentials(values: Mapping[str, Any], where: str) -> None:
         raise ConfigError("\n".join(problems))
 
 
-def _is_reference(key: str, value: str) -> bool:
-    """Whether it says where a key is: serve.api_key holds NAME or NAME=/file."""
-    return key == "serve.api_key" and re.fullmatch(r"[A-Z][A-Z0-9_]*(=/.+)?", value) is not None
+def is_reference(value: str) -> bool:
+    """Whether it says where a secret is, NAME or NAME=/file, and cannot be one itself."""
+    return re.fullmatch(r"[A-Z][A-Z0-9_]*(=/.+)?", value) is not None
 
 
 def _found(key: str, value: Any) -> list[tuple[str, str]]:
     if isinstance(value, list | tuple):
         return [found for item in value for found in _found(key, item)][:1]
-    if not isinstance(value, str) or ".headers_env." in key or _is_reference(key, value):  # names of variables
+    if not isinstance(value, str) or ".headers_env." in key:  # names of variables
         return []
     if key == "serve.api_key":
-        return [("a secret", "NAME of an environment variable (A-Z, 0-9, _), or NAME=/path/of/a/file")] if value else []
+        instead = "NAME of an environment variable (A-Z, 0-9, _), or NAME=/path/of/a/file"
+        return [("a secret", instead)] if value and not is_reference(value) else []
     instead = "headers_env: {Authorization: NAME_OF_A_VARIABLE}" if key.endswith(".url") else _INSTEAD
     if value.strip() not in ("", "~", "null") and _SECRET_KEY.fullmatch(key.rpartition(".")[2]):
         return [("a secret", "an environment variable such as HF_TOKEN, and not this key")]

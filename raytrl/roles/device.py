@@ -4,6 +4,13 @@ import platform
 import resource
 import sys
 
+# Read by vLLM when it is imported; a user's own setting wins.
+VLLM_ENVIRONMENT = {
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "ERROR",  # at every update a warning of each layer without weights
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # engines of one machine would all bind to its first cores
+}
+
 
 def has_cpu_bf16() -> bool:
     """Whether this CPU computes in bfloat16 itself (AVX512-BF16, AMX, or Arm's BF16)."""

@@ -32,11 +32,10 @@ from tests.served import free_port, served
 _BARE = """
 import asyncio, sys, uvicorn
 from raytrl.config.load import load_run
-from raytrl.roles.serving.metrics import ServerMetrics
 from raytrl.roles.serving.servers import make_server
 
 async def main():
-    server = make_server(load_run(sys.argv[1], sys.argv[3:], "serve").run, ServerMetrics())
+    server = make_server(load_run(sys.argv[1], sys.argv[3:], "serve").run)
     app = await server.application()
     await uvicorn.Server(uvicorn.Config(app, port=int(sys.argv[2]), log_level="error")).serve()
 
@@ -57,7 +56,7 @@ def bare(model: str, *words: str) -> Iterator[str]:
         while True:
             assert process.poll() is None, "the peer ended"
             try:
-                urllib.request.urlopen(f"{base}/health", timeout=5).close()
+                urllib.request.urlopen(f"{base}/v1/models", timeout=5).close()
                 break
             except OSError:
                 time.sleep(0.5)

@@ -25,7 +25,7 @@ def test_the_clock_and_who_leaves_stop_the_engine(tmp_path: Path) -> None:
     serve["engine_args"] = {"override_generation_config": {"temperature": 0.7}}
     run = ServeRun.model_validate({"run": make_policy(tmp_path, head_size=32), "serve": serve})
     metrics = ServerMetrics(CollectorRegistry())
-    server = VllmServer(run, metrics)
+    server = VllmServer(run)
     assert server._arguments()["override_generation_config"] == {"temperature": 0.7, "max_new_tokens": 100}
 
     async def work() -> None:

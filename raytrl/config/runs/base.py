@@ -77,6 +77,7 @@ class Run(Section):
     gives_columns_to_rewards: ClassVar[bool] = False  # those that are no layout's
     launcher: ClassVar[str]  # what in `launch` runs it: package.module:name
     row_checks: ClassVar[str]  # what in `plan.checks` tries its rows: package.module:name
+    _elsewhere: bool = False  # it is looked at for machines that are not this one
 
     kind: str
     """What the run does; the command of the same name runs it."""
@@ -88,6 +89,10 @@ class Run(Section):
     """What all random numbers of the run follow from: new weights, the order of rows, responses, a sweep's values."""
     cluster: ClusterSection = ClusterSection()
     """Which Ray the run joins."""
+
+    def model_post_init(self, context: Any) -> None:
+        """`load_run` says in the context of its validation whether the run will be elsewhere."""
+        self._elsewhere = bool((context or {}).get("elsewhere"))
 
     @field_validator("name")
     @classmethod

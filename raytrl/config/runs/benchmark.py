@@ -1,7 +1,7 @@
 """The run file of `raytrl eval` with `benchmark:`: one or two finished models, and lm-eval's tasks."""
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from pydantic import model_validator
 
@@ -17,7 +17,6 @@ class BenchmarkRun(Run):
 
     launcher: ClassVar[str] = "raytrl.launch.runs.benchmark:BenchmarkKind"
     row_checks: ClassVar[str] = "raytrl.plan.checks.benchmark:try_tasks"
-    _elsewhere: bool = False  # it is looked at for machines that are not this one
 
     kind: Literal["eval"] = "eval"
     """Benchmarks of a model, alone or against a second model."""
@@ -27,10 +26,6 @@ class BenchmarkRun(Run):
     """A second model, with its own tokenizer, on the same documents: Hugging Face id or local folder. null: none."""
     benchmark: BenchmarkSection
     """What it is measured by, and by whom."""
-
-    def model_post_init(self, context: Any) -> None:
-        """`load_run` says in the context of its validation whether the run will be elsewhere."""
-        self._elsewhere = bool((context or {}).get("elsewhere"))
 
     @property
     def evaluated(self) -> dict[str, tuple[str, str]]:

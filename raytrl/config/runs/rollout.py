@@ -1,7 +1,7 @@
 """What the run files of `raytrl ppo` and `raytrl eval` have in common: rollout and reward actors, and a reference."""
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from raytrl.config.runs.base import Columns, ModelUse, Processes, Run
 from raytrl.config.sections.engines import Asked, engine_words
@@ -15,7 +15,6 @@ class RolloutRun(Run):
     """A run whose model's responses are sampled and scored."""
 
     gives_columns_to_rewards: ClassVar[bool] = True
-    _elsewhere: bool = False  # it is looked at for machines that are not this one
 
     model: ModelSection
     """The network whose responses are sampled: a finished one, or the one that PPO goes on from."""
@@ -25,10 +24,6 @@ class RolloutRun(Run):
     """Who scores responses, and by what."""
     reference: ReferenceSection = ReferenceSection()
     """The model that the KL of the responses is measured against."""
-
-    def model_post_init(self, context: Any) -> None:
-        """`load_run` says in the context of its validation whether the run will be elsewhere."""
-        self._elsewhere = bool((context or {}).get("elsewhere"))
 
     @property
     def tokenizer_path(self) -> str:

@@ -33,7 +33,6 @@ class ServeRun(Run):
     """A model that is finished, behind HTTP until it is stopped."""
 
     launcher: ClassVar[str] = "raytrl.launch.runs.serve:ServeKind"
-    row_checks: ClassVar[str] = "raytrl.plan.checks.serve:try_data"
 
     kind: Literal["serve"] = "serve"
     """A policy behind an API like OpenAI's, a reward model behind POST /score; which of them, the model says."""
@@ -43,11 +42,6 @@ class ServeRun(Run):
     """The run directory of the server is <output_dir>/<name>. Left out: serve-<run>, beside the run."""
     serve: ServeSection = ServeSection()
     """Its address, its limits, and who may ask."""
-    _elsewhere: bool = False  # it is looked at for machines that are not this one
-
-    def model_post_init(self, context: Any) -> None:
-        """`load_run` says in the context of its validation whether the run will be elsewhere."""
-        self._elsewhere = bool((context or {}).get("elsewhere"))
 
     @model_validator(mode="before")
     @classmethod
@@ -150,7 +144,7 @@ class ServeRun(Run):
                 )
         else:
             # auto becomes a name here, so that the file in the run directory says what it was served with.
-            self.__dict__["serve"] = serve.model_copy(update={"engine": chosen_engine(self.asked)})
+            self.__dict__["serve"] = serve.chosen(engine=chosen_engine(self.asked))
             problems += map(_own_keys, engine_problems(self.asked))
             if serve.label is not None:
                 problems.append(f"serve.label: does nothing for a policy; found: {serve.label!r}; leave it out")

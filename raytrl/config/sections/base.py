@@ -1,7 +1,7 @@
 """The base of every section of a run file."""
 
 import math
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     AfterValidator,
@@ -13,7 +13,7 @@ from pydantic import (
     model_validator,
 )
 
-from raytrl.config.foreign.native import is_word_for_bool
+from raytrl.config.foreign.native import is_word_for_bool, words_for_bools
 
 # How processes go on nodes, by Ray's names: on few, on many, all on one, each on another.
 Strategy = Literal["pack", "spread", "strict_pack", "strict_spread"]
@@ -49,6 +49,21 @@ def _above_zero(resources: dict[str, float]) -> dict[str, float]:
     return resources
 
 
+def as_list(value: Any) -> Any:
+    """One text stands for a list of it."""
+    return [value] if isinstance(value, str) else value
+
+
+def _no_words_for_bools(arguments: dict[str, Any]) -> dict[str, Any]:
+    if problems := words_for_bools("", arguments):
+        raise ValueError("\n".join(problems))
+    return arguments
+
+
+# What is passed on to another library as it is.
+NativeArguments = Annotated[dict[str, Any], AfterValidator(_no_words_for_bools)]
+
+
 class ProcessSection(Section):
     """Processes of one role: what each takes, and where they go."""
 
@@ -59,6 +74,12 @@ class ProcessSection(Section):
     another)."""
     labels: dict[str, str] = Field(default={})
     """Only nodes with these labels, in Ray's label selectors: a value, !value, in(a, b) or !in(a, b). {}: any node."""
+
+    def chosen(self, **names: str | int) -> Self:
+        """A copy with auto replaced; what was written in the run file stays the only part that counts as written."""
+        copy = self.model_copy()
+        copy.__dict__.update(names)
+        return copy
 
     @property
     def gpus(self) -> float:

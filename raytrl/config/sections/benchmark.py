@@ -1,19 +1,15 @@
 """`benchmark` and `pairs`: what finished models are measured by besides their own responses."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt, field_validator
 
-from raytrl.config.sections.base import ProcessSection
+from raytrl.config.sections.base import ProcessSection, as_list
 from raytrl.config.sections.data import DataSource
 from raytrl.config.sections.rollout import RolloutSection
 
 _FILES = (".yaml", ".yml")
 _SLICE_BATCHES = 4  # an actor sorts what it is handed by length: the more, the less padding
-
-
-def _as_list(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
 
 
 class MeasuringSection(ProcessSection):
@@ -32,7 +28,7 @@ class MeasuringSection(ProcessSection):
 class BenchmarkSection(MeasuringSection):
     """Tasks of lm-eval, and the actors that answer them."""
 
-    tasks: Annotated[list[str], BeforeValidator(_as_list), Field(min_length=1)]
+    tasks: Annotated[list[str], BeforeValidator(as_list), Field(min_length=1)]
     """lm-eval's tasks, groups and tags: names, or files that end in .yaml, relative to where the command is typed, as are the
     data files that they name."""
     include: str | None = None
@@ -72,12 +68,6 @@ class BenchmarkSection(MeasuringSection):
     def slice_requests(self) -> int:
         """Requests that go to an actor together, whatever the number of actors: so answers do not depend on it."""
         return _SLICE_BATCHES * self.batch_size
-
-    def chosen(self, **names: str) -> "BenchmarkSection":
-        """A copy with auto replaced; what was written in the run file stays the only part that counts as written."""
-        copy = self.model_copy()
-        copy.__dict__.update(names)
-        return copy
 
     @property
     def as_rollout(self) -> RolloutSection:

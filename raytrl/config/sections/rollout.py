@@ -4,10 +4,9 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt, field_validator, model_validator
+from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt, model_validator
 
-from raytrl.config.foreign.native import words_for_bools
-from raytrl.config.sections.base import ProcessSection, Section
+from raytrl.config.sections.base import NativeArguments, ProcessSection, Section, as_list
 
 # Truncated sampling draws from another distribution than the one whose log-probs PPO learns from: at top_p 0.8 a
 # user measured a mean ratio of 0.896 before any update (huggingface/trl#7269).
@@ -26,10 +25,6 @@ _OF_CONVERSATIONS = (
 PLACE_IN_FILE = re.compile(r"(?P<place>.+\.py|[A-Za-z_]\w*(\.[A-Za-z_]\w*)*):(?P<name>[A-Za-z_]\w*)")
 
 
-def _as_list(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
-
-
 class SamplingSection(Section):
     """How responses are drawn; the learner's log-probs use the same temperature."""
 
@@ -37,7 +32,7 @@ class SamplingSection(Section):
     """Tokens of a response at most, its end token included."""
     temperature: float = 1.0
     """What logits are divided by before a token is drawn; above 0."""
-    stop: Annotated[list[str] | None, BeforeValidator(_as_list)] = None
+    stop: Annotated[list[str] | None, BeforeValidator(as_list)] = None
     """Strings that end a response, besides its end token; reward sources do not see them. null: none."""
 
     @model_validator(mode="before")
@@ -71,7 +66,7 @@ class RolloutSection(ProcessSection):
     """How many, each with an engine of its own."""
     engine: Literal["auto", "vllm", "transformers"] = "auto"
     """What samples. auto: vllm where it is installed and can run the model, else transformers."""
-    engine_args: dict[str, Any] = Field(default={})
+    engine_args: NativeArguments = Field(default={})
     """Passed on as they are: fields of vLLM's EngineArgs, or arguments of transformers' from_pretrained."""
     sampling: SamplingSection = SamplingSection()
     """How responses are drawn."""
@@ -93,7 +88,7 @@ class RolloutSection(ProcessSection):
     responses of a batch. Fewer than max_lag: the actors are dealt to groups that take turns. null: 1; with a max_lag of 2 or
     more max_lag + 1, where the engine can: transformers any policy, vllm the adapters (lora) of a local model of a class that
     takes them."""
-    tools: Annotated[list[str], BeforeValidator(_as_list)] = Field(default=[])
+    tools: Annotated[list[str], BeforeValidator(as_list)] = Field(default=[])
     """Functions that the policy may call, file.py:name each, with type hints and a docstring: TRL's tools=."""
     environment: str | dict[str, str] | None = None
     """A class whose methods the policy may call, file.py:name: TRL's environment_factory=. Or several by name, of which the
@@ -106,7 +101,7 @@ class RolloutSection(ProcessSection):
     """Tokens of a tool's answer that are kept, its first ones."""
     tool_processes: PositiveInt = 64
     """Conversations of an actor whose tools run at a time, each in a process of its own."""
-    tool_env: Annotated[list[str], BeforeValidator(_as_list)] = Field(default=[])
+    tool_env: Annotated[list[str], BeforeValidator(as_list)] = Field(default=[])
     """Environment variables that tools see although they are named like secrets."""
     max_failed_fraction: Annotated[float, Field(ge=0, le=1)] = 0.25
     """The largest part of a step's conversations that may be lost, as a tool hung, its process ended or reset raised; each is
@@ -117,13 +112,6 @@ class RolloutSection(ProcessSection):
     """Seconds without a single answer of any actor before the run fails; reward actors have those of their sources more."""
     samples: Annotated[int, Field(ge=0)] = 8
     """Responses a step, and of an evaluation, that go to samples.jsonl."""
-
-    @field_validator("engine_args")
-    @classmethod
-    def _no_words_for_bools(cls, arguments: dict[str, Any]) -> dict[str, Any]:
-        if problems := words_for_bools("", arguments):
-            raise ValueError("\n".join(problems))
-        return arguments
 
     @property
     def environments(self) -> Mapping[str | None, str]:
@@ -161,9 +149,3 @@ class RolloutSection(ProcessSection):
                 f"sampling.stop: a turn of a conversation ends by its end token; found: {self.sampling.stop!r}; leave it out"
             )
         return self
-
-    def chosen(self, **names: str | int) -> "RolloutSection":
-        """A copy with auto replaced; what was written in the run file stays the only part that counts as written."""
-        copy = self.model_copy()
-        copy.__dict__.update(names)
-        return copy

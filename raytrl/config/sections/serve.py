@@ -1,15 +1,14 @@
 """`serve`: a finished model behind HTTP, its limits, and who may ask."""
 
 import re
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
 
-from raytrl.config.foreign.native import words_for_bools
-from raytrl.config.sections.base import ProcessSection
+from raytrl.config.credentials import is_reference
+from raytrl.config.sections.base import NativeArguments, ProcessSection
 
 BATCH_ROWS = 32  # of what transformers samples from at a time, unless max_ongoing is less
-_REFERENCE = re.compile(r"[A-Z][A-Z0-9_]*(=/.+)?")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]*")
 
 
@@ -33,7 +32,7 @@ class ServeSection(ProcessSection):
     """How many processes, each with the whole model; requests are dealt to them."""
     engine: Literal["auto", "vllm", "transformers"] = "auto"
     """Of a policy: what samples. auto: vllm where it is installed and can run the model, else transformers."""
-    engine_args: dict[str, Any] = Field(default={})
+    engine_args: NativeArguments = Field(default={})
     """Of a policy: passed on as they are: fields of vLLM's EngineArgs, or arguments of transformers' from_pretrained."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """What it computes in. auto: bfloat16 on a GPU, float32 on a CPU."""
@@ -90,17 +89,10 @@ class ServeSection(ProcessSection):
             _checked_name(name)
         return adapters
 
-    @field_validator("engine_args")
-    @classmethod
-    def _no_words_for_bools(cls, arguments: dict[str, Any]) -> dict[str, Any]:
-        if problems := words_for_bools("", arguments):
-            raise ValueError("\n".join(problems))
-        return arguments
-
     @field_validator("api_key")
     @classmethod
     def _a_reference(cls, key: str | None) -> str | None:
-        if key is not None and not _REFERENCE.fullmatch(key):
+        if key is not None and not is_reference(key):
             raise ValueError(
                 "found: (not shown); expected: NAME of an environment variable, or NAME=/path/of/a/file; the key itself has no "
                 "place in a run file"

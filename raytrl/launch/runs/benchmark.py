@@ -1,7 +1,6 @@
 """`raytrl eval` with `benchmark:`: lm-eval's tasks here, the models that answer them in actors."""
 
 import functools
-import importlib.metadata
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +15,7 @@ from raytrl.plan.inputs import Inputs
 from raytrl.records.progress import Progress
 from raytrl.roles.benchmark.tasks import OFFLINE, offline
 from raytrl.rundir import RunDirectory
+from raytrl.versions import installed
 
 if TYPE_CHECKING:
     from raytrl.roles.benchmark.harness import Harness
@@ -81,7 +81,7 @@ def _measured(
         results["comparison"] = [
             row | {"limit": section.limit} for row in compared(loaded, found["model"], found["compare"])
         ]
-    results["versions"] = _versions()
+    results["versions"] = installed(_LIBRARIES)
     return results, samples
 
 
@@ -110,14 +110,3 @@ def make_load(run: BenchmarkRun) -> "Callable[[str], Harness]":
         )
 
     return load
-
-
-def _versions() -> dict[str, str]:
-    """Of the libraries that the numbers follow from, those that are installed."""
-    found = {}
-    for name in _LIBRARIES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found

@@ -46,7 +46,7 @@ class Replica:
         self._section = run.serve
         self._keys = values_at(run.serve.api_key, "serve.api_key")
         self._metrics = ServerMetrics()
-        self._server = make_server(run, self._metrics)
+        self._server = make_server(run)
         self._guard: Any = None
 
     async def __serve_build_asgi_app__(self) -> Any:

@@ -13,14 +13,9 @@ from raytrl.config.sections.benchmark import BenchmarkSection
 from raytrl.config.sections.engines import CPU_SEQUENCES, cpu_batch_tokens, cpu_cache_bytes
 from raytrl.errors import RunError
 from raytrl.roles.benchmark.sliced import Answered, Arguments
+from raytrl.roles.device import VLLM_ENVIRONMENT
 
 _SEED = 1234  # lm-eval's
-# Read by vLLM when it is imported; a user's own setting wins.
-_ENVIRONMENT = {
-    "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_LOGGING_LEVEL": "ERROR",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # engines of one machine would all bind to its first cores
-}
 
 
 class Harness:
@@ -108,7 +103,7 @@ def load_harness(
 
 
 def _vllm(common: dict[str, Any], section: BenchmarkSection, dtype: torch.dtype) -> Harness:
-    for name, value in _ENVIRONMENT.items():
+    for name, value in VLLM_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # no child that could outlive the actor
     with _versioned_vllm():

@@ -26,9 +26,9 @@ class Guard:
     Ray Serve cancels the task of a client that leaves, a limit here cancels it, too; so the application inside must let a
     cancellation through to its engine.
 
-    A request needs the key, on every path but /health. One that works (POST) takes one of `max_ongoing` places, or waits with
-    `max_queued` others; its body and its time are bounded. What the application inside does not survive is answered 503 and not
-    500 where the engine is gone.
+    It answers /health and /metrics itself, for every server alike. All else needs the key. What works (POST) takes one of
+    `max_ongoing` places, or waits with `max_queued` others; its body and its time are bounded. What the application inside does
+    not survive is answered 503 and not 500 where the engine is gone.
     """
 
     def __init__(
@@ -94,6 +94,10 @@ class Guard:
             self._check_key(scope)
         if time.monotonic() < self._drains_until and path != "/metrics":
             raise RefusalError(503, "draining", "the server is being stopped; come again", again=True)
+        if path == "/health" and not works:
+            return await answer.whole(200 if self._alive() else 503)
+        if path == "/metrics" and not works:
+            return await answer.whole(200, self._metrics.text())
         if not works:
             return await self._app(scope, receive, answer.send)
         try:
@@ -198,6 +202,12 @@ class _Answer:
             await self._send(message)
         else:
             await self._send(message)
+
+    async def whole(self, status: int, text: bytes = b"") -> None:
+        """A page that is there at once, in Prometheus' form."""
+        headers = [(b"content-type", b"text/plain; version=0.0.4")]
+        await self._begin({"type": "http.response.start", "status": status, "headers": headers})
+        await self._send({"type": "http.response.body", "body": text})
 
     async def refuse(self, refused: RefusalError) -> None:
         """As a response of its own; where one has begun, as the last event of a stream."""

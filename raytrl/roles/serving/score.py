@@ -17,7 +17,6 @@ from raytrl.config.sections.reward import SourceSection
 from raytrl.roles.reward.call import MODEL_BATCH_SIZE, Asked, Failure, check_value
 from raytrl.roles.reward.model import ModelSource
 from raytrl.roles.serving.answers import App, RefusalError, failed, no_such, refused
-from raytrl.roles.serving.metrics import ServerMetrics
 from raytrl.roles.serving.requests import json_of, of_form
 
 _FAILURES = 3
@@ -67,12 +66,12 @@ class ScoreServer:
     bits of its score. Calls take turns, batch by batch.
     """
 
-    def __init__(self, run: ServeRun, metrics: ServerMetrics) -> None:
+    def __init__(self, run: ServeRun) -> None:
         """Loads the model; raises ConfigError where it cannot be."""
         section = SourceSection(
             name=run.served_name, model=run.model_path, label=run.serve.label, dtype=run.serve.dtype
         )
-        self._max_rows, self._metrics = run.serve.max_rows, metrics
+        self._max_rows = run.serve.max_rows
         self._source = ModelSource(section, keys=("run", "serve.label"))
         self._thread = ThreadPoolExecutor(1, "score")
         self._failures = 0  # in a row
@@ -83,8 +82,6 @@ class ScoreServer:
         app = Starlette(
             routes=[
                 Route("/score", self._score, methods=["POST"]),
-                Route("/health", _health),
-                Route("/metrics", self._metrics_page),
             ],
             exception_handlers={RefusalError: refused, HTTPException: no_such, Exception: failed},
         )
@@ -124,13 +121,6 @@ class ScoreServer:
             raise
         self._failures = 0
         return found
-
-    async def _metrics_page(self, _: Request) -> Response:
-        return Response(self._metrics.text(), media_type="text/plain; version=0.0.4")
-
-
-async def _health(_: Request) -> Response:
-    return Response(status_code=200)
 
 
 def _plain(text: Any) -> Any:

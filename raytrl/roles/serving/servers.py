@@ -4,7 +4,6 @@ from typing import Protocol
 
 from raytrl.config.runs.serve import ServeRun
 from raytrl.roles.serving.answers import App
-from raytrl.roles.serving.metrics import ServerMetrics
 
 
 class Server(Protocol):
@@ -23,16 +22,16 @@ class Server(Protocol):
         ...
 
 
-def make_server(run: ServeRun, metrics: ServerMetrics) -> Server:
+def make_server(run: ServeRun) -> Server:
     """Loads the model, or is about to; raises ConfigError where it cannot be served."""
     if run.scores:
         from raytrl.roles.serving.score import ScoreServer
 
-        return ScoreServer(run, metrics)
+        return ScoreServer(run)
     if run.serve.engine == "vllm":
         from raytrl.roles.serving.vllm_server import VllmServer
 
-        return VllmServer(run, metrics)
+        return VllmServer(run)
     from raytrl.roles.serving.transformers_server import TransformersServer
 
-    return TransformersServer(run, metrics)
+    return TransformersServer(run)

@@ -28,7 +28,6 @@ from raytrl.roles.rollout.engine import Endings, ending_token_ids, response_seed
 from raytrl.roles.serving.answers import App, RefusalError, failed, no_such, post, refused
 from raytrl.roles.serving.batches import Batches
 from raytrl.roles.serving.bodies import Bodies, ChatBodies, CompletionBodies
-from raytrl.roles.serving.metrics import ServerMetrics
 from raytrl.roles.serving.protocol import ChatRequest, CompletionRequest, parsed
 from raytrl.roles.serving.requests import check_limits
 from raytrl.roles.serving.responses import Call, Piece, Row
@@ -40,9 +39,9 @@ _WARM_UP = {"prompt": "a", "max_tokens": 2, "n": 2, "logprobs": 1, "seed": 0}
 class TransformersServer:
     """The model in this process, and the application that answers for it."""
 
-    def __init__(self, run: ServeRun, metrics: ServerMetrics) -> None:
+    def __init__(self, run: ServeRun) -> None:
         """Loads the model; raises ConfigError where it cannot be."""
-        self._run, self._metrics, self._began = run, metrics, int(time.time())
+        self._run, self._began = run, int(time.time())
         options = dict(run.serve.engine_args)
         limit = options.pop("max_model_len", None)  # vLLM's word, for models whose config has none
         try:
@@ -82,8 +81,6 @@ class TransformersServer:
                 Route("/v1/completions", self._completions, methods=["POST"]),
                 Route("/v1/chat/completions", self._chat, methods=["POST"]),
                 Route("/v1/models", self._models),
-                Route("/health", self._health),
-                Route("/metrics", self._metrics_page),
             ],
             exception_handlers={RefusalError: refused, HTTPException: no_such, Exception: failed},
         )
@@ -133,12 +130,6 @@ class TransformersServer:
             for name in (base, *self._adapters)
         ]
         return JSONResponse({"object": "list", "data": data})
-
-    async def _health(self, _: Request) -> Response:
-        return Response(status_code=200 if self.is_alive() else 503)
-
-    async def _metrics_page(self, _: Request) -> Response:
-        return Response(self._metrics.text(), media_type="text/plain; version=0.0.4")
 
     def _adapter(self, model: str | None) -> str | None:
         """PEFT's name of what a request calls its model; None: the model itself."""

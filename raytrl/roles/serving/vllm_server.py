@@ -17,13 +17,13 @@ from transformers import AutoConfig, AutoTokenizer
 
 from raytrl.config.runs.serve import ServeRun
 from raytrl.errors import RunError
+from raytrl.roles.device import VLLM_ENVIRONMENT
 from raytrl.roles.models.base import torch_dtype
 from raytrl.roles.models.positions import positions_of
 from raytrl.roles.models.tokenizer import turn_end
 from raytrl.roles.rollout.vllm.adapters import adapter_arguments
-from raytrl.roles.rollout.vllm.engine import ENVIRONMENT, cpu_arguments, gpu_arguments
+from raytrl.roles.rollout.vllm.engine import cpu_arguments, gpu_arguments
 from raytrl.roles.serving.answers import App, RefusalError, no_such, post, refused
-from raytrl.roles.serving.metrics import ServerMetrics
 from raytrl.roles.serving.requests import check_limits, json_of
 
 # Ours come first, and say which key they are of.
@@ -34,15 +34,15 @@ _WARM_UP = {"max_tokens": 2, "n": 2, "logprobs": 1, "seed": 0, "temperature": 1.
 class VllmServer:
     """vLLM's engine, in a process of its own, and the application in front of it."""
 
-    def __init__(self, run: ServeRun, metrics: ServerMetrics) -> None:
-        self._run, self._metrics = run, metrics
+    def __init__(self, run: ServeRun) -> None:
+        self._run = run
         self._engine: Any = None
 
     async def application(self) -> App:
         """What answers; the engine has answered once before, with all that a first request would wait for."""
-        for name, value in (ENVIRONMENT | _OWN_LIMITS).items():
+        for name, value in (VLLM_ENVIRONMENT | _OWN_LIMITS).items():
             os.environ.setdefault(name, value)
-        from fastapi import Depends, FastAPI, Request, Response
+        from fastapi import Depends, FastAPI, Request
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.entrypoints.launchers.api_server.app_state import init_app_state
         from vllm.entrypoints.launchers.cli_args import make_arg_parser
@@ -98,15 +98,6 @@ class VllmServer:
         @app.get("/v1/models")
         async def models(raw_request: Request) -> Any:
             return _without_paths(await show_available_models(raw_request))
-
-        @app.get("/health")
-        async def health() -> Response:
-            await self._engine.check_health()
-            return Response(status_code=200)
-
-        @app.get("/metrics")
-        async def metrics() -> Response:
-            return Response(self._metrics.text(), media_type="text/plain; version=0.0.4")
 
         await _warm_up(app, self._run)
         return app

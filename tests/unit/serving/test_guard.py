@@ -130,6 +130,11 @@ def test_health_is_open_to_be_read_and_takes_no_place() -> None:
         world = _World(_echo, keys=(KEY,))
         assert [(await world.ask("/health", method=method))[0] for method in ("GET", "HEAD")] == [200, 200]
         assert [(await world.ask("/health", method=method))[0] for method in ("POST", "PUT", "OPTIONS")] == [401] * 3
+        assert (await _World(_echo, alive=lambda: False).ask("/health", method="GET"))[0] == 503
+        assert (
+            b"raytrl_serve_answers_total"
+            in (await world.ask("/metrics", method="GET", authorization=f"Bearer {KEY}"))[2]
+        )
 
     _run(work)
 

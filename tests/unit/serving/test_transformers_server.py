@@ -74,7 +74,7 @@ class Served:
     def __init__(self, path: str, **serve: Any) -> None:
         run = ServeRun.model_validate({"run": path, "serve": {"engine": "transformers", "name": "policy"} | serve})
         metrics = ServerMetrics(CollectorRegistry())
-        self.server = TransformersServer(run, metrics)
+        self.server = TransformersServer(run)
         self.run, self.path = run, path
         app = asyncio.run(self.server.application())
         self.app: App = Guard(app, run.serve, [], self.server.is_alive, metrics)

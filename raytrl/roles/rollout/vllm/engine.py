@@ -17,18 +17,12 @@ from raytrl.config.sections.engines import CPU_SEQUENCES, cpu_batch_tokens, cpu_
 from raytrl.config.sections.rollout import RolloutSection, SamplingSection
 from raytrl.errors import RunError
 from raytrl.records.samples import Prompt, Response
+from raytrl.roles.device import VLLM_ENVIRONMENT
 from raytrl.roles.models.loading import look_at
 from raytrl.roles.rollout.engine import Sampled, SamplingEngine, Tokenizer, Turn, Wanted
 from raytrl.roles.rollout.vllm.adapters import Adapters, adapter_arguments
 from raytrl.roles.rollout.vllm.batch import ContinuousBatch
 from raytrl.roles.weights.buckets import Bucket
-
-# Read by vLLM when it is imported; a user's own setting wins.
-ENVIRONMENT = {
-    "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_LOGGING_LEVEL": "ERROR",  # at every update a warning of each layer without weights
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # engines of one machine would all bind to its first cores
-}
 
 
 class VllmEngine(SamplingEngine):
@@ -297,7 +291,7 @@ def cpu_arguments(rollout: RolloutSection, config: Any, dtype: torch.dtype, leng
 
 def _maker(arguments: Mapping[str, Any], device: str) -> Callable[[], Any]:
     def make() -> Any:
-        for name, value in ENVIRONMENT.items():
+        for name, value in VLLM_ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         # In one process there are no children that could outlive the actor, and weights need not be sent to any.
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"

@@ -213,7 +213,10 @@ def as_worker(config: dict[str, Any], work: Callable[[RayWorkerContext], dict[st
         failure = Progress(
             "failure", text=text, details=traceback.format_exc(), final=same_again, follows=_follows(error)
         )
-        ray.get(config["board"].post.remote(failure), timeout=_BOARD_LIMIT_S)  # before this process may be ended
+        try:
+            ray.get(config["board"].post.remote(failure), timeout=_BOARD_LIMIT_S)  # before this process may be ended
+        except ray.exceptions.RayActorError:
+            LOG.error("nobody is told of it: the driver has ended")
         raise WorkerError(text) from None
 
 

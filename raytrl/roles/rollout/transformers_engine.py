@@ -15,6 +15,7 @@ from raytrl.errors import NonFiniteError, StaleAttemptError
 from raytrl.records.samples import Prompt, Response
 from raytrl.roles.models.adapters import add_policy_adapter
 from raytrl.roles.models.loading import load_model
+from raytrl.roles.rollout.decoding import Decoding, left_padded
 from raytrl.roles.rollout.engine import Sampled, SamplingEngine, Tokenizer, Turn, Wanted
 from raytrl.roles.weights.buckets import Bucket, PolicyCopy
 
@@ -141,41 +142,27 @@ class TransformersEngine(SamplingEngine):
         """Sample until every row has ended or is full. Some rows that are done may go on in the batch, and are cut afterwards."""
         device = next(self._model.parameters()).device
         draws_BR = None if draws_BR is None else draws_BR.to(device)
-        input_ids, mask = left_padded([turn.token_ids for turn in turns], device)
+        decoding = Decoding(self._model, [turn.token_ids for turn in turns], device)
         drawn = _Drawn.of([turn.room for turn in turns])
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)
         rows_B = torch.arange(len(turns))
-        cache: Any = None
         for t in range(max(turn.room for turn in turns)):
             if not wanted():
                 raise StaleAttemptError("rollout engine: not wanted any more")
-            out = self._model(
-                input_ids=input_ids,
-                attention_mask=mask,
-                position_ids=positions,
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-            )
-            cache = out.past_key_values
-            logits_BV = out.logits[:, -1].float()
+            logits_BV = decoding.logits()
             draws_B = None if draws_BR is None else draws_BR[:, t]
             tokens_B = _pick(logits_BV, draws_B, self._sampling.temperature)
             logprobs_B = token_logprobs(logits_BV.unsqueeze(1), tokens_B.unsqueeze(1), self._sampling.temperature)
-            input_ids = tokens_B.unsqueeze(-1)
+            decoding.append(tokens_B)
             tokens_B = tokens_B.cpu()  # with the log-probs all that leaves the device
             ends_B = self._ends(turns, drawn, rows_B, tokens_B, t)
             go_on_B = drawn.append(t, rows_B, tokens_B, logprobs_B.squeeze(1).cpu(), ends_B)
             if not bool(go_on_B.any()):
                 break
-            mask = torch.cat([mask, mask.new_ones(len(rows_B), 1)], dim=-1)
-            positions = positions[:, -1:] + 1
             if int((~go_on_B).sum()) >= _ENDED_LEAVE * len(rows_B):
                 kept = go_on_B.nonzero().flatten()
                 rows_B, kept = rows_B[kept], kept.to(device)
-                input_ids, mask, positions = input_ids[kept], mask[kept], positions[kept]
                 draws_BR = None if draws_BR is None else draws_BR[kept]
-                cache.reorder_cache(kept)  # beam search's way to choose rows, which every kind of layer has
+                decoding.keep(kept)
         return drawn
 
     def _ends(self, turns: Sequence[Turn], drawn: "_Drawn", rows_B: Tensor, tokens_B: Tensor, t: int) -> Tensor:
@@ -232,17 +219,6 @@ class _Drawn:
         length = int(self.lengths_B[i])
         tokens, logprobs = self.tokens_BR[i, :length].tolist(), self.logprobs_BR[i, :length].tolist()
         return Sampled(tuple(tokens), tuple(logprobs), bool(self.ended_B[i]))
-
-
-def left_padded(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Ids and attention mask, both int64 (B, P). Padding holds id 0, which only the mask tells from a real 0."""
-    width = max(len(ids) for ids in prompts)
-    input_ids = torch.zeros(len(prompts), width, dtype=torch.long)
-    mask = torch.zeros_like(input_ids)
-    for i, ids in enumerate(prompts):
-        input_ids[i, width - len(ids) :] = torch.tensor(ids, dtype=torch.long)
-        mask[i, width - len(ids) :] = 1
-    return input_ids.to(device), mask.to(device)
 
 
 def _pick(logits_BV: Tensor, draws_B: Tensor | None, temperature: float) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from raytrl.roles.rollout.transformers_engine import left_padded
+from raytrl.roles.rollout.decoding import Decoding
 from raytrl.roles.serving.responses import Call, Row, TokenLogprob
 from raytrl.roles.serving.sampling import Knobs
 from raytrl.roles.serving.text_stream import TokenTexts
@@ -142,20 +142,10 @@ class Batches:
         """Until every row has ended, is full, or is not wanted any more; such rows leave at the next token."""
         for _, _, row in batch:
             row.begin(self._tokenizer)
-        input_ids, mask = left_padded([row.token_ids for _, _, row in batch], self._device)
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        decoding = Decoding(self._model, [row.token_ids for _, _, row in batch], self._device)
         knobs = Knobs([row.sampling for _, _, row in batch], self._device)
-        cache: Any = None
         while True:
-            out = self._model(
-                input_ids=input_ids,
-                attention_mask=mask,
-                position_ids=positions,
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-            )
-            cache, logits_BV = out.past_key_values, out.logits[:, -1].float()
+            logits_BV = decoding.logits()
             draws_B = torch.tensor([row.draw() for _, _, row in batch], dtype=torch.float64, device=self._device)
             tokens_B = knobs.pick(logits_BV, draws_B)
             tokens, logprobs = tokens_B.tolist(), self._logprobs(logits_BV, tokens_B, [row for _, _, row in batch])
@@ -168,15 +158,11 @@ class Batches:
                     call.fail()
             if self._closed or not kept:
                 return
-            input_ids = tokens_B.unsqueeze(-1)
-            mask = torch.cat([mask, mask.new_ones(len(batch), 1)], dim=-1)
-            positions = positions[:, -1:] + 1
+            decoding.append(tokens_B)
             if len(kept) < len(batch):
                 batch = [batch[i] for i in kept]
                 knobs = Knobs([row.sampling for _, _, row in batch], self._device)
-                kept_B = torch.tensor(kept, device=self._device)
-                input_ids, mask, positions = input_ids[kept_B], mask[kept_B], positions[kept_B]
-                cache.reorder_cache(kept_B)  # beam search's way to choose rows, which every kind of layer has
+                decoding.keep(torch.tensor(kept, device=self._device))
 
     def _logprobs(self, logits_BV: Tensor, tokens_B: Tensor, rows: Sequence[Row]) -> dict[int, TokenLogprob]:
         """Of the rows that ask for them, by their place in the batch."""

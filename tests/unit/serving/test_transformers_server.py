@@ -275,6 +275,20 @@ def test_logprobs_are_those_of_a_forward_pass(served: Served) -> None:
     assert [token for chunk in chunks for token in chunk.choices[0].logprobs.tokens] == told.tokens
 
 
+def test_dtype_is_what_it_computes_in(base: str) -> None:
+    served = Served(base, dtype="bfloat16")
+    found = served.complete([[5, 9, 12]], temperature=0, max_tokens=1, logprobs=1).choices[0].logprobs.token_logprobs
+    logprobs = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
+        with torch.inference_mode():
+            logits_V = model(torch.tensor([[5, 9, 12]])).logits[0, -1].float()
+        logprobs[dtype] = float(logits_V.log_softmax(-1).max())
+    assert found == [logprobs[torch.bfloat16]] != [logprobs[torch.float32]]
+    assert len(served.texts(PROMPTS, temperature=0)) == len(PROMPTS)
+    served.server.close()
+
+
 def test_top_k_and_top_p_cut_off(served: Served) -> None:
     likeliest = served.texts("the film", temperature=0)
     for cut in ({"extra_body": {"top_k": 1}}, {"top_p": 1e-9}, {"temperature": 1e-300}, LEAST):

@@ -26,7 +26,7 @@ class Decoding:
         self._model = model
         self._ids, self._mask = left_padded(prompts, device)
         self._positions = (self._mask.cumsum(-1) - 1).clamp(min=0)
-        self._cache: Any = None
+        self._past: dict[str, Any] = {}  # the cache, by the name that the model knows it by
 
     def logits(self) -> Tensor:
         """Of the next token of each row, float32 (B, V)."""
@@ -34,11 +34,12 @@ class Decoding:
             input_ids=self._ids,
             attention_mask=self._mask,
             position_ids=self._positions,
-            past_key_values=self._cache,
             use_cache=True,
             logits_to_keep=1,
+            **self._past,
         )
-        self._cache = out.past_key_values
+        name = "cache" if "cache" in out else "past_key_values"  # the word of transformers before 5.24
+        self._past = {name: out[name]}
         return out.logits[:, -1].float()  # type: ignore[no-any-return]
 
     def append(self, tokens_B: Tensor) -> None:
@@ -50,4 +51,5 @@ class Decoding:
     def keep(self, kept_K: Tensor) -> None:
         """Only these rows go on, by their places in the batch; the cache is copied for it."""
         self._ids, self._mask, self._positions = self._ids[kept_K], self._mask[kept_K], self._positions[kept_K]
-        self._cache.reorder_cache(kept_K)  # beam search's way to choose rows, which every kind of layer has
+        for cache in self._past.values():
+            cache.reorder_cache(kept_K)  # beam search's way to choose rows, which every kind of layer has

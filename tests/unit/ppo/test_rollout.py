@@ -1,6 +1,7 @@
 """The transformers engine: padding, seeds, stopping, versions."""
 
 import itertools
+import warnings
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
@@ -67,6 +68,15 @@ def test_left_padding_changes_no_logprob(family: Callable[[], nn.Module]) -> Non
                 logits = model(input_ids=torch.tensor([[*prompt, *r.token_ids]])).logits[:, len(prompt) - 1 : -1]
             expected = token_logprobs(logits, torch.tensor([r.token_ids]), temperature)[0]
             torch.testing.assert_close(torch.tensor(r.sampling_logprobs), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("family", [gpt2, llama, convolutions])
+def test_the_cache_has_the_name_that_the_model_knows(family: Callable[[], nn.Module]) -> None:
+    """A version of transformers renames it; another will refuse the old name."""
+    engine = loaded_engine(family())
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", ".*past_key_values.*")
+        engine.generate(prompt_batch(0, range(8)), 0)
 
 
 @FAMILIES

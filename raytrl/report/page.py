@@ -9,8 +9,7 @@ _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em; color: #222; }
 table { border-collapse: collapse; font-size: 13px; } td, th { padding: 3px 10px; text-align: left; vertical-align: top; }
 tr { border-bottom: 1px solid #eee; } tr.best { background: #e3f1e5; font-weight: 600; }
-table.numbers td, table.numbers th { text-align: right; }
-table.numbers td:first-child, table.numbers th:first-child { text-align: left; white-space: nowrap; }
+td.number, th.number { text-align: right; }
 figure { margin: 2em 0; } summary { cursor: pointer; margin: 1em 0; font-weight: 600; }
 svg { max-width: 100%; height: auto; } .quiet { color: #888; }
 .who { color: #888; display: inline-block; min-width: 5.5em; }
@@ -25,13 +24,20 @@ def page(title: str, parts: Iterable[str]) -> str:
     )
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[Any]], *, numbers: bool = False, best: int | None = None) -> str:
-    """A table; `best` is the row to stand out, `numbers` sets all columns but the first to the right."""
-    lines = [f"<tr>{''.join(f'<th>{html.escape(name)}</th>' for name in head)}</tr>"] if any(head) else []
-    for i, row in enumerate(rows):
-        cells = "".join(f"<td>{html.escape(shown(cell))}</td>" for cell in row)
-        lines.append(f"<tr{' class=best' if i == best else ''}>{cells}</tr>")
-    return f"<table{' class=numbers' if numbers else ''}>{''.join(lines)}</table>"
+def table(
+    head: Sequence[str], rows: Iterable[Sequence[Any]], *, words: int | None = None, best: int | None = None
+) -> str:
+    """A table; `best` is the row to stand out; all columns but the first `words` are numbers, and stand to the right."""
+
+    def cells(tag: str, row: Sequence[Any]) -> str:
+        marks = ["" if words is None or number < words else " class=number" for number in range(len(row))]
+        return "".join(
+            f"<{tag}{mark}>{html.escape(shown(cell))}</{tag}>" for mark, cell in zip(marks, row, strict=True)
+        )
+
+    lines = [f"<tr>{cells('th', head)}</tr>"] if any(head) else []
+    lines += [f"<tr{' class=best' if i == best else ''}>{cells('td', row)}</tr>" for i, row in enumerate(rows)]
+    return f"<table>{''.join(lines)}</table>"
 
 
 def shown(value: Any) -> str:

@@ -26,9 +26,9 @@ from raytrl.records.metrics import (
     TOLD,
     time_of,
 )
-from raytrl.report.benchmark import measured_cells
 from raytrl.report.conversation import as_html, text_of
 from raytrl.report.page import as_svg, page, panels, shown, table
+from raytrl.report.results_page import results_parts
 from raytrl.rundir import RunDirectory
 
 Rows = Sequence[Mapping[str, Any]]
@@ -90,15 +90,14 @@ def run_page(
         manifest: of the run, in whatever state.
         metrics: rows of metrics.jsonl, none for an evaluation.
         samples: rows of samples.jsonl, none for a supervised run.
-        results: what results.json holds; nothing of it but for benchmarks and pairs.
+        results: what results.json holds, of runs that measure.
     """
     parts = [_summary(manifest, metrics)]
     if (curves := _curves(metrics)) is not None:
         parts.append(f"<figure>{curves}</figure>")
     if _has_phases(metrics):
         parts.append(f"<h2>Where the time goes</h2><figure>{_phases(metrics)}</figure>")
-    for caption, head, cells in measured_cells(results or {}):
-        parts.append(f"<h2>{html.escape(caption)}</h2>{table(head, cells, numbers=True)}")
+    parts += results_parts(results or {}, samples)
     if samples and "task" in samples[0]:
         parts.append(f"<h2>Answers</h2>{_answers(samples)}")
     elif samples and "scores" in samples[0]:
@@ -175,10 +174,18 @@ def _samples(samples: Rows, count: int = 6) -> str:
 
 
 def _answers(samples: Rows, count: int = 4) -> str:
-    """Each model's to the first documents of each task, the right one beside them."""
-    chosen = [row for row in samples if row["doc_id"] < count]
-    models = list(dict.fromkeys(row["model"] for row in chosen))
-    chosen.sort(key=lambda row: (row["task"], row["filter"], row["doc_id"], models.index(row["model"])))
+    """Each model's to a few documents of each task: those come first that the models answer unlike."""
+    models = list(dict.fromkeys(row["model"] for row in samples))
+    by_place: dict[tuple[str, str], dict[int, list[Mapping[str, Any]]]] = {}
+    for row in samples:
+        by_place.setdefault((row["task"], row["filter"]), {}).setdefault(row["doc_id"], []).append(row)
+    chosen: list[Mapping[str, Any]] = []
+    for documents in by_place.values():
+        alike = {
+            doc_id: all(row["metrics"] == rows[0]["metrics"] for row in rows) for doc_id, rows in documents.items()
+        }
+        for doc_id in sorted(documents, key=lambda each: (alike[each], each))[:count]:
+            chosen += sorted(documents[doc_id], key=lambda row: models.index(row["model"]))
     lines = "".join(
         f"<tr><td>{html.escape(row['task'])}</td><td>{html.escape(row['model'])}</td>"
         f"<td><span class=quiet>{html.escape(row['prompt'])}</span>{html.escape(row['response'])}</td>"

@@ -65,7 +65,7 @@ def _table(trials: Sequence[Trial], best: str) -> str:
         ]
         for trial in trials
     ]
-    return table(head, rows, numbers=True, best=[trial.name for trial in trials].index(best))
+    return table(head, rows, words=1, best=[trial.name for trial in trials].index(best))
 
 
 def _figure(height: float) -> tuple[Any, Any]:

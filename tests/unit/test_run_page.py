@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 
 from raytrl.errors import ConfigError
+from raytrl.records.samples import Response, Score
 from raytrl.report.run_page import run_page, write_run_page
+from raytrl.roles.reward.summary import compare, summarize
 from raytrl.rundir import RunDirectory
 
 MANIFEST: dict[str, Any] = {
@@ -62,6 +64,65 @@ def test_an_evaluation_shows_the_models_side_by_side() -> None:
         part.partition("<")[0] for part in text.split("<tr><td>") if part.partition("<")[0] in ("model", "compare")
     ]
     assert cells == ["model", "compare", "model", "compare"]
+
+
+def test_an_evaluation_shows_its_numbers_and_how_responses_were_scored() -> None:
+    samples, scored = [], {}
+    for model, shift in (("model", 1.0), ("compare", 0.0)):
+        responses = [Response(0, row, 0, (5,), " x", True, (0.0,), 0) for row in range(4)]
+        scores = [Score(0, row, 0, row + shift, {"rule": row + shift}) for row in range(4)]
+        samples += [sample(0, model=model, row=row, scores={"rule": row + shift}) for row in range(4)]
+        scored[model] = (summarize(responses, scores).to_json() | {"path": f"runs/{model}"}, scores)
+    results = {model: summary for model, (summary, _) in scored.items()}
+    comparison = compare(scored["model"][1], scored["compare"][1]).to_json()
+    text = run_page("a", MANIFEST, [], samples, results | {"comparison": comparison})
+    assert ">responses by their score, rule<" in text
+    for words in (
+        "model: runs/model",
+        "2.500 ± 1.291",
+        "1.500 ± 1.291",
+        "100.0%",
+        "4, 0, 0",
+        "+1.000 ± 0.000",
+        "0.125",
+    ):
+        assert f">{words}<" in text
+
+
+def _benchmark(model: str, **values: Any) -> dict[str, Any]:
+    row = {"task": "praise", "metric": "acc", "filter": "none", "value": 0.5, "stderr": 0.1, "n": 3, "of": 3}
+    return row | {"fewshot": 0, "limit": None, "model": model} | values
+
+
+def test_a_benchmark_shows_intervals_and_first_where_the_models_differ() -> None:
+    results = {
+        key: {"path": f"runs/{key}", "engine": "vllm", "dtype": "float32", "chat": False, "cut": 0}
+        for key in ("model", "compare")
+    }
+    found = [_benchmark("model"), _benchmark("compare", value=0.25), _benchmark("model", metric="f1", value=None)]
+    samples = [
+        {"model": model, "task": "praise", "filter": "none", "doc_id": doc, "prompt": f"asks {doc}"}
+        | {"response": " so", "metrics": {"acc": float(model == "model" or doc != 5)}}
+        for model in ("model", "compare")
+        for doc in range(8)
+    ]
+    text = run_page("a", MANIFEST, [], samples, results | {"benchmarks": found})
+    assert ">acc, 95 % of each model by itself<" in text
+    assert ">f1, 95 %" not in text  # nothing to draw
+    for words in ("0.5000 ± 0.1000", "0.2500 ± 0.1000", "not a number"):
+        assert f">{words}<" in text
+    assert [part[0] for part in text.split("asks ")[1:]] == ["5", "5", "0", "0", "1", "1", "2", "2"]
+
+
+def test_pairs_are_drawn_by_category() -> None:
+    rows = [
+        {"model": "model", "category": category, "accuracy": accuracy, "stderr": 0.1, "n": 4, "limit": None}
+        | {"right": 2, "ties": 1, "wrong": 1, "margin": 0.5, "too_long": 0, "unscored": 0}
+        for category, accuracy in ((None, 0.6), ("long", 0.7), ("short", None))
+    ]
+    text = run_page("a", MANIFEST, [], [], {"model": {"path": "runs/reward"}, "pairs": rows})
+    assert ">accuracy, 95 % of each model by itself<" in text
+    assert [text.count(f">{name}<") for name in ("all pairs", "long", "short")] == [2, 2, 1]  # in picture and table
 
 
 def test_text_of_a_model_is_text() -> None:

@@ -208,7 +208,10 @@ def test_two_models_are_paired_by_document(folder: Path) -> None:
 
 def test_vllm_says_the_same(folder: Path) -> None:
     _, plain = measured(folder, section(folder), 1)
-    _, vllm = measured(folder, section(folder, engine="vllm"), 1)
+    tasks, settings = load_tasks(section(folder)), section(folder, engine="vllm")
+    actors, tokenizer = Actors(folder, settings, 1), AutoTokenizer.from_pretrained(folder / "policy")
+    lm = SlicedLM(actors.ask, tokenizer, settings.slice_requests)
+    vllm = measure(tasks.loaded, lm, settings, chat=False, seed=0)
     assert numbers(vllm)["choose", "acc", "none"] == numbers(plain)["choose", "acc", "none"]
     assert numbers(vllm)["choose", "acc_norm", "none"] == numbers(plain)["choose", "acc_norm", "none"]
     assert numbers(vllm)["surprise", "word_perplexity", "none"][0] == pytest.approx(
@@ -218,6 +221,28 @@ def test_vllm_says_the_same(folder: Path) -> None:
         # vLLM withholds a last character of which it has some bytes only, and lm-eval has it write special tokens.
         plain_text = ours["filtered_resps"][0].replace("<|pad|>", "").rstrip("\ufffd")
         assert plain_text == theirs["filtered_resps"][0].rstrip("\ufffd")
+    _take_what_there_is_room_for(folder, actors.harnesses[0], tokenizer)
+    _draw_by_place(actors.harnesses[0])
+
+
+def _take_what_there_is_room_for(folder: Path, vllm: Harness, tokenizer: Any) -> None:
+    """The longest answer whose every token vLLM has a log-probability of, and one that is longer by a token."""
+    (plain,) = Actors(folder, section(folder), 1).harnesses
+    ids = [5 + i % 9 for i in range(126)]
+    word, texts = tokenizer.decode([5]), [tokenizer.decode(ids), tokenizer.decode([*ids, 7])]
+    assert [len(tokenizer(text)["input_ids"]) for text in texts] == [126, 127]
+    (found,), (expected,) = (each.answer("loglikelihood", 0, [("", texts[0])]).answers for each in (vllm, plain))
+    assert found[0] == pytest.approx(expected[0], rel=1e-4)
+    with pytest.raises(RunError, match="an answer alone has 127 tokens; expected: at most 126"):
+        vllm.answer("loglikelihood", 0, [(word, texts[1])])
+
+
+def _draw_by_place(harness: Harness) -> None:
+    """Whatever was asked before."""
+    asked = [("the film", {"until": [], "do_sample": True, "temperature": 1.0, "max_gen_toks": 12})] * 3
+    first, other, again = (harness.answer("generate_until", number, asked).answers for number in (3, 4, 3))
+    assert first == again != other
+    assert len(set(first)) > 1
 
 
 # --- Pairs --------------------------------------------------------------------------------------------------------

@@ -83,7 +83,7 @@ def test_a_benchmark_with_an_actor_killed_has_lm_evals_numbers(folder: Path, mon
     assert len(samples) == 2 * 2 * 24
     assert "model − compare" in output and "exact sign test" in output
     page = (folder / "runs/b/report.html").read_text()
-    assert "model against compare, document by document" in page
+    assert "Model against compare, document by document" in page
     assert "<h2>Answers</h2>" in page
     again = raytrl("eval", file)
     assert "this evaluation is finished already" in again and "exact sign test" in again

@@ -44,7 +44,7 @@ class BenchmarkSection(MeasuringSection):
     max_length: PositiveInt | None = None
     """Tokens of a question and its answer at most; longer ones lose their beginning and are counted. null: the model's own."""
     offline: bool = True
-    """true: tasks and data are read from this machine alone. false: what is missing is downloaded."""
+    """true: models, tasks and data are read from this machine alone. false: what is missing is downloaded."""
 
     @field_validator("tasks")
     @classmethod

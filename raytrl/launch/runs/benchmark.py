@@ -3,10 +3,13 @@
 import functools
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from raytrl.config.runs.benchmark import BenchmarkRun
+from raytrl.errors import RaytrlError, RunError
+from raytrl.functions import describe_raised
 from raytrl.launch.runs.measuring import EvaluationKind, asking, write_results
 from raytrl.launch.runs.run import Start
 from raytrl.plan.checks.benchmark import Ready, check_benchmark, made_from
@@ -36,53 +39,96 @@ class BenchmarkKind(EvaluationKind[BenchmarkRun]):
         return facts
 
     def work(self, start: Start) -> dict[str, Any]:
-        started = time.time()
+        started, measured = time.time(), _Measured(self.run, self._ready, self.show)
         with start.ray.running(start.need), offline(self.run.benchmark.offline):
-            results, samples = _measured(self.run, self._ready, self.show)
-        results["seconds"] = time.time() - started + start.clock["checks_s"]
-        write_results(start.run_dir, results, samples)
+            for results, samples in measured.parts():  # what took hours is there whatever comes of the rest
+                results["seconds"] = time.time() - started + start.clock["checks_s"]
+                write_results(start.run_dir, results, samples)
         return {}
 
 
-def _measured(
-    run: BenchmarkRun, ready: Ready, show: Callable[[Progress], None]
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    from raytrl.roles.benchmark.compared import compared
-    from raytrl.roles.benchmark.measure import measure, rows_of, samples_of
-    from raytrl.roles.benchmark.sliced import SlicedLM
+class _Measured:
+    """One model after the other, then one against the other."""
 
-    section, loaded = run.benchmark, ready.tasks.loaded
-    results: dict[str, Any] = {"benchmarks": []}
-    samples: list[dict[str, Any]] = []
-    found: dict[str, Mapping[str, Any]] = {}
-    show(Progress("phase", text="starting actors"))
-    with asking(run, "benchmark", section, functools.partial(make_load, run)) as asker:
-        for key, (path, _) in run.evaluated.items():
-            show(Progress("phase", text=f"loading {key}"))
-            asker.hold(key)
-            ask = functools.partial(_ask, asker, show, key)
-            lm = SlicedLM(ask, ready.tokenizers[key], section.slice_requests)
-            began, chat = time.monotonic(), ready.chat[key]
-            found[key] = measure(loaded, lm, section, chat=chat, seed=run.seed)
-            how = {"chat": chat, "engine": section.engine, "dtype": ready.dtype}
-            rows = rows_of(found[key], key, section.limit)
-            for row in rows:
-                if row["value"] is None:
-                    text = f"{key}: {row['task']}: {row['metric']} is not a finite number"
-                    show(Progress("notice", text=text))
-            results[key] = {"path": path, **how, "cut": lm.cut, "measuring_s": time.monotonic() - began}
-            results["benchmarks"] += [row | how for row in rows]
-            samples += samples_of(found[key], key)
-            if lm.cut:
-                text = f"{key}: {lm.cut} requests were too long for the model and lost their beginning"
-                show(Progress("notice", text=text))
-    if "compare" in found:
-        show(Progress("phase", text="comparing"))
-        results["comparison"] = [
-            row | {"limit": section.limit} for row in compared(loaded, found["model"], found["compare"])
-        ]
-    results["versions"] = installed(_LIBRARIES)
-    return results, samples
+    def __init__(self, run: BenchmarkRun, ready: Ready, show: Callable[[Progress], None]) -> None:
+        self._run, self._ready, self._show = run, ready, show
+        self._results: dict[str, Any] = {"benchmarks": [], "versions": installed(_LIBRARIES)}
+        self._samples: list[dict[str, Any]] = []
+
+    def parts(self) -> Iterator[tuple[dict[str, Any], list[dict[str, Any]]]]:
+        """Results and samples so far, after each part.
+
+        Raises:
+            RunError: a task's own code fails, here or where it is asked; or both models were not asked the same.
+        """
+        section, found = self._run.benchmark, dict[str, Mapping[str, Any]]()
+        self._show(Progress("phase", text="starting actors"))
+        with asking(self._run, "benchmark", section, functools.partial(make_load, self._run)) as asker:
+            for key in self._run.evaluated:
+                self._show(Progress("phase", text=f"loading {key}"))
+                asker.hold(key)
+                found[key] = self._one(key, asker)
+                yield self._results, self._samples
+        if "compare" in found:
+            self._results["comparison"] = self._compared(found["model"], found["compare"])
+            yield self._results, self._samples
+
+    def _one(self, key: str, asker: Any) -> Mapping[str, Any]:
+        from raytrl.roles.benchmark.measure import measure, rows_of, samples_of
+        from raytrl.roles.benchmark.sliced import SlicedLM
+
+        run, ready, section = self._run, self._ready, self._run.benchmark
+        lm = SlicedLM(functools.partial(_ask, asker, self._show, key), ready.tokenizers[key], section.slice_requests)
+        began, chat = time.monotonic(), ready.chat[key]
+        with _task_errors(key):
+            found = measure(ready.tasks.loaded, lm, section, chat=chat, seed=run.seed)
+        how = {"chat": chat, "engine": section.engine, "dtype": ready.dtype}
+        rows = rows_of(found, key, section.limit)
+        for row in rows:
+            if row["value"] is None:
+                self._tell(f"{key}: {row['task']}: {row['metric']} is not a finite number")
+        taken = {"cut": lm.cut, "measuring_s": time.monotonic() - began}
+        self._results[key] = {"path": run.evaluated[key][0], **how, **taken}
+        self._results["benchmarks"] += [row | how for row in rows]
+        self._samples += samples_of(found, key)
+        if lm.cut:
+            self._tell(f"{key}: {lm.cut} requests were too long for the model and lost their beginning")
+        return found
+
+    def _compared(self, first: Mapping[str, Any], second: Mapping[str, Any]) -> list[dict[str, Any]]:
+        from raytrl.roles.benchmark.compared import compared
+
+        with _task_errors("compare"):
+            rows = compared(
+                self._ready.tasks.loaded,
+                first,
+                second,
+                lambda done, count: self._show(Progress("phase", done, count, "comparing, metrics")),
+            )
+        for row in rows:
+            if problem := row.pop("problem", None):
+                self._tell(
+                    f"{row['task']}: {row['metric']}: has no error and no p: of a part of the documents {problem}"
+                )
+        return [row | {"limit": self._run.benchmark.limit} for row in rows]
+
+    def _tell(self, text: str) -> None:
+        self._show(Progress("notice", text=text))
+
+
+@contextmanager
+def _task_errors(key: str) -> Iterator[None]:
+    """What a task's own YAML, Jinja or Python raises is told in a line, as what raytrl raises is.
+
+    Raises:
+        RunError: naming what was raised, and where.
+    """
+    try:
+        yield
+    except RaytrlError:
+        raise
+    except Exception as error:  # a task may raise anything
+        raise RunError(f"benchmark: {key}: a task failed: {describe_raised(error)}") from error
 
 
 def _ask(asker: Any, show: Callable[[Progress], None], key: str, method: str, slices: Sequence[Any]) -> Any:

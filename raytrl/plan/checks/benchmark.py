@@ -12,6 +12,7 @@ from raytrl.plan.checks.weights import check_vocabulary
 from raytrl.plan.inputs import Inputs, digests
 from raytrl.roles.benchmark.files import files_of
 from raytrl.roles.benchmark.tasks import Tasks, check_installed, load_tasks, offline, own_files
+from raytrl.roles.models.positions import positions_at
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,12 @@ def check_benchmark(run: BenchmarkRun, before_last: Callable[[], None] = in_no_h
     for file in own_files(run.benchmark):  # before torch is imported to look at the models
         files_of(file)
     with offline(run.benchmark.offline):
-        embeddings = check_run(run)
+        try:
+            embeddings = check_run(run)
+        except ConfigError as error:
+            if not (run.benchmark.offline and "HF_HUB_OFFLINE" in str(error)):
+                raise
+            raise ConfigError(f"{error}; benchmark.offline is true, false downloads models, too") from None
         tasks = load_tasks(run.benchmark)
         before_last()
         return _ready(run, tasks, embeddings)
@@ -73,9 +79,15 @@ def made_from(run: BenchmarkRun) -> Inputs:
 def _ready(run: BenchmarkRun, tasks: Tasks, embeddings: Mapping[str, int]) -> tuple[Ready, Facts]:
     section = run.benchmark
     tokenizers, chat, notices = dict[str, Any](), dict[str, bool](), list[str]()
-    for key, (_, place) in run.evaluated.items():
+    for key, (path, place) in run.evaluated.items():
         tokenizers[key] = tokenizer_at(place, None, run.model.trust_remote_code)
         check_vocabulary(tokenizers[key], embeddings.get("model.path" if key == "model" else key), key)
+        positions = positions_at(path, None, run.model.trust_remote_code, key)
+        if section.max_length is not None and positions is not None and section.max_length > positions.most:
+            raise ConfigError(
+                f"benchmark.max_length: {key} takes fewer tokens; found: {section.max_length}; expected: at most "
+                f"{positions.most}"
+            )
         has_template = bool(tokenizers[key].chat_template)
         if section.chat is True and not has_template:
             raise ConfigError(

@@ -12,22 +12,26 @@ import torch
 from raytrl.config.sections.benchmark import BenchmarkSection
 from raytrl.config.sections.engines import CPU_SEQUENCES, cpu_batch_tokens, cpu_cache_bytes
 from raytrl.errors import RunError
+from raytrl.functions import describe_raised
 from raytrl.roles.benchmark.sliced import Answered, Arguments
 from raytrl.roles.device import VLLM_ENVIRONMENT
 
 _SEED = 1234  # lm-eval's
+# Assertions of lm-eval, a grammar of stop words, positions that a model does not have; not what a device or an engine raises.
+_OF_WHAT_IS_ASKED = (AssertionError, AttributeError, LookupError, TypeError, ValueError)
 
 
 class Harness:
     """One model, asked as lm-eval asks it. Answers depend on the slice alone, whoever had which before."""
 
-    def __init__(self, lm: Any, close: Callable[[], None], longest: int) -> None:
+    def __init__(self, lm: Any, close: Callable[[], None], longest: int, *, seeds_requests: bool = False) -> None:
         """
         Args:
             close: releases the model.
-            longest: tokens of a text whose log-probabilities it takes as it is.
+            longest: tokens of a question and its answer whose log-probabilities it takes as they are.
+            seeds_requests: requests that sample are given a seed each; else this process' generator is.
         """
-        self._lm, self.close, self._longest = lm, close, longest
+        self._lm, self.close, self._longest, self._seeds_requests = lm, close, longest, seeds_requests
 
     def answer(self, method: str, number: int, requests: Sequence[Arguments]) -> Answered:
         """
@@ -35,13 +39,35 @@ class Harness:
             method: loglikelihood, loglikelihood_rolling or generate_until.
             number: of the slice: what a task that samples draws follows from it.
             requests: lm-eval's arguments of each.
+
+        Raises:
+            RunError: lm-eval or the model cannot answer these, whoever asks.
         """
         from lm_eval.api.instance import Instance
 
         torch.manual_seed(_SEED + number)
-        asked = [Instance(method, {}, arguments, index) for index, arguments in enumerate(requests)]
-        cut = 0 if method == "loglikelihood_rolling" else sum(self._is_cut(method, each) for each in requests)
-        return Answered(list(getattr(self._lm, method)(asked, disable_tqdm=True)), cut)
+        try:
+            cut = 0 if method == "loglikelihood_rolling" else sum(self._is_cut(method, each) for each in requests)
+            if self._seeds_requests and method == "generate_until":
+                requests = [self._seeded(each, number, index) for index, each in enumerate(requests)]
+            asked = [Instance(method, {}, arguments, index) for index, arguments in enumerate(requests)]
+            return Answered(list(getattr(self._lm, method)(asked, disable_tqdm=True)), cut)
+        except _OF_WHAT_IS_ASKED as error:  # another actor would fail of it, too
+            raise RunError(
+                f"benchmark: {method}: cannot be answered: {describe_raised(error)}; one of {len(requests)} requests, which "
+                f"begin with {str(requests[0][0])[:60]!r}; look at the task, and at benchmark.max_length"
+            ) from error
+
+    def _seeded(self, arguments: Arguments, number: int, index: int) -> Arguments:
+        text, settings = arguments
+        samples = self._normalized(settings).get("temperature", 0.0) > 0 and "seed" not in settings
+        return (text, {**settings, "seed": _SEED + (number << 20) + index}) if samples else arguments
+
+    def _normalized(self, settings: dict[str, Any]) -> dict[str, Any]:
+        from lm_eval.models.utils import normalize_gen_kwargs
+
+        found: dict[str, Any] = normalize_gen_kwargs(settings, self._lm.max_gen_toks)
+        return found
 
     def _is_cut(self, method: str, arguments: Arguments) -> bool:
         """Whether lm-eval leaves out the beginning of a request, which it would only log.
@@ -49,29 +75,39 @@ class Harness:
         Raises:
             RunError: there is no room for its answer alone, of which lm-eval would say nothing more.
         """
-        most = int(self._lm.max_length)
         if method == "generate_until":
-            settings, text = arguments[1], str(arguments[0])
-            new = int(settings.get("max_gen_toks") or settings.get("max_new_tokens") or self._lm.max_gen_toks)
+            most, new = int(self._lm.max_length), int(self._normalized(arguments[1])["max_gen_toks"])
             if new >= most:
                 raise RunError(
                     f"benchmark: {new} tokens are to be written; expected: fewer than {most}, which the model takes with the "
                     f"question; set max_gen_toks in generation_kwargs of the task, or benchmark.max_length"
                 )
-            return self._tokens(text, most - new) > most - new
-        text, answer = str(arguments[0]) + str(arguments[1]), str(arguments[1])
-        if self._tokens(text, self._longest) <= self._longest:
+            text = str(arguments[0])
+            return not _is_short(text, most - new) and len(self._lm.tok_encode(text)) > most - new
+        context, answer = map(str, arguments[:2])
+        if _is_short(context + answer, self._longest):
             return False
-        if (alone := self._tokens(answer, most)) > most:
+        of_context, of_answer = self._pair(context, answer)
+        if (alone := len(of_answer)) > self._longest - 1:
             raise RunError(
-                f"benchmark: an answer alone has {alone} tokens; expected: at most {most}, which the model takes: "
+                f"benchmark: an answer alone has {alone} tokens; expected: at most {self._longest - 1}, which the model takes: "
                 f"{answer[:60]!r}"
             )
-        return True
+        return len(of_context) + alone > self._longest
 
-    def _tokens(self, text: str, enough: int) -> int:
-        """How many, or none where it cannot be more than enough: a token has a byte at least."""
-        return 0 if len(text.encode()) < enough else len(self._lm.tok_encode(text))
+    def _pair(self, context: str, answer: str) -> tuple[list[int], list[int]]:
+        """Token ids as lm-eval makes them; where nothing comes before an answer, it begins behind one token."""
+        if context:
+            found: tuple[list[int], list[int]] = self._lm._encode_pair(context, answer)
+            return found
+        ids = self._lm.tok_encode(answer, add_special_tokens=False)
+        before = [self._lm.prefix_token_id]
+        return (before, ids[1:]) if ids[:1] == before else (before, ids)
+
+
+def _is_short(text: str, tokens: int) -> bool:
+    """Whether it certainly has no more tokens: one has a byte at least, of what normalizers make of a text, too."""
+    return 4 * len(text.encode()) < tokens
 
 
 def load_harness(
@@ -124,7 +160,7 @@ def _vllm(common: dict[str, Any], section: BenchmarkSection, dtype: torch.dtype)
         gc.collect()
         cleanup_dist_env_and_memory()
 
-    return Harness(lm, close, int(lm.max_length) - 1)  # vLLM makes a token more
+    return Harness(lm, close, int(lm.max_length) - 1, seeds_requests=True)  # vLLM makes a token more
 
 
 def _vllm_arguments(

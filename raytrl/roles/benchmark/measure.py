@@ -1,7 +1,6 @@
 """lm-eval's evaluation of one model, and its numbers as plain rows."""
 
 import contextlib
-import io
 import math
 import os
 import random
@@ -9,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from raytrl.config.sections.benchmark import BenchmarkSection
 from raytrl.roles.benchmark.sliced import SlicedLM
@@ -56,13 +56,18 @@ def measure(
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without lm-eval's progress bars, and without the processes that its bootstrap would start."""
-    before = os.environ.get("DISABLE_MULTIPROC")
+    """Without lm-eval's progress bars beside our own, and without the processes that its bootstrap would start."""
+    before, plain = os.environ.get("DISABLE_MULTIPROC"), tqdm.__init__
+
+    def disabled(self: Any, *arguments: Any, **options: Any) -> None:
+        plain(self, *arguments, **options | {"disable": True})
+
     os.environ["DISABLE_MULTIPROC"] = "1"
+    tqdm.__init__ = disabled
     try:
-        with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
-            yield
+        yield
     finally:
+        tqdm.__init__ = plain
         os.environ.pop("DISABLE_MULTIPROC") if before is None else os.environ.update(DISABLE_MULTIPROC=before)
 
 
@@ -133,8 +138,12 @@ def _response(sample: Mapping[str, Any]) -> str:
     if isinstance(first, str):
         return first[:_EXCERPT]
     if len(given) > 1 and all(isinstance(each, Sequence) and len(each) == 2 for each in given):
-        best = max(range(len(given)), key=lambda index: float(given[index][0]))
-        return str(arguments[best][1])[:_EXCERPT]
+        # Some metrics ask for each choice behind nothing as well, and some tasks for one answer behind several questions.
+        choices = [index for index in range(len(given)) if arguments[index][0] == arguments[0][0]]
+        by_question = len(choices) == 1
+        best = max(range(len(given)) if by_question else choices, key=lambda index: float(given[index][0]))
+        said = "".join(map(str, arguments[best][:2])) if by_question else str(arguments[best][1])
+        return said[:_EXCERPT]
     return str(first)[:_EXCERPT]
 
 

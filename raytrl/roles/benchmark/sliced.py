@@ -8,7 +8,7 @@ from typing import Any
 import jinja2
 from lm_eval.api.model import LM
 
-from raytrl.errors import NonFiniteError
+from raytrl.errors import NonFiniteError, RunError
 
 Arguments = tuple[Any, ...]
 
@@ -64,6 +64,12 @@ class SlicedLM(LM):  # type: ignore[misc]
             return str(self._tokenizer.apply_chat_template(others, tokenize=False, **options))
 
     def _answers(self, method: str, requests: list[Any], logprob: Callable[[Any], float] | None) -> list[Any]:
+        for request in requests if method == "loglikelihood" else ():
+            if not request.args[1]:
+                raise RunError(
+                    f"benchmark: {request.task_name}: document {request.doc_id}: an answer is empty, of which there is no "
+                    f"log-probability; look at doc_to_choice or doc_to_target"
+                )
         slices = list(sliced(requests, self._slice_requests))
         found = self._ask(method, [[request.args for request in part] for part in slices])
         self.cut += sum(each.cut for each in found)

@@ -9,7 +9,8 @@ from typer.testing import CliRunner
 
 from raytrl.cli import app
 from raytrl.config.load import load_run
-from raytrl.plan.checks.benchmark import made_from
+from raytrl.errors import ConfigError
+from raytrl.plan.checks.benchmark import check_benchmark, made_from
 from tests.benchmark_files import make_tasks
 from tests.ppo_files import make_policy
 from tests.runs import pair_rows, write_rows
@@ -92,6 +93,11 @@ def test_of_pairs(folder: Path) -> None:
     [
         (benchmark, "benchmark.chat=true", "benchmark.chat: the tokenizer has no chat template; found: true"),
         (benchmark, "benchmark.tasks=[gone.yaml]", "benchmark.tasks: gone.yaml: cannot be read"),
+        (
+            benchmark,
+            "benchmark.max_length=129",
+            "benchmark.max_length: model takes fewer tokens; found: 129; expected: at most 128",
+        ),
         (benchmark, "model.path=gone/model/here", "model.path: no such folder; found: 'gone/model/here'"),
         (pairs, "pairs.category=sort", "pairs.category: no such column; found: prompt, chosen, rejected, kind"),
         (pairs, "pairs.data=gone.jsonl", "pairs.data: no such file; found: 'gone.jsonl'"),
@@ -99,6 +105,13 @@ def test_of_pairs(folder: Path) -> None:
 )
 def test_what_is_wrong_is_refused(folder: Path, form: Any, override: str, message: str) -> None:
     assert message in plan(folder, 2, override, **form(folder))
+
+
+def test_a_model_that_is_not_here_names_the_key_that_fetches_it(folder: Path) -> None:
+    plan(folder, 0, **benchmark(folder))
+    run = load_run(str(folder / "e.yaml"), ["model.path=gone/model"]).run
+    with pytest.raises(ConfigError, match="offline is true, false downloads models, too"):
+        check_benchmark(run)  # type: ignore[arg-type]
 
 
 def test_without_lm_eval_the_extra_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -154,6 +154,31 @@ def test_an_adapter_to_a_base_that_nobody_else_has_is_refused(base: str, hub: Fa
     assert push(run)[0] == 0  # merged it is whole
 
 
+@pytest.mark.parametrize(
+    ("files", "is_folder"),
+    [
+        ({"models/llama/config.json": "612:0f", "models/llama/model.safetensors": "9:0e"}, True),
+        ({"models/llama": "240 files: 0f"}, True),  # many files are one line
+        ({"models/llama": "5f0b02c75b57c5855da9ae460ce51323ea669d8a"}, False),  # the commit in the cache
+        ({"models/llama-2/config.json": "612:0f", "models/llama/lora/adapter_config.json": "612:0f"}, False),
+        ({}, False),
+    ],
+)
+@pytest.mark.parametrize("kind", ["sft", "tune"])
+def test_what_was_a_folder_when_the_run_began_is_refused_wherever_it_is_pushed_from(
+    files: dict[str, str], is_folder: bool, kind: str, hub: FakeHub, tmp_path: Path
+) -> None:
+    """As a hub's id it is well formed, and from here no such folder is seen."""
+    run = make_run(tmp_path, base="models/llama", kind=kind, best="7", inputs={"model.path": files})
+    if kind == "tune":  # a trial's own manifest has no inputs
+        (run / "trials/7").mkdir(parents=True)
+        shutil.move(run / "model", run / "trials/7/model")
+    status, output = push(run, "--adapter")
+    assert status == (2 if is_folder else 0)
+    assert ("--adapter: its base model is a folder of this machine" in output) == is_folder
+    assert (hub.requests == []) == is_folder
+
+
 def test_the_card_names_no_place_of_this_machine(hub: FakeHub, tmp_path: Path) -> None:
     run = make_run(tmp_path)
     assert str(tmp_path) in (run / "model/README.md").read_text()

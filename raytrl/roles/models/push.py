@@ -4,7 +4,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,7 +73,7 @@ def package_of(run_dir: RunDirectory, adapter: bool) -> Iterator[Package]:
             )
         folder = os.path.join(whole, "merged") if has_adapter and not adapter else whole
         if adapter:
-            _check_base(folder)
+            _check_base(folder, manifest.get("inputs", {}))
         _check_weights(folder, f"{run_dir}/{name}{'/merged' if folder != whole else ''}")
         files, left_out = _files_of(folder)
         shortened = 0
@@ -103,9 +103,19 @@ def _model_of(run_dir: RunDirectory, manifest: dict[str, Any]) -> str:
     return name
 
 
-def _check_base(folder: str) -> None:
+def _check_base(folder: str, inputs: Mapping[str, Mapping[str, str]]) -> None:
+    """
+    Args:
+        inputs: of the run's manifest. A relative folder looks like an id of the hub wherever it is not there; of an id the
+            manifest has the commit alone, of a folder its files with `size:digest`, or all in one line.
+    """
     base = str(json.loads(Path(folder, "adapter_config.json").read_text()).get("base_model_name_or_path"))
-    if os.path.exists(base) or not _is_repo(base):
+    was_folder = any(
+        os.path.dirname(file) == base or (file == base and ":" in digest)
+        for files in inputs.values()
+        for file, digest in files.items()
+    )
+    if was_folder or os.path.exists(base) or not _is_repo(base):
         raise ConfigError(
             f"--adapter: its base model is a folder of this machine, which nobody else has; found: {base}; expected: a base "
             f"from the hub; or without --adapter: then the merged model is sent"

@@ -202,6 +202,9 @@ def test_who_sees_it(hub: FakeHub, tmp_path: Path) -> None:
         "someone/open: a push does not change who sees a repository; found: it is public; expected: private" in output
     )
     assert len(hub.repos["someone/open"].messages) == commits
+    status, output = push(run, "--private", "--revision", "new", repo="someone/open")
+    assert status == 2 and "nothing was sent" in output
+    assert list(hub.repos["someone/open"].branches) == ["main"]
     status, output = push(run, repo="someone/open")
     assert status == 0
     assert "someone/open is public, as it was before" in output

@@ -256,9 +256,7 @@ def _committed(package: Package, to: Destination, token: str, tell: Callable[[st
 
     api = HfApi(token=token, library_name="raytrl", library_version=versions()["raytrl"])
     repo = api.create_repo(to.repo, private=to.private is not False, exist_ok=True).repo_id
-    if to.revision is not None:
-        api.create_branch(repo, branch=to.revision, exist_ok=True)
-    info = api.model_info(repo, revision=to.revision)
+    info = api.model_info(repo)
     is_private = {True: "private", False: "public"}
     if to.private is not None and info.private is not None and info.private != to.private:
         raise ConfigError(
@@ -267,6 +265,9 @@ def _committed(package: Package, to: Destination, token: str, tell: Callable[[st
         )
     if info.private is False and to.private is None:
         tell(f"{repo} is public, as it was before")
+    if to.revision is not None:
+        api.create_branch(repo, branch=to.revision, exist_ok=True)
+        info = api.model_info(repo, revision=to.revision)
     there = [sibling.rfilename for sibling in info.siblings or []]
     stale = [file for file in there if _OF_A_MODEL.fullmatch(file) and file not in package.files]
     if stale:

@@ -16,13 +16,26 @@ from raytrl.rundir import RunDirectory, is_disk_full
 from raytrl.versions import versions
 from raytrl.within import NotInTimeError, within
 
-# What a model folder is made of. Anything else in it (a pickle of training arguments, a trainer's state) is not sent.
-_SENT = (".safetensors", ".json", ".jinja", ".txt", ".model", ".tiktoken", ".py")
-# What makes a model at the top of a repository: of an earlier one nothing of this may stay beside the new one. An adapter's
-# config beside a whole model, or an old chat template, would be loaded with it.
-_OF_A_MODEL = re.compile(
-    r".+\.safetensors|.+\.(safetensors|bin)\.index\.json|pytorch_model.*\.bin|(adapter_|generation_)?config\.json|"
-    r"chat_template\.\w+|tokenizer.*|special_tokens_map\.json|added_tokens\.json|vocab\.(json|txt)|merges\.txt"
+# Whole names at the top of a folder, where transformers and PEFT look for a model. They are sent, and of an earlier model
+# nothing of this may stay in the repository: an adapter's config beside a whole model, or an old chat template, would be
+# loaded with the new one.
+_OF_A_MODEL = (
+    r"(adapter_)?model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|"
+    r"((adapter|generation|tokenizer|processor|(video_)?preprocessor)_)?config\.json|chat_template\.(jinja|json)|"
+    r"tokenizer\.(json|model)|special_tokens_map\.json|added_tokens\.json|vocab\.(json|txt)|merges\.txt|"
+    r"(spiece|spm|sentencepiece(\.bpe)?)\.model"
+)
+# Sent besides: vocabularies of rarer tokenizers, whose names may be somebody's own for something else, and chat templates
+# beside the first, which have a folder.
+_TEMPLATES = "additional_chat_templates/"
+_SENT = re.compile(
+    rf"{_OF_A_MODEL}|[^/]+\.(model|spm|tiktoken|codes|tokenizer)|dict\.txt|"
+    r"(tekken|emoji|entity_vocab|normalizer|word_shape|word_pronunciation|byte_maps|target_vocab|vocab-src|vocab-tgt)\.json|"
+    rf"{_TEMPLATES}[^/]+\.jinja"
+)
+# Taken out besides: weights by other names and of other formats. vLLM loads every file of safetensors that is there.
+_STALE = re.compile(
+    rf"{_OF_A_MODEL}|[^/]+\.safetensors|[^/]+\.(safetensors|bin)\.index\.json|(pytorch|adapter)_model[^/]*\.bin"
 )
 _CALL_S = 120.0  # the longest that one request goes without a byte
 _SLOWEST = 50_000  # bytes a second; a push that is slower is given up
@@ -149,13 +162,44 @@ def _check_weights(folder: str, where: str) -> None:
             ) from None
 
 
+def is_sent(name: str) -> bool:
+    """Whether a file of a model's folder is part of a model, by its name within it; code of its own is not known by its name."""
+    return _SENT.fullmatch(name) is not None
+
+
 def _files_of(folder: str) -> tuple[dict[str, str | bytes], list[str]]:
     """What is sent of a folder, and what is not; the card comes from elsewhere."""
     found = sorted(path for path in Path(folder).rglob("*") if path.is_file())
     names = {str(path.relative_to(folder).as_posix()): path for path in found}
     names = {name: path for name, path in names.items() if not name.startswith("merged/") and name != "README.md"}
-    sent = {name: str(path) for name, path in names.items() if name.endswith(_SENT)}
+    code = _code_of(folder)
+    sent = {name: str(path) for name, path in names.items() if is_sent(name) or name in code}
     return dict(sent), [name for name in names if name not in sent]
+
+
+def _code_of(folder: str) -> set[str]:
+    """The files of what configs name as the model's or tokenizer's own code, with what these import beside them.
+
+    A class that transformers has, too, may be named by a config that has kept it, without a file.
+    """
+    classes: list[str | None] = []
+    for config in (Path(folder, name) for name in ("config.json", "tokenizer_config.json")):
+        auto_map = json.loads(config.read_text(encoding="utf-8")).get("auto_map") if config.exists() else None
+        for named in (auto_map or {}).values():
+            classes += [named] if isinstance(named, str) else named  # of a tokenizer two, of which one may be null
+    modules = [named.partition(".")[0] for named in classes if named and "--" not in named]  # --: in another repository
+    if not modules:
+        return set()
+    from transformers.dynamic_module_utils import get_relative_imports
+
+    found: set[str] = set()
+    while modules:
+        file = f"{modules.pop()}.py"
+        path = os.path.join(folder, file)
+        if file not in found and os.path.isfile(path):
+            found.add(file)
+            modules += get_relative_imports(path)
+    return found
 
 
 def check_repo(repo: str) -> None:
@@ -268,8 +312,10 @@ def _committed(package: Package, to: Destination, token: str, tell: Callable[[st
     if to.revision is not None:
         api.create_branch(repo, branch=to.revision, exist_ok=True)
         info = api.model_info(repo, revision=to.revision)
-    there = [sibling.rfilename for sibling in info.siblings or []]
-    stale = [file for file in there if _OF_A_MODEL.fullmatch(file) and file not in package.files]
+    there = [sibling.rfilename for sibling in info.siblings or [] if sibling.rfilename not in package.files]
+    if templates := [file for file in there if file.startswith(_TEMPLATES)]:
+        tell(f"chat templates that stay in {repo} and are loaded with this one: {', '.join(templates)}")
+    stale = [file for file in there if _STALE.fullmatch(file)]
     if stale:
         tell(f"of the model that was there, taken out of {repo}: {', '.join(stale)}")
     operations = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=file) for name, file in package.files.items()]

@@ -65,7 +65,8 @@ def _of_scores(results: Mapping[str, Any]) -> Section:
         found = results["comparison"]
         rate = "-" if found["win_rate"] is None else f"{found['win_rate']:.1%}"
         rows.append(["win rate over compare", rate, ""])
-        rows.append(["  wins, ties, losses", f"{found['wins']}, {found['ties']}, {found['losses']}", ""])
+        counts = f"{found['wins']}, {found['ties']}, {found['losses']}"
+        rows.append(["  wins, ties, losses", counts + _left_out(found), ""])
         if found.get("p") is not None:  # an evaluation of an earlier version has none, and no error
             rows.append(["  p, exact sign test", shown_p(found["p"]), ""])
         if found.get("margin_stderr") is not None:
@@ -104,20 +105,20 @@ def _of_pairs(results: Mapping[str, Any]) -> Iterator[Section]:
             counts = f"{row['right']:,}, {row['ties']:,}, {row['wrong']:,}"
             margin = "-" if row["margin"] is None else f"{row['margin']:+.3f}"
             lost = [f"{row['too_long']:,}", f"{row['unscored']:,}"] if left_out else []
-            pairs = f"{row['n']:,}" + ("" if row["limit"] is None else " (limit)")
+            pairs = _counted(row)
             cells.append([category_of(row), _with_error(row["accuracy"], row["stderr"]), counts, margin, pairs, *lost])
             if row.get("macro") is not None:
-                empty = [""] * (3 + len(lost))
-                cells.append(["mean of the categories", _with_error(row["macro"], row["macro_stderr"]), *empty])
+                mean = _with_error(row["macro"], row["macro_stderr"])
+                cells.append(["mean of the categories", mean, "", "", pairs, *[""] * len(lost)])
         head = ["category", "accuracy, a tie half", "right, ties, wrong", "mean margin", "pairs", *apart]
-        yield Section(f"{key}: {results[key]['path']}", head, cells, words=1)
+        yield Section(f"{key}: {results[key]['path']}", head, cells, words=1, note=results[key]["dtype"])
     if compared := results.get("comparison"):
         rows = [
             [
                 category_of(row),
                 _signed(row["difference"], row["stderr"]),
                 f"{row['higher']:,}, {row['lower']:,}",
-                f"{row['n']:,}",
+                _counted(row) + _left_out(row),
                 "-" if row["p"] is None else shown_p(row["p"]),
                 row["test"] or "-",
             ]
@@ -125,6 +126,16 @@ def _of_pairs(results: Mapping[str, Any]) -> Iterator[Section]:
         ]
         head = ["category", "model − compare", "better, worse", "pairs of both", "p", "by"]
         yield Section("Model against compare, pair by pair", head, rows, words=1)
+
+
+def _counted(row: Mapping[str, Any]) -> str:
+    """How many, and that there was a limit."""
+    return f"{row['n']:,}" + ("" if row["limit"] is None else " (limit)")
+
+
+def _left_out(row: Mapping[str, Any]) -> str:
+    """Of a comparison: how many one of the two has no number for."""
+    return f" ({row['left_out']:,} left out)" if row["left_out"] else ""
 
 
 def category_of(row: Mapping[str, Any]) -> str:
@@ -169,7 +180,7 @@ def _how(model: Mapping[str, Any]) -> str:
 def _compared(row: Mapping[str, Any]) -> list[str]:
     difference = _signed(row["difference"], row["stderr"])
     counts = "-" if row["better"] is None else f"{row['better']}, {row['worse']}"
-    documents = f"{row['n']:,}" + (" (limit)" if row["limit"] is not None else "")
+    documents = _counted(row) + _left_out(row)
     p = "-" if row["p"] is None else shown_p(row["p"])
     return [row["task"], metric_of(row["metric"], row["filter"]), difference, counts, documents, p, row["test"] or "-"]
 

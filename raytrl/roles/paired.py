@@ -66,7 +66,8 @@ def _by_flips(differences: "np.ndarray[Any, np.dtype[np.float64]]") -> float:
     n = len(differences)
     if n == 0:
         return 1.0
-    least = abs(differences.sum()) * (1 - 1e-12)  # sums in another order are not the same to the last bit
+    # Sums in another order differ in their last bits, by how much is summed: where it cancels, the sum is nothing but that.
+    least = abs(differences.sum()) - 1e-12 * np.abs(differences).sum()
     if n <= _MOST_EXACT:
         signs = 1 - 2 * ((np.arange(2**n)[:, None] >> np.arange(n)) & 1)
         return float(np.mean(np.abs(signs @ differences) >= least))

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 import yaml
 from huggingface_hub import constants, set_client_factory
 from huggingface_hub.utils._http import default_client_factory
@@ -144,6 +145,115 @@ def test_of_a_lora_run_the_merged_model_or_the_adapter_alone(hub: FakeHub, tmp_p
     PeftModel.from_pretrained(base, str(as_folder(received(hub), tmp_path / "got")))
 
 
+def test_only_what_would_be_loaded_with_it_is_taken_out(hub: FakeHub, tmp_path: Path) -> None:
+    of_a_model = [
+        "model-00001-of-00002.safetensors",
+        "model.safetensors.index.json",
+        "consolidated.safetensors",
+        "pytorch_model.bin",
+        "pytorch_model-00001-of-00002.bin",
+        "pytorch_model.bin.index.json",
+        "adapter_model.safetensors",
+        "adapter_config.json",
+        "preprocessor_config.json",
+        "chat_template.jinja",
+        "chat_template.json",
+        "tokenizer.model",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "vocab.txt",
+        "merges.txt",
+        "spiece.model",
+        "sentencepiece.bpe.model",
+    ]
+    others = [
+        "old/model.safetensors",
+        "old/model.safetensors.index.json",
+        "old/config.json",
+        "checkpoint-5/adapter_model.safetensors",
+        "tokenizer/vocab.json",
+        "tokenizer/tokenizer.json",
+        "tokenizer_usage.md",
+        "tokenizers.txt",
+        "pytorch_model/notes.bin",
+        "onnx/model.onnx",
+        "results.json",
+        "modeling_mine.py",
+        "LICENSE",
+    ]
+    template = "additional_chat_templates/tool_use.jinja"
+    run = make_run(tmp_path)
+    assert push(run)[0] == 0
+    hub.repos["me/a"].branches["main"] |= dict.fromkeys([*of_a_model, *others, template], b"another's")
+    status, output = push(run)
+    assert status == 0
+    assert received(hub) == files_below(run / "model") | dict.fromkeys([*others, template], b"another's")
+    assert f"taken out of me/a: {', '.join(of_a_model)}\n" in output
+    assert f"are loaded with this one: {template}\n" in output
+
+
+def test_only_what_a_model_is_made_of_is_sent(hub: FakeHub, tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    model = run / "model"
+    before = files_below(model)
+    others = [
+        "checkpoint-5/model.safetensors",
+        "checkpoint-5/trainer_state.json",
+        "all_results.json",
+        "data.json",
+        "notes.txt",
+        "trainer_state.json",
+        "optimizer.pt",
+        "additional_chat_templates/notes.txt",
+        "modeling_mine.py",  # no auto_map names it
+    ]
+    parts = ["additional_chat_templates/tool_use.jinja", "qwen.tiktoken", "processor_config.json", "entity_vocab.json"]
+    for name in [*others, *parts]:
+        (model / name).parent.mkdir(exist_ok=True)
+        (model / name).write_text("{}")
+    shutil.copy(model / "model.safetensors", model / "checkpoint-5")
+    status, output = push(run)
+    assert status == 0
+    assert received(hub) == before | dict.fromkeys(parts, b"{}")
+    assert f"not sent, no part of a model: {', '.join(sorted(others))}\n" in output
+
+
+def test_code_is_sent_where_a_config_names_it_with_what_it_imports(hub: FakeHub, tmp_path: Path) -> None:
+    model = make_run(tmp_path) / "model"
+    sources = {
+        "modeling_mine.py": "from .layers_mine import Layer\n",
+        "layers_mine.py": "import torch\nfrom .sizes_mine import SIZE\n",
+        "sizes_mine.py": "",
+        "tokenization_mine.py": "",
+    }
+    for name, source in {**sources, "train.py": ""}.items():
+        (model / name).write_text(source)
+    named = {
+        "config.json": {
+            "AutoModel": "modeling_mine.Mine",
+            "AutoConfig": "some-org/other--train.Other",  # in a repository of its own
+            "AutoModelForCausalLM": "modeling_llama.LlamaForCausalLM",  # transformers has it
+        },
+        "tokenizer_config.json": {"AutoTokenizer": ["tokenization_mine.Mine", None]},
+    }
+    for name, classes in named.items():
+        config = json.loads((model / name).read_text())
+        (model / name).write_text(json.dumps(config | {"auto_map": classes}))
+    status, output = push(model.parent)
+    assert status == 0
+    assert {name for name in received(hub) if name.endswith(".py")} == sources.keys()
+    assert "not sent, no part of a model: train.py\n" in output
+
+
+def test_every_vocabulary_of_transformers_is_sent() -> None:
+    names = set()
+    for file in Path(transformers.__file__).parent.glob("models/*/tokenization_*.py"):
+        for block in re.findall(r"^VOCAB_FILES_NAMES = \{(.*?)\}", file.read_text(), re.MULTILINE | re.DOTALL):
+            names |= set(re.findall(r':\s*"([^"]+)"', block))
+    assert {"vocab.txt", "spiece.model", "bpe.codes"} < names
+    assert [name for name in sorted(names) if not pushing.is_sent(name)] == []
+
+
 @pytest.mark.parametrize("base", ["/home/me/base", "runs/sft/model", "HERE"])
 def test_an_adapter_to_a_base_that_nobody_else_has_is_refused(base: str, hub: FakeHub, tmp_path: Path) -> None:
     run = make_run(tmp_path, base=str(tmp_path) if base == "HERE" else base)
@@ -152,6 +262,31 @@ def test_an_adapter_to_a_base_that_nobody_else_has_is_refused(base: str, hub: Fa
     assert "--adapter: its base model is a folder of this machine" in output
     assert hub.requests == []
     assert push(run)[0] == 0  # merged it is whole
+
+
+@pytest.mark.parametrize(
+    ("files", "is_folder"),
+    [
+        ({"models/llama/config.json": "612:0f", "models/llama/model.safetensors": "9:0e"}, True),
+        ({"models/llama": "240 files: 0f"}, True),  # many files are one line
+        ({"models/llama": "5f0b02c75b57c5855da9ae460ce51323ea669d8a"}, False),  # the commit in the cache
+        ({"models/llama-2/config.json": "612:0f", "models/llama/lora/adapter_config.json": "612:0f"}, False),
+        ({}, False),
+    ],
+)
+@pytest.mark.parametrize("kind", ["sft", "tune"])
+def test_what_was_a_folder_when_the_run_began_is_refused_wherever_it_is_pushed_from(
+    files: dict[str, str], is_folder: bool, kind: str, hub: FakeHub, tmp_path: Path
+) -> None:
+    """As a hub's id it is well formed, and from here no such folder is seen."""
+    run = make_run(tmp_path, base="models/llama", kind=kind, best="7", inputs={"model.path": files})
+    if kind == "tune":  # a trial's own manifest has no inputs
+        (run / "trials/7").mkdir(parents=True)
+        shutil.move(run / "model", run / "trials/7/model")
+    status, output = push(run, "--adapter")
+    assert status == (2 if is_folder else 0)
+    assert ("--adapter: its base model is a folder of this machine" in output) == is_folder
+    assert (hub.requests == []) == is_folder
 
 
 def test_the_card_names_no_place_of_this_machine(hub: FakeHub, tmp_path: Path) -> None:
@@ -177,6 +312,9 @@ def test_who_sees_it(hub: FakeHub, tmp_path: Path) -> None:
         "someone/open: a push does not change who sees a repository; found: it is public; expected: private" in output
     )
     assert len(hub.repos["someone/open"].messages) == commits
+    status, output = push(run, "--private", "--revision", "new", repo="someone/open")
+    assert status == 2 and "nothing was sent" in output
+    assert list(hub.repos["someone/open"].branches) == ["main"]
     status, output = push(run, repo="someone/open")
     assert status == 0
     assert "someone/open is public, as it was before" in output

@@ -120,7 +120,7 @@ def test_pairs_are_drawn_by_category() -> None:
         | {"right": 2, "ties": 1, "wrong": 1, "margin": 0.5, "too_long": 0, "unscored": 0}
         for category, accuracy in ((None, 0.6), ("long", 0.7), ("short", None))
     ]
-    text = run_page("a", MANIFEST, [], [], {"model": {"path": "runs/reward"}, "pairs": rows})
+    text = run_page("a", MANIFEST, [], [], {"model": {"path": "runs/reward", "dtype": "float32"}, "pairs": rows})
     assert ">accuracy, 95 % of each model by itself<" in text
     assert [text.count(f">{name}<") for name in ("all pairs", "long", "short")] == [2, 2, 1]  # in picture and table
 

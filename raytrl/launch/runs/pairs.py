@@ -2,7 +2,7 @@
 
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from raytrl.config.runs.pairs import PairsRun
@@ -12,9 +12,12 @@ from raytrl.plan.checks.common import Facts
 from raytrl.plan.checks.pairs import check_pairs
 from raytrl.records.progress import Progress
 from raytrl.rundir import RunDirectory
+from raytrl.versions import installed
 
 if TYPE_CHECKING:
     from raytrl.roles.reward.pairs import PairScorer, Scores
+
+_LIBRARIES = ("transformers", "torch", "datasets")
 
 
 class PairsKind(EvaluationKind[PairsRun]):
@@ -30,7 +33,7 @@ class PairsKind(EvaluationKind[PairsRun]):
         started = time.time()
         with start.ray.running(start.need):
             scores = _scored(self.run, self._pairs, self.show)
-        results, samples = _results(self.run, self._pairs, scores)
+        results, samples = results_of(self.run, self._pairs, scores)
         results["seconds"] = time.time() - started + start.clock["checks_s"]
         write_results(start.run_dir, results, samples)
         return {}
@@ -76,21 +79,31 @@ def make_load(run: PairsRun) -> "Callable[[str], PairScorer]":
     return load
 
 
-def _results(
-    run: PairsRun, pairs: Any, scores: "dict[str, list[Scores]]"
+def results_of(
+    run: PairsRun, pairs: Mapping[str, Any], scores: "dict[str, list[Scores]]"
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """What results.json and samples.jsonl hold.
+
+    Args:
+        pairs: their columns.
+        scores: of all pairs, by the model's key.
+    """
+    from raytrl.roles.models.base import torch_dtype
     from raytrl.roles.reward.pairs import compare_pairs, summarize_pairs
 
-    category = run.pairs.category
+    category, limit = run.pairs.category, run.pairs.rows
     categories = None if category is None else [str(name) for name in pairs[category]]
-    results: dict[str, Any] = {key: {"path": path} for key, path in run.evaluated.items()}
+    how = {"dtype": str(torch_dtype(run.model.dtype, run.uses_gpu)).removeprefix("torch.")}
+    results: dict[str, Any] = {key: {"path": path, **how} for key, path in run.evaluated.items()}
     results["pairs"] = [
-        {"model": key, "limit": run.pairs.rows, **row}
+        {"model": key, "limit": limit, **row, **how}
         for key, found in scores.items()
         for row in summarize_pairs(found, categories)
     ]
     if "compare" in scores:
-        results["comparison"] = compare_pairs(scores["model"], scores["compare"], categories)
+        compared = compare_pairs(scores["model"], scores["compare"], categories)
+        results["comparison"] = [row | {"limit": limit} for row in compared]
+    results["versions"] = installed(_LIBRARIES)
     samples = [
         {"model": key, "row": row, **({} if categories is None else {"category": categories[row]}), **_sides(each)}
         for key, found in scores.items()

@@ -4,7 +4,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,13 +16,26 @@ from raytrl.rundir import RunDirectory, is_disk_full
 from raytrl.versions import versions
 from raytrl.within import NotInTimeError, within
 
-# What a model folder is made of. Anything else in it (a pickle of training arguments, a trainer's state) is not sent.
-_SENT = (".safetensors", ".json", ".jinja", ".txt", ".model", ".tiktoken", ".py")
-# What makes a model at the top of a repository: of an earlier one nothing of this may stay beside the new one. An adapter's
-# config beside a whole model, or an old chat template, would be loaded with it.
-_OF_A_MODEL = re.compile(
-    r".+\.safetensors|.+\.(safetensors|bin)\.index\.json|pytorch_model.*\.bin|(adapter_|generation_)?config\.json|"
-    r"chat_template\.\w+|tokenizer.*|special_tokens_map\.json|added_tokens\.json|vocab\.(json|txt)|merges\.txt"
+# Whole names at the top of a folder, where transformers and PEFT look for a model. They are sent, and of an earlier model
+# nothing of this may stay in the repository: an adapter's config beside a whole model, or an old chat template, would be
+# loaded with the new one.
+_OF_A_MODEL = (
+    r"(adapter_)?model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|"
+    r"((adapter|generation|tokenizer|processor|(video_)?preprocessor)_)?config\.json|chat_template\.(jinja|json)|"
+    r"tokenizer\.(json|model)|special_tokens_map\.json|added_tokens\.json|vocab\.(json|txt)|merges\.txt|"
+    r"(spiece|spm|sentencepiece(\.bpe)?)\.model"
+)
+# Sent besides: vocabularies of rarer tokenizers, whose names may be somebody's own for something else, and chat templates
+# beside the first, which have a folder.
+_TEMPLATES = "additional_chat_templates/"
+_SENT = re.compile(
+    rf"{_OF_A_MODEL}|[^/]+\.(model|spm|tiktoken|codes|tokenizer)|dict\.txt|"
+    r"(tekken|emoji|entity_vocab|normalizer|word_shape|word_pronunciation|byte_maps|target_vocab|vocab-src|vocab-tgt)\.json|"
+    rf"{_TEMPLATES}[^/]+\.jinja"
+)
+# Taken out besides: weights by other names and of other formats. vLLM loads every file of safetensors that is there.
+_STALE = re.compile(
+    rf"{_OF_A_MODEL}|[^/]+\.safetensors|[^/]+\.(safetensors|bin)\.index\.json|(pytorch|adapter)_model[^/]*\.bin"
 )
 _CALL_S = 120.0  # the longest that one request goes without a byte
 _SLOWEST = 50_000  # bytes a second; a push that is slower is given up
@@ -73,7 +86,7 @@ def package_of(run_dir: RunDirectory, adapter: bool) -> Iterator[Package]:
             )
         folder = os.path.join(whole, "merged") if has_adapter and not adapter else whole
         if adapter:
-            _check_base(folder)
+            _check_base(folder, manifest.get("inputs", {}))
         _check_weights(folder, f"{run_dir}/{name}{'/merged' if folder != whole else ''}")
         files, left_out = _files_of(folder)
         shortened = 0
@@ -103,9 +116,19 @@ def _model_of(run_dir: RunDirectory, manifest: dict[str, Any]) -> str:
     return name
 
 
-def _check_base(folder: str) -> None:
+def _check_base(folder: str, inputs: Mapping[str, Mapping[str, str]]) -> None:
+    """
+    Args:
+        inputs: of the run's manifest. A relative folder looks like an id of the hub wherever it is not there; of an id the
+            manifest has the commit alone, of a folder its files with `size:digest`, or all in one line.
+    """
     base = str(json.loads(Path(folder, "adapter_config.json").read_text()).get("base_model_name_or_path"))
-    if os.path.exists(base) or not _is_repo(base):
+    was_folder = any(
+        os.path.dirname(file) == base or (file == base and ":" in digest)
+        for files in inputs.values()
+        for file, digest in files.items()
+    )
+    if was_folder or os.path.exists(base) or not _is_repo(base):
         raise ConfigError(
             f"--adapter: its base model is a folder of this machine, which nobody else has; found: {base}; expected: a base "
             f"from the hub; or without --adapter: then the merged model is sent"
@@ -139,13 +162,44 @@ def _check_weights(folder: str, where: str) -> None:
             ) from None
 
 
+def is_sent(name: str) -> bool:
+    """Whether a file of a model's folder is part of a model, by its name within it; code of its own is not known by its name."""
+    return _SENT.fullmatch(name) is not None
+
+
 def _files_of(folder: str) -> tuple[dict[str, str | bytes], list[str]]:
     """What is sent of a folder, and what is not; the card comes from elsewhere."""
     found = sorted(path for path in Path(folder).rglob("*") if path.is_file())
     names = {str(path.relative_to(folder).as_posix()): path for path in found}
     names = {name: path for name, path in names.items() if not name.startswith("merged/") and name != "README.md"}
-    sent = {name: str(path) for name, path in names.items() if name.endswith(_SENT)}
+    code = _code_of(folder)
+    sent = {name: str(path) for name, path in names.items() if is_sent(name) or name in code}
     return dict(sent), [name for name in names if name not in sent]
+
+
+def _code_of(folder: str) -> set[str]:
+    """The files of what configs name as the model's or tokenizer's own code, with what these import beside them.
+
+    A class that transformers has, too, may be named by a config that has kept it, without a file.
+    """
+    classes: list[str | None] = []
+    for config in (Path(folder, name) for name in ("config.json", "tokenizer_config.json")):
+        auto_map = json.loads(config.read_text(encoding="utf-8")).get("auto_map") if config.exists() else None
+        for named in (auto_map or {}).values():
+            classes += [named] if isinstance(named, str) else named  # of a tokenizer two, of which one may be null
+    modules = [named.partition(".")[0] for named in classes if named and "--" not in named]  # --: in another repository
+    if not modules:
+        return set()
+    from transformers.dynamic_module_utils import get_relative_imports
+
+    found: set[str] = set()
+    while modules:
+        file = f"{modules.pop()}.py"
+        path = os.path.join(folder, file)
+        if file not in found and os.path.isfile(path):
+            found.add(file)
+            modules += get_relative_imports(path)
+    return found
 
 
 def check_repo(repo: str) -> None:
@@ -246,9 +300,7 @@ def _committed(package: Package, to: Destination, token: str, tell: Callable[[st
 
     api = HfApi(token=token, library_name="raytrl", library_version=versions()["raytrl"])
     repo = api.create_repo(to.repo, private=to.private is not False, exist_ok=True).repo_id
-    if to.revision is not None:
-        api.create_branch(repo, branch=to.revision, exist_ok=True)
-    info = api.model_info(repo, revision=to.revision)
+    info = api.model_info(repo)
     is_private = {True: "private", False: "public"}
     if to.private is not None and info.private is not None and info.private != to.private:
         raise ConfigError(
@@ -257,8 +309,13 @@ def _committed(package: Package, to: Destination, token: str, tell: Callable[[st
         )
     if info.private is False and to.private is None:
         tell(f"{repo} is public, as it was before")
-    there = [sibling.rfilename for sibling in info.siblings or []]
-    stale = [file for file in there if _OF_A_MODEL.fullmatch(file) and file not in package.files]
+    if to.revision is not None:
+        api.create_branch(repo, branch=to.revision, exist_ok=True)
+        info = api.model_info(repo, revision=to.revision)
+    there = [sibling.rfilename for sibling in info.siblings or [] if sibling.rfilename not in package.files]
+    if templates := [file for file in there if file.startswith(_TEMPLATES)]:
+        tell(f"chat templates that stay in {repo} and are loaded with this one: {', '.join(templates)}")
+    stale = [file for file in there if _STALE.fullmatch(file)]
     if stale:
         tell(f"of the model that was there, taken out of {repo}: {', '.join(stale)}")
     operations = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=file) for name, file in package.files.items()]

@@ -52,6 +52,14 @@ def test_few_numbers_are_compared_exactly() -> None:
     assert found.p == pytest.approx(10 / 32)  # the signs that leave 5.7 of 8.7, by hand
 
 
+@pytest.mark.parametrize("times", [2, 20])  # all signs gone through, and drawn ones
+def test_differences_that_cancel_say_nothing(times: int) -> None:
+    """Their sum is rounding noise and not 0: every sum of other signs is as large as no difference at all."""
+    found = paired([0.1, 0.2, -0.3] * times, [0.0] * 3 * times)
+    assert found.difference == pytest.approx(0, abs=1e-15)
+    assert found.p == 1
+
+
 def test_many_numbers_come_near_the_t_test_and_repeat() -> None:
     rng = random.Random(1)
     first = [rng.gauss(0.15, 1) for _ in range(150)]

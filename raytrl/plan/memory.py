@@ -19,7 +19,7 @@ from raytrl.config.runs.serve import ServeRun
 from raytrl.config.runs.supervised import SupervisedRun
 from raytrl.config.sections.engines import cpu_batch_tokens, cpu_cache_bytes
 from raytrl.config.sections.ppo import HEAD_CHUNK, LOGIT_BYTES, activation_bytes
-from raytrl.config.sections.serve import BATCH_ROWS
+from raytrl.config.sections.serve import BATCH_PROMPT_TOKENS, BATCH_ROWS
 from raytrl.plan.config_shapes import ModelShape
 from raytrl.plan.shapes import lora_parameters
 
@@ -254,7 +254,7 @@ def rollout_actor(run: RolloutRun, shape: ModelShape) -> Estimate:
     parts = {
         "weights": shape.parameters * float(size) * (run.engine_versions if run.loads_whole_models else 1),
         "cache": float(rows * run.longest_row * shape.layers * shape.kv_width * size),
-        "activations": rows * run.rollout.max_prompt_length * (2.0 * shape.hidden + 3 * shape.widest) * size,
+        "activations": _forward(shape, rows * run.rollout.max_prompt_length, size),
     }
     parts["sampling"] = rows * shape.vocab * 24.0  # float64 probabilities, where the logits are
     travelling = _travelling(run, shape.parameters * float(size))
@@ -286,7 +286,7 @@ def _vllm_actor(run: RolloutRun, shape: ModelShape) -> Estimate:
     if on_gpu:
         tokens = run.rollout.engine_args.get("max_num_batched_tokens") or _GPU_BATCH_TOKENS
     weights = shape.parameters * float(size)
-    parts = {"weights": weights, "activations": tokens * (2.0 * shape.hidden + 3 * shape.widest) * size}
+    parts = {"weights": weights, "activations": _vllm_forward(shape, tokens, size)}
     # With LoRA the base lies in mapped files, from which the merged layers are made one by one.
     travelling = _travelling(run, weights)
     if not on_gpu:
@@ -313,7 +313,7 @@ def reward_actor(run: RolloutRun, shapes: Mapping[str, ModelShape]) -> Estimate:
         weights += shape.parameters * float(size)
         largest = max(largest, shape.parameters * float(size))
         tokens = (source.batch_size or 32) * run.longest_row
-        batch = max(batch, tokens * (2.0 * shape.hidden + 3 * shape.widest) * size)
+        batch = max(batch, _forward(shape, tokens, size))
     parts = {"weights": weights, "activations": batch}
     extra = functions * LIBRARIES_GIB["function"] * GIB
     if not on_gpu and extra:
@@ -325,19 +325,20 @@ def server(run: ServeRun, shape: ModelShape) -> Estimate:
     """One replica of what is served; a policy's requests are as long as the model allows."""
     on_gpu, size = run.uses_gpu, _size(run.serve.dtype, run.uses_gpu)
     weights = shape.parameters * float(size)
-    width = (2.0 * shape.hidden + 3 * shape.widest) * size
     if run.scores:
-        return _finish({"weights": weights, "activations": _SCORED_TOKENS * width}, 0.0, on_gpu, "reward", weights)
+        parts = {"weights": weights, "activations": _forward(shape, _SCORED_TOKENS, size)}
+        return _finish(parts, 0.0, on_gpu, "reward", weights)
     token_bytes = shape.layers * shape.kv_width * size
     length = int(run.serve.engine_args.get("max_model_len") or run.max_tokens or _UNKNOWN_LENGTH)
     if run.serve.engine != "vllm":
         rows = min(run.serve.max_ongoing, BATCH_ROWS)
-        parts = {"weights": weights, "cache": float(rows * length * token_bytes), "activations": length * width}
+        parts = {"weights": weights, "cache": float(rows * length * token_bytes)}
+        parts["activations"] = _forward(shape, max(length, BATCH_PROMPT_TOKENS), size)
         return _finish(parts, 0.0, on_gpu, "rollout", weights)
     tokens = cpu_batch_tokens(run.sampling, length)
     if on_gpu:
         tokens = run.serve.engine_args.get("max_num_batched_tokens") or _GPU_BATCH_TOKENS
-    parts = {"weights": weights, "activations": tokens * width}
+    parts = {"weights": weights, "activations": _vllm_forward(shape, tokens, size)}
     front = LIBRARIES_GIB["vllm"] * GIB  # the process that answers; the engine has one of its own
     if not on_gpu:
         parts["weights"] += 2.0 * shape.vocab * shape.hidden * size
@@ -354,12 +355,12 @@ def benchmark_actor(run: BenchmarkRun, shape: ModelShape) -> Estimate:
     size = _size(run.model.dtype, on_gpu)
     weights, length = shape.parameters * float(size), section.max_length or _REQUEST_TOKENS
     tokens = section.batch_size * length
-    parts = {"weights": weights, "activations": tokens * (2.0 * shape.hidden + 3 * shape.widest) * size}
+    parts = {"weights": weights, "activations": _forward(shape, tokens, size)}
     if section.engine != "vllm":
         parts["log-probs"] = tokens * shape.vocab * (4.0 + size)
     elif not on_gpu:
         rollout = section.as_rollout
-        parts["activations"] = cpu_batch_tokens(rollout, length) * (2.0 * shape.hidden + 3 * shape.widest) * size
+        parts["activations"] = _vllm_forward(shape, cpu_batch_tokens(rollout, length), size)
         parts["weights"] += 2.0 * shape.vocab * shape.hidden * size  # embedding and head are kept packed as well
         parts["cache"] = float(cpu_cache_bytes(rollout, shape.layers * shape.kv_width * size, length))
     estimate = _finish(parts, 0.0, on_gpu, "benchmark", weights)
@@ -371,8 +372,18 @@ def pairs_actor(run: PairsRun, shape: ModelShape) -> Estimate:
     on_gpu = run.uses_gpu
     size = _size(run.model.dtype, on_gpu)
     weights, tokens = shape.parameters * float(size), run.pairs.batch_size * _REQUEST_TOKENS
-    parts = {"weights": weights, "activations": tokens * (2.0 * shape.hidden + 3 * shape.widest) * size}
+    parts = {"weights": weights, "activations": _forward(shape, tokens, size)}
     return _finish(parts, 0.0, on_gpu, "reward", weights)
+
+
+def _forward(shape: ModelShape, tokens: float, size: int) -> float:
+    """What a forward pass of transformers takes in its widest layer, without gradients and without a cache."""
+    return tokens * (3.0 * shape.hidden + 4 * shape.widest) * size
+
+
+def _vllm_forward(shape: ModelShape, tokens: float, size: int) -> float:
+    """As `_forward`; gate and up are one matrix there, and the product takes the place of one of them."""
+    return tokens * (2.0 * shape.hidden + 3 * shape.widest) * size
 
 
 def _finish(parts: dict[str, float], offloaded: float, on_gpu: bool, libraries: str, loading: float) -> Estimate:

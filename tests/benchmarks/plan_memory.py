@@ -218,7 +218,7 @@ def make_files(folder: Path, model: dict[str, Any], judge: dict[str, Any] = MODE
     prompts = ["".join(words[i : i + 54]) for i in range(0, len(words), 54)][:32]
     write_rows(folder / "prompts.jsonl", [{"prompt": row} for row in prompts])
     # Nearly 512 tokens, for which the plan takes texts that nobody has counted; a word is 2.3.
-    long = ["".join(words[i : i + 215]) for i in range(0, len(words), 40)][:64]
+    long = ["".join(words[i : i + 215]) for i in range(0, len(words), 40)][:32]
     documents = [{"text": each, "prompt": each, "chosen": " good", "rejected": " bad"} for each in long]
     write_rows(folder / "documents.jsonl", documents)
     (folder / "rule.py").write_text(RULE)

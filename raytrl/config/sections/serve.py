@@ -9,6 +9,9 @@ from raytrl.config.credentials import is_reference
 from raytrl.config.sections.base import NativeArguments, ProcessSection
 
 BATCH_ROWS = 32  # of what transformers samples from at a time, unless max_ongoing is less
+BATCH_PROMPT_TOKENS = (
+    8192  # of the same, padding included: their activations are there at once; a longer prompt is alone
+)
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]*")
 
 

@@ -128,6 +128,7 @@ def load_harness(
     lm = HFLM(
         **common, device=device, batch_size=section.batch_size, max_length=section.max_length, softmax_dtype="float32"
     )
+    lm.model.config.get_text_config().use_cache = False  # but where it writes, for which lm-eval says so
 
     def close() -> None:
         del lm._model

@@ -53,6 +53,7 @@ class ModelSource:
         self._model, self._tokenizer = self._load(path)
         _head_in_float32(self._model)
         self._text_config = self._model.config.get_text_config()
+        self._text_config.use_cache = False  # keys and values of all layers are more than the activations, for no token
         self._output = output_index(self._model.config, section.label, label_key)
         self._padding: int | None = self._text_config.pad_token_id
         self._vocabulary: int = self._model.get_input_embeddings().num_embeddings

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from raytrl.config.sections.serve import BATCH_PROMPT_TOKENS
 from raytrl.roles.rollout.decoding import Decoding
 from raytrl.roles.serving.responses import Call, Row, TokenLogprob
 from raytrl.roles.serving.sampling import Knobs
@@ -103,7 +104,12 @@ class Batches:
         adapter = self._calls[0].adapter
         served = [call for call in self._calls if call.adapter == adapter]
         turns = zip_longest(*([(call, *each) for each in call.waiting] for call in served))
-        found = list(islice((each for turn in turns for each in turn if each is not None), self._max_rows))
+        found, width = list[_Taken](), 0
+        for each in islice((each for turn in turns for each in turn if each is not None), self._max_rows):
+            width = max(width, len(each[2].token_ids))
+            if found and width * (len(found) + 1) > BATCH_PROMPT_TOKENS:
+                break
+            found.append(each)
         for call, _, _ in found:
             call.waiting.popleft()
         # Who has had a turn and has more rows stands behind those who have not.

@@ -4,7 +4,7 @@ import difflib
 import importlib.util
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -165,6 +165,9 @@ def load_tasks(section: BenchmarkSection) -> Tasks:
     own_names = {file.path: file.name for file in files}
     names = {task: own_names.get(task, task) for task in section.tasks}
     manager, reached = _manager(section, files, names.values())
+    for file in files:
+        if file.name in reached:
+            _check_members(file, reached)
     if unknown := [name for name in section.names if name not in reached]:
         near = difflib.get_close_matches(unknown[0], manager.all_tasks, 3)
         raise ConfigError(
@@ -185,6 +188,18 @@ def load_tasks(section: BenchmarkSection) -> Tasks:
     return Tasks(loaded, files)
 
 
+def _check_members(file: TaskFile, reached: Mapping[str, Any]) -> None:
+    """What is a name and nothing more has to be known, unless the group itself says what a task is."""
+    members = file.says.get("task")
+    names = [name for name in members if isinstance(name, str)] if isinstance(members, list) else []
+    lost = [name for name in names if name not in reached]
+    if lost and "dataset_path" not in file.says:
+        raise ConfigError(
+            f"{_TASKS}: {file.path}: task: no such task; found: {lost[0]!r}; expected: a name of lm-eval, of a file beside "
+            f"this one, or a name or tag of a file in benchmark.include"
+        )
+
+
 def _is_included(section: BenchmarkSection, path: Path | None) -> bool:
     return section.include is not None and path is not None and path.is_relative_to(section.include)
 
@@ -199,7 +214,7 @@ def _manager(section: BenchmarkSection, files: Sequence[TaskFile], names: Iterab
         if file.path in section.files or not _is_included(section, Path(file.path)):
             kind = Kind.GROUP if "group" in file.says else Kind.TASK
             own.setdefault(file.name, Entry(file.name, kind, Path(file.path).resolve(), file.says))
-    for with_lm_evals in (False, True):  # 14,000 files, which takes 5 s to read
+    for with_lm_evals in (False, True):  # which are 14,000 files, and take 5 s to read
         try:
             manager = TaskManager(include_path=section.include, include_defaults=with_lm_evals)
         except TypeError as error:  # it sorts the names

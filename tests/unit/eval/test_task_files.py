@@ -19,6 +19,13 @@ def tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return make_tasks(tmp_path).relative_to(tmp_path)
 
 
+@pytest.fixture
+def no_lm_evals(tasks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty folder lm_evals/ in place of lm-eval's own tasks."""
+    Path("lm_evals").mkdir()
+    monkeypatch.setattr("lm_eval.tasks.manager.__file__", str(Path("lm_evals/manager.py").absolute()))
+
+
 def section(*tasks: str, **more: Any) -> BenchmarkSection:
     return BenchmarkSection(tasks=list(tasks), **more)
 
@@ -61,6 +68,18 @@ def test_a_group_by_its_file_finds_what_lies_beside_it(tasks: Path, members: str
     assert sorted(found.names) == ["choose", "write"] and "everything" in found.loaded["groups"]
     assert {"all", "choose", "write"} <= {Path(file.path).stem for file in found.files}
     assert "surprise" not in {file.name for file in found.files}
+
+
+def test_a_member_that_nobody_knows_is_refused(tasks: Path, no_lm_evals: None) -> None:
+    edit(tasks / "write.yaml", tag="prose")
+    (tasks / "all.yaml").write_text("group: everything\ntask: [prose]\n")
+    with pytest.raises(
+        ConfigError, match=r"tasks: tasks/all.yaml: task: no such task; found: 'prose'; expected: a name"
+    ):
+        load_tasks(section(str(tasks / "all.yaml")))
+    assert load_tasks(section(str(tasks / "all.yaml"), include=str(tasks))).names == ["write"]
+    edit(tasks / "all.yaml", **yaml.safe_load((tasks / "write.yaml").read_text()) | {"task": ["anew"]})
+    assert load_tasks(section(str(tasks / "all.yaml"))).names == ["everything::anew"]
 
 
 def test_a_group_of_nothing_is_refused(tasks: Path) -> None:
@@ -164,11 +183,7 @@ def test_python_of_elsewhere_is_refused_by_whatever_name_it_is_reached(tasks: Pa
     assert not Path("ran").exists()
 
 
-def test_what_a_group_of_lm_evals_finds_in_the_folder_is_looked_at(
-    tasks: Path, evil: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    Path("lm_evals").mkdir()
-    monkeypatch.setattr("lm_eval.tasks.manager.__file__", str(Path("lm_evals/manager.py").absolute()))
+def test_what_a_group_of_lm_evals_finds_in_the_folder_is_looked_at(tasks: Path, evil: Path, no_lm_evals: None) -> None:
     Path("lm_evals/whole.yaml").write_text("group: whole\ntask: [quiz]\n")
     text = (tasks / "choose.yaml").read_text().replace("task: choose", "task: quiz")
     (tasks / "some_file.yaml").write_text(text + EVIL)

@@ -17,6 +17,7 @@ from raytrl.config.runs.base import Columns, RowKind, Run
 from raytrl.config.sections.data import DataSource
 from raytrl.data_files import reader_of
 from raytrl.data_json import values_of, without_filled_keys
+from raytrl.data_places import folder_of, matches, place_of
 from raytrl.errors import DataError
 from raytrl.functions import describe_raised, load_function
 
@@ -36,15 +37,16 @@ def load_data(source: DataSource, where: str) -> datasets.Dataset:
         DataError: file, folder, hub id or split is missing, or a file cannot be parsed (with the line).
     """
     files = source.named_files
-    for file in files:
-        if "://" not in file and not Path(file).is_file() and not glob.glob(file, recursive=True):
-            raise DataError(f"{where}: no such file; found: {file!r} (working directory {Path.cwd()})")
+    places = [place_of(file, source.path, source.data_dir) for file in files]
+    for place in places:
+        if place is not None and not matches(place):
+            raise DataError(f"{where}: no such file; found: {place!r} (working directory {Path.cwd()})")
     if not files and Path(source.path).is_file():
         raise DataError(
             f"{where}: a file whose suffix does not say what is in it; found: {source.path!r}; expected: .jsonl, .json, "
             f".csv, .tsv, .parquet or .txt, or {{path: json, data_files: {source.path}}}"
         )
-    if files and all(Path(file).is_file() and Path(file).stat().st_size == 0 for file in files):
+    if files and all(place and Path(place).is_file() and Path(place).stat().st_size == 0 for place in places):
         raise DataError(f"{where}: the dataset is empty; found: 0 bytes in {_name(source)}")
     try:
         dataset = _load(source)
@@ -83,7 +85,10 @@ def _load(source: DataSource) -> datasets.Dataset:
             )
     options = {k: v for k, v in source.model_dump().items() if k not in ("transform", "split") and v is not None}
     if source.named_files:  # a file is a file, whatever its name would mean as a pattern
-        options["data_files"] = [glob.escape(file) if Path(file).is_file() else file for file in source.named_files]
+        places = [(file, place_of(file, source.path, source.data_dir)) for file in source.named_files]
+        options["data_files"] = [
+            glob.escape(file) if place and Path(place).is_file() else file for file, place in places
+        ]
     builder = datasets.load_dataset_builder(options.pop("path"), **options)
     named = builder.config.data_files or {}
     files = [file for group in named.values() for file in group]
@@ -127,7 +132,8 @@ def _cause(error: Exception, source: DataSource, files: list[str], where: str) -
         return f"{where}: the dataset is empty; found: 0 rows in {_name(source)}"
     if isinstance(error, ValueError) and "split" in str(error).lower():
         return f"{where}.split: found: {source.split!r}; {error}"
-    offline = "" if files or Path(source.path).exists() else " (not a local file or folder, and not had from the hub)"
+    is_here = folder_of(source.path, source.data_dir) is not None or Path(source.path).exists()
+    offline = "" if is_here else " (not a local file or folder, and not had from the hub)"
     innermost: BaseException = error
     while innermost.__cause__ is not None:
         innermost = innermost.__cause__

@@ -7,7 +7,6 @@ not looked at: `cp -p` and `rsync -t` keep them, `touch` and a clone change them
 
 import ast
 import functools
-import glob
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,6 +16,7 @@ import xxhash
 
 from raytrl.config.runs.base import Run
 from raytrl.config.sections.data import DataSource
+from raytrl.data_places import folder_of, local_files
 
 Inputs = dict[str, dict[str, str]]  # key of the run file → file → digest
 
@@ -66,32 +66,10 @@ def is_code_of_rewards(key: str) -> bool:
 
 
 def _data(source: DataSource) -> Iterator[tuple[str, str]]:
-    files = source.named_files
-    is_folder = os.path.isdir(source.path)
-    for pattern in files:
-        places = [pattern, os.path.join(source.path, pattern)] if is_folder else [pattern]
-        matched = next((m for place in places if (m := _matches(place))), [])
-        for file in matched:
-            yield file, _digest(file, _WHOLE_DATA)
-    folder = source.data_dir if source.data_dir is not None and os.path.isdir(source.data_dir) else None
-    if folder is None and is_folder and not files:
-        folder = os.path.join(source.path, source.data_dir) if source.data_dir else source.path
-    if folder is not None:
-        yield from _folder(folder, [p for p in Path(folder).rglob("*") if _is_data(p, folder)], _WHOLE_DATA)
-    elif not files and not is_folder and (commit := _dataset_commit(source)):
+    if folder_of(source.path, source.data_dir) is None and (commit := _dataset_commit(source)):
         yield source.path, commit
-
-
-def _matches(pattern: str) -> list[str]:
-    if os.path.isfile(pattern):
-        return [pattern]
-    return sorted(file for file in glob.glob(pattern, recursive=True) if os.path.isfile(file))
-
-
-def _is_data(path: Path, folder: str) -> bool:
-    """Not hidden, and not what `datasets` leaves in a saved dataset whose rows it has gone through."""
-    parts = path.relative_to(folder).parts
-    return path.is_file() and not any(p.startswith(".") for p in parts) and not parts[-1].startswith(("cache-", "tmp"))
+    for file in local_files(source.path, source.data_dir, source.named_files):
+        yield file, _digest(file, _WHOLE_DATA)
 
 
 def _model(path: str, revision: str | None) -> dict[str, str]:
@@ -99,7 +77,7 @@ def _model(path: str, revision: str | None) -> dict[str, str]:
         return {path: _digest(path, _WHOLE_WEIGHTS)}
     if os.path.isdir(path):
         files = [file for pattern in _MODEL_FILES for file in Path(path).glob(pattern) if file.is_file()]
-        return dict(_folder(path, files, _WHOLE_WEIGHTS))
+        return {os.path.join(path, f.relative_to(path)): _digest(str(f), _WHOLE_WEIGHTS) for f in sorted(files)}
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
@@ -142,11 +120,6 @@ def _code(place: str) -> dict[str, str]:
     except (SyntaxError, ValueError):  # whoever loads it says so
         return {str(path): _digest(str(path), _WHOLE_DATA)}
     return {str(path): xxhash.xxh3_128_hexdigest(said.encode())}
-
-
-def _folder(folder: str, files: list[Path], whole: int) -> Iterator[tuple[str, str]]:
-    for file in sorted(files):
-        yield os.path.join(folder, file.relative_to(folder)), _digest(str(file), whole)
 
 
 def _few(files: dict[str, str]) -> dict[str, str]:

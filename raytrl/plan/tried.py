@@ -8,6 +8,7 @@ from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 
 from raytrl.config.runs.base import Run
+from raytrl.data_places import folder_of
 from raytrl.errors import ConfigError, DataError
 from raytrl.plan.checks.common import Facts
 from raytrl.plan.checks.weights import check_weights
@@ -19,7 +20,9 @@ def facts_of(run: Run) -> tuple[Facts, list[str]]:
     """What is known of models and local datasets, and what is missing or cannot be used."""
     found, columns, problems = dict[str, Any](), dict[str, str](), list[str]()
     for key, source in run.data_sources().items():
-        is_local = bool(source.named_files or source.data_dir) or os.path.exists(source.path)
+        is_local = os.path.exists(source.path) or (
+            bool(source.named_files or source.data_dir) and folder_of(source.path, source.data_dir) is not None
+        )
         if not is_local and _is_hub_id(source.path):
             continue  # to count its rows is to download them
         from raytrl.data import choose_columns, load_data  # datasets: 1.3 s

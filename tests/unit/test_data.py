@@ -106,6 +106,18 @@ def test_a_pattern_loads_the_files_it_matches_and_is_refused_when_there_are_none
     assert load_error({"path": "json", "data_files": "q*.jsonl"}).startswith("data.train: no such file; found: 'q*.")
 
 
+@pytest.mark.parametrize("source", [{"path": "rows"}, {"path": "json", "data_dir": "rows"}])
+def test_files_are_relative_to_the_folder_that_is_named(source: dict[str, Any]) -> None:
+    Path("rows").mkdir()
+    write_rows(Path("rows/a[1].jsonl"), [{"text": "a"}])
+    assert load(source | {"data_files": "a*.jsonl"})["text"][:] == ["a"]
+    assert load(source | {"data_files": "a[1].jsonl"})["text"][:] == ["a"]
+    write_rows(Path("b.jsonl"), [{"text": "b"}])
+    assert load_error(source | {"data_files": "b.jsonl"}).startswith("data.train: no such file; found: 'rows/b.jsonl'")
+    Path("rows/empty.jsonl").write_text("")
+    assert load_error(source | {"data_files": "empty.jsonl"}).startswith("data.train: the dataset is empty; found: 0 b")
+
+
 @pytest.mark.parametrize(("name", "text"), [("a.jsonl", ""), ("a.csv", ""), ("a.csv", "text\n")])
 def test_an_empty_dataset_is_refused(name: str, text: str) -> None:
     Path(name).write_text(text)
@@ -128,6 +140,8 @@ def test_a_hub_id_that_cannot_be_had_says_so(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     message = load_error("some-org/nothing")
     assert message.startswith("data.train: 'some-org/nothing' cannot be loaded (not a local file or folder")
+    message = load_error({"path": "some-org/nothing", "data_files": "en/a.jsonl"})
+    assert message.startswith("data.train: 'en/a.jsonl' cannot be loaded (not a local file or folder")
 
 
 # transforms

@@ -109,7 +109,9 @@ def test_globs_folders_and_saved_datasets(tmp_path: Path) -> None:
         {"path": "rows"},
         {"path": "rows", "data_files": "*.jsonl"},
         {"path": "json", "data_dir": "rows"},
+        {"path": "json", "data_dir": "rows", "data_files": ["a.jsonl", "b.jsonl"]},
     ]
+    write_rows(tmp_path / "a.jsonl", text_rows(3))  # in the working directory, where datasets would not look
     for source in sources:
         assert set(found(tmp_path, data={"train": source})["data.train"]) == {"rows/a.jsonl", "rows/b.jsonl"}
     before = found(tmp_path, data={"train": "rows"})
@@ -138,6 +140,9 @@ def test_what_is_on_the_hub_is_the_commit_in_the_cache(tmp_path: Path, monkeypat
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda path, *_, **__: cached)
     made = found(tmp_path, model={"path": "org/model"}, data={"train": "org/rows"})
     assert made == {"data.train": {"org/rows": "c0ffee"}, "model.path": {"org/model": "abc"}}
+    write_rows(tmp_path / "train.jsonl", text_rows(3))  # nor is a file of the hub's dataset one that lies here
+    made = found(tmp_path, data={"train": {"path": "org/rows", "data_files": "train.jsonl"}})
+    assert made["data.train"] == {"org/rows": "c0ffee"}
 
 
 def test_code_is_what_it_says(tmp_path: Path) -> None:

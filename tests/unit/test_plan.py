@@ -301,6 +301,12 @@ def test_a_builder_that_reads_a_folder_is_no_hub_id(tmp_path: Path) -> None:
     assert dict(planned(file).words)["data"].startswith("7 rows")
 
 
+def test_files_and_folders_of_the_hub_are_not_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("raytrl.data.load_data", lambda *_: pytest.fail("it was loaded"))
+    for more in ({"data_files": "en/a.jsonl"}, {"data_dir": "en"}):
+        planned(run_file(tmp_path, "a", learner={"workers": 1}, data={"train": {"path": "org/rows", **more}}))
+
+
 IDLE = {
     "checkpoint.every=8": "checkpoint.every: 8, and the run has 8 steps",
     "training.num_train_epochs=2": "training.num_train_epochs: does nothing beside training.max_steps 8",

@@ -30,7 +30,7 @@ class BenchmarkSection(MeasuringSection):
 
     tasks: Annotated[list[str], BeforeValidator(as_list), Field(min_length=1)]
     """lm-eval's tasks, groups and tags: names, or files that end in .yaml, relative to where the command is typed, as are the
-    data files that they name."""
+    folders that they name (dataset_path, data_dir) and, where they name none, their data_files."""
     include: str | None = None
     """A folder whose .yaml files are tasks, too, by the names that they give themselves. null: none."""
     fewshot: Annotated[int, Field(ge=0)] | None = None

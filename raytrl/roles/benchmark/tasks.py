@@ -4,9 +4,9 @@ import difflib
 import importlib.util
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from raytrl.config.sections.benchmark import BenchmarkSection
 from raytrl.errors import ConfigError
 from raytrl.roles.benchmark.files import TaskFile, check_data_files, read_task_file
 
-_TASKS = "benchmark.tasks"
+_TASKS, _INCLUDE = "benchmark.tasks", "benchmark.include"
 
 
 @dataclass(frozen=True)
@@ -88,26 +88,43 @@ def own_files(section: BenchmarkSection) -> list[TaskFile]:
         ConfigError: one cannot be read. A file in `include` that nobody names may be anything.
     """
     files = [read_task_file(path, _TASKS) for path in section.files]
-    if section.include is None:
-        return files
-    if not os.path.isdir(section.include):
-        raise ConfigError(
-            f"benchmark.include: no such folder; found: {section.include!r} (working directory {Path.cwd()}); expected: a "
-            f"folder with .yaml files of tasks"
-        )
-    wanted, included = set(section.names), list[TaskFile]()
-    for path in sorted(Path(section.include).rglob("*.yaml")):
+    for file in list(files):  # the tasks of a group may lie beside it
+        if members := _members(file.says):
+            beside = _asked_for(members, Path(file.path).parent.glob("*.yaml"), _TASKS, lambda other: {other.name})
+            files += [other for other in beside if other not in files]
+    if section.include is not None:
+        if not os.path.isdir(section.include):
+            raise ConfigError(
+                f"{_INCLUDE}: no such folder; found: {section.include!r} (working directory {Path.cwd()}); expected: a "
+                f"folder with .yaml files of tasks"
+            )
+        wanted = {*section.names, *(name for file in files for name in _members(file.says))}
+        included = _asked_for(wanted, Path(section.include).rglob("*.yaml"), _INCLUDE, _names_of)
+        files += [file for file in included if file not in files]
+    known = dict[str, list[dict[str, Any]]]()
+    for file in files:
+        for name in _names_of(file):
+            known.setdefault(name, []).append(file.says)
+    return [replace(file, known=known) for file in files]
+
+
+def _asked_for(
+    names: set[str], paths: Iterable[Path], where: str, names_of: Callable[[TaskFile], set[str]]
+) -> list[TaskFile]:
+    """Of the files those that are asked for by name, or by a group that is."""
+    there, broken = list[TaskFile](), dict[str, ConfigError]()
+    for path in sorted(paths):
         try:
-            included.append(read_task_file(str(path), "benchmark.include"))
-        except ConfigError:
-            if path.stem in wanted:
-                raise
-    while True:  # a group names further ones
-        found = [file for file in included if wanted & _names_of(file) and file not in files]
-        if not found:
-            return files
-        files += found
-        wanted |= {str(name) for file in found for name in _members(file.says)}
+            there.append(read_task_file(str(path), where))
+        except ConfigError as error:
+            broken[path.stem] = error
+    asked, wanted = list[TaskFile](), set(names)
+    while found := [file for file in there if wanted & names_of(file) and file not in asked]:
+        asked += found
+        wanted |= {name for file in found for name in _members(file.says)}
+    for name in sorted(broken.keys() & wanted):
+        raise broken[name]
+    return asked
 
 
 def _names_of(file: TaskFile) -> set[str]:
@@ -117,12 +134,16 @@ def _names_of(file: TaskFile) -> set[str]:
     return {name for name in names if isinstance(name, str)}
 
 
-def _members(says: dict[str, Any]) -> list[str]:
-    """The names of a group's tasks and groups."""
+def _members(says: dict[str, Any]) -> set[Any]:
+    """The names of a group's tasks, groups and tags, and of those of the groups that stand within it."""
+    found = set[Any]()
     members = says.get("task") if "group" in says else None
-    found = []
     for member in members if isinstance(members, list) else ():
-        found += [member] if isinstance(member, str) else [str(v) for k, v in member.items() if k in ("task", "group")]
+        if isinstance(member, dict):
+            names = [member[key] for key in ("task", "group") if key in member]
+            found |= {name for name in names if not isinstance(name, list | dict)} | _members(member)
+        elif isinstance(member, str):
+            found.add(member)
     return found
 
 
@@ -134,26 +155,32 @@ def load_tasks(section: BenchmarkSection) -> Tasks:
     """
     files = own_files(section)
     for file in files:
-        check_data_files(file, _TASKS)
+        if file.path in section.files or _names_of(file) & set(section.names):  # others as the group asks for them
+            check_data_files(file, _TASKS)
     check_installed()
     import datasets
-    from lm_eval.tasks import TaskManager
 
     datasets.disable_progress_bars()
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    known = {name for file in files for name in _names_of(file)}
-    needed = {*section.names, *(name for file in files for name in _members(file.says))}
-    # lm-eval's own are 14,000 files, which takes 5 s to read.
-    manager = TaskManager(include_path=section.include, include_defaults=not needed <= known)
-    if unknown := [name for name in section.names if name not in manager.task_index]:
+    own_names = {file.path: file.name for file in files}
+    names = {task: own_names.get(task, task) for task in section.tasks}
+    manager, reached = _manager(section, files, names.values())
+    for file in files:
+        if file.name in reached:
+            _check_members(file, reached)
+    if unknown := [name for name in section.names if name not in reached]:
         near = difflib.get_close_matches(unknown[0], manager.all_tasks, 3)
         raise ConfigError(
             f"{_TASKS}: no such task; found: {unknown[0]!r}; expected: a name of lm-eval or of a file in benchmark.include"
             f"{'; nearest: ' + ', '.join(near) if near else ''}; a file of your own ends in .yaml"
         )
+    read = {os.path.realpath(file.path) for file in files}
+    included = {str(entry.yaml_path) for entry in reached.values() if _is_included(section, entry.yaml_path)}
+    # Of names that only lm-eval has seen: it runs nothing that was not looked at.
+    files += [read_task_file(path, _INCLUDE) for path in sorted(included) if os.path.realpath(path) not in read]
     loaded: dict[str, Any] = {"tasks": {}, "groups": {}, "group_map": {}}
-    for name in section.tasks:
-        found = _load(manager, name, section.offline)
+    for task, name in names.items():
+        found = _load(manager, name, task, section.offline)
         if twice := loaded["tasks"].keys() & found["tasks"].keys():
             raise ConfigError(f"{_TASKS}: found: {', '.join(sorted(twice))} more than once; expected: each task once")
         for part, held in loaded.items():
@@ -161,17 +188,74 @@ def load_tasks(section: BenchmarkSection) -> Tasks:
     return Tasks(loaded, files)
 
 
-def _load(manager: Any, name: str, is_offline: bool) -> Any:
+def _check_members(file: TaskFile, reached: Mapping[str, Any]) -> None:
+    """What is a name and nothing more has to be known, unless the group itself says what a task is."""
+    members = file.says.get("task")
+    names = [name for name in members if isinstance(name, str)] if isinstance(members, list) else []
+    lost = [name for name in names if name not in reached]
+    if lost and "dataset_path" not in file.says:
+        raise ConfigError(
+            f"{_TASKS}: {file.path}: task: no such task; found: {lost[0]!r}; expected: a name of lm-eval, of a file beside "
+            f"this one, or a name or tag of a file in benchmark.include"
+        )
+
+
+def _is_included(section: BenchmarkSection, path: Path | None) -> bool:
+    return section.include is not None and path is not None and path.is_relative_to(section.include)
+
+
+def _manager(section: BenchmarkSection, files: Sequence[TaskFile], names: Iterable[str]) -> tuple[Any, dict[str, Any]]:
+    """lm-eval's TaskManager, and its entries of all names and of what groups and tags among them ask for; nothing is run."""
+    from lm_eval.tasks import TaskManager
+    from lm_eval.tasks._index import Entry, Kind
+
+    own = dict[str, Entry]()
+    for file in files:
+        if file.path in section.files or not _is_included(section, Path(file.path)):
+            kind = Kind.GROUP if "group" in file.says else Kind.TASK
+            own.setdefault(file.name, Entry(file.name, kind, Path(file.path).resolve(), file.says))
+    for with_lm_evals in (False, True):  # which are 14,000 files, and take 5 s to read
+        try:
+            manager = TaskManager(include_path=section.include, include_defaults=with_lm_evals)
+        except TypeError as error:  # it sorts the names
+            raise ConfigError(
+                f"{_INCLUDE}: lm-eval cannot read {section.include}; found: {error}; expected: names that are text as task: "
+                f"and group: of all its files"
+            ) from error
+        manager.task_index.update(own)
+        reached, unknown = dict[str, Any](), False
+        left = list(names)
+        while left:
+            name = left.pop()
+            if (entry := manager.task_index.get(name)) is None:
+                unknown = True
+            elif name not in reached:
+                reached[name] = entry
+                left += entry.tags if entry.cfg is None else _members(entry.cfg)
+        if not unknown:
+            break
+    return manager, reached
+
+
+def _load(manager: Any, name: str, task: str, is_offline: bool) -> Any:
+    """
+    Args:
+        name: of the task or group.
+        task: as it stands in the run file.
+    """
     try:
         found = manager.load([name])
-        for task in found["tasks"].values():
-            if not len(task.eval_docs):
-                raise ValueError(f"{task.task_name}: has no documents")
+        if not found["tasks"]:
+            raise ValueError(f"{name}: has no tasks")
+        for each in found["tasks"].values():
+            if not len(each.eval_docs):
+                raise ValueError(f"{each.task_name}: has no documents")
     except Exception as error:  # what a task's YAML, Jinja, Python or data are wrong in raises anything
         reason = next(iter(str(error).splitlines()), "") or type(error).__name__
-        remedy = "; what is not on this machine is not fetched: benchmark.offline: false does" if is_offline else ""
+        is_fetched = is_offline and _is_not_here(error)
+        remedy = "; what is not on this machine is not fetched: benchmark.offline: false does" if is_fetched else ""
         raise ConfigError(
-            f"{_TASKS}: {name}: cannot be loaded; found: {type(error).__name__}: {reason}; expected: a task of lm-eval whose "
+            f"{_TASKS}: {task}: cannot be loaded; found: {type(error).__name__}: {reason}; expected: a task of lm-eval whose "
             f"data can be had{remedy}"
         ) from error
     for task_name, task in found["tasks"].items():
@@ -179,3 +263,15 @@ def _load(manager: Any, name: str, is_offline: bool) -> Any:
             if getattr(task, flag, False):
                 raise ConfigError(f"{_TASKS}: {task_name}: {why}; expected: a task of text that raytrl can ask")
     return found
+
+
+def _is_not_here(error: BaseException | None) -> bool:
+    """Whether it comes of something that had to be fetched."""
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    while error is not None:
+        # The last is what datasets says of a dataset of the hub of which another configuration is here.
+        if isinstance(error, ConnectionError | LocalEntryNotFoundError) or str(error).startswith("Couldn't find cache"):
+            return True
+        error = error.__cause__ or error.__context__
+    return False

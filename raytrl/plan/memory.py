@@ -339,12 +339,13 @@ def server(run: ServeRun, shape: ModelShape) -> Estimate:
     if on_gpu:
         tokens = run.serve.engine_args.get("max_num_batched_tokens") or _GPU_BATCH_TOKENS
     parts = {"weights": weights, "activations": _vllm_forward(shape, tokens, size)}
-    front = LIBRARIES_GIB["vllm"] * GIB  # the process that answers; the engine has one of its own
+    # Beside the one with the model: the process that answers, and on CPUs that of the engine, whose worker is apart.
+    others = LIBRARIES_GIB["vllm"] * GIB * (1 if on_gpu else 2)
     if not on_gpu:
         parts["weights"] += 2.0 * shape.vocab * shape.hidden * size
         parts["cache"] = float(cpu_cache_bytes(run.sampling, token_bytes, length))
-        parts["front"] = front
-    estimate = _finish(parts, front, on_gpu, "vllm", weights)
+        parts["other processes"] = others
+    estimate = _finish(parts, others if on_gpu else 0.0, on_gpu, "vllm", weights)
     share = run.serve.engine_args.get("gpu_memory_utilization") or 0.9 * min(1.0, run.serve.gpus)
     return replace(estimate, share=float(share)) if on_gpu else estimate
 

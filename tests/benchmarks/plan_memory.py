@@ -258,7 +258,7 @@ def served_peaks(file: str, run: ServeRun) -> dict[str, dict[str, float]]:
     found = dict.fromkeys(PHASES, 0.0)
     rows = [json.loads(line)["text"] for line in (Path(file).parent / "documents.jsonl").read_text().splitlines()]
     with served(Path(file).parent, file) as server:
-        processes = [*server.below("ServeReplica"), *server.below("EngineCore")]
+        processes = [*server.below("ServeReplica"), *server.below("VLLM::")]
         for phase in PHASES[:2]:
             if phase == PHASES[1]:
                 for process in processes:

@@ -203,6 +203,16 @@ def test_a_forward_pass_that_hangs_costs_the_limit(classifier: Any, pair: Any, m
     assert ask(source, [pair(PROMPT, "x")]) == [Failure("gave no answer within 0.2 s")]
 
 
+def test_nothing_is_kept_for_tokens_that_never_come(classifier: Any, pair: Any) -> None:
+    """Keys and values of all layers would be more than all else of a batch."""
+    source, kept = _source(classifier()), []
+    source._model.register_forward_hook(
+        lambda _, __, out: kept.append(out.get("cache", out.get("past_key_values"))),
+    )
+    ask(source, [pair(PROMPT, TEXTS[1])])
+    assert kept == [None]
+
+
 def test_close_scores_stay_apart_in_bfloat16(classifier: Any, pair: Any) -> None:
     path = classifier()
     model = AutoModelForSequenceClassification.from_pretrained(path)

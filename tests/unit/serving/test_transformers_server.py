@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from raytrl.config.runs.serve import ServeRun
 from raytrl.errors import ConfigError
 from raytrl.roles.serving.answers import App, Message
+from raytrl.roles.serving.batches import Batches
 from raytrl.roles.serving.guard import Guard
 from raytrl.roles.serving.metrics import ServerMetrics
 from raytrl.roles.serving.transformers_server import TransformersServer
@@ -219,6 +220,24 @@ def test_a_seed_decides(served: Served) -> None:
 def test_a_row_does_not_depend_on_its_batch(served: Served) -> None:
     together = served.texts(PROMPTS * 10, seed=5)  # more than one batch
     assert together == [served.texts(prompt, seed=5)[0] for prompt in PROMPTS] * 10
+
+
+def test_prompts_of_a_batch_have_a_limit_together(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A longer one is alone; nothing else changes."""
+    prompts = [[5 + i % 7] * length for i, length in enumerate((30, 3, 50, 8, 12, 1, 20, 10))]
+    expected = served.texts(prompts, seed=3)
+    monkeypatch.setattr("raytrl.roles.serving.batches.BATCH_PROMPT_TOKENS", 40)
+    batches, sample = [], Batches._sample
+
+    def recorded(self: Batches, batch: Any) -> None:
+        batches.append([len(row.token_ids) for _, _, row in batch])
+        sample(self, batch)
+
+    monkeypatch.setattr(Batches, "_sample", recorded)
+    assert served.texts(prompts, seed=3) == expected
+    assert sorted(length for batch in batches for length in batch) == sorted(map(len, prompts))
+    assert all(len(batch) == 1 or len(batch) * max(batch) <= 40 for batch in batches)
+    assert max(map(len, batches)) > 1
 
 
 def test_usage_and_finish(served: Served) -> None:

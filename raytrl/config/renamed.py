@@ -142,7 +142,7 @@ OWNED = {
     "do_train": "the command: `raytrl sft|reward|dpo` trains",
     "do_eval": "`data.eval`: its presence evaluates",
     "do_predict": "the command `raytrl eval`",
-    "push_to_hub": "nothing: the result is the folder model/; push it with `hf upload`",
+    "push_to_hub": "nothing: the result is the folder model/; push it with `raytrl push`",
     "load_best_model_at_end": "nothing: the result is the model after the last step; use `checkpoint.keep` to keep more",
     "auto_find_batch_size": "`per_device_train_batch_size`: a batch size that changes on the way cannot be resumed",
     "disable_tqdm": "nothing: raytrl draws its own progress",

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -416,6 +417,12 @@ def test_a_hub_that_hangs_is_given_up_and_the_rest_sent_later(
     assert text in output
     assert f"me/a: the hub at {hub.url} " in output and "the same command sends what is missing" in output
     hub.hangs_at = None
+    for (
+        thread
+    ) in threading.enumerate():  # a push that was given up goes on until its process ends, which has no second one
+        if thread.name == "within":
+            thread.join(60)
+            assert not thread.is_alive()
     monkeypatch.setattr(pushing, "_CALL_S", 30.0)
     there = len(hub.uploads)  # on a busy machine more than one: an answer that came too late was asked for again
     assert push(run)[0] == 0

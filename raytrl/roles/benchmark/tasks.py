@@ -162,6 +162,7 @@ def load_tasks(section: BenchmarkSection) -> Tasks:
 
     datasets.disable_progress_bars()
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    _sandbox_templates()
     own_names = {file.path: file.name for file in files}
     names = {task: own_names.get(task, task) for task in section.tasks}
     manager, reached = _manager(section, files, names.values())
@@ -186,6 +187,18 @@ def load_tasks(section: BenchmarkSection) -> Tasks:
         for part, held in loaded.items():
             held |= found.get(part, {})
     return Tasks(loaded, files)
+
+
+def _sandbox_templates() -> None:
+    """Templates of tasks run no Python, as chat templates do not: lm-eval's own environment would let them."""
+    from jinja2.sandbox import SandboxedEnvironment
+    from lm_eval import utils
+
+    plain = utils.env
+    utils.env = SandboxedEnvironment(
+        loader=plain.loader, undefined=plain.undefined, keep_trailing_newline=plain.keep_trailing_newline
+    )
+    utils.env.filters.update(plain.filters)
 
 
 def _check_members(file: TaskFile, reached: Mapping[str, Any]) -> None:

@@ -150,6 +150,14 @@ def test_what_lm_eval_cannot_load_names_the_task(tasks: Path) -> None:
         load_tasks(section("write", str(tasks / "write.yaml"), include=str(tasks)))
 
 
+def test_a_template_runs_no_python(tasks: Path) -> None:
+    edit(tasks / "choose.yaml", doc_to_text="{{ ''.__class__.__mro__[1].__subclasses__() | length }}")
+    with pytest.raises(ConfigError, match=r"choose.yaml: cannot be loaded; found: SecurityError: access to attribute"):
+        load_tasks(section(str(tasks / "choose.yaml")))
+    edit(tasks / "choose.yaml", doc_to_text="{{ prompt | regex_replace('film', 'movie') | trim }} {{ choices[0] }}")
+    assert load_tasks(section(str(tasks / "choose.yaml"))).names == ["choose"]
+
+
 def test_own_python_is_found_and_never_run_to_find_it(tasks: Path) -> None:
     (tasks / "extra.py").write_text("raise SystemExit('it was run')\n")
     text = (tasks / "choose.yaml").read_text() + "process_docs: !function extra.keep\n"

@@ -3,6 +3,7 @@
     RaytrlError                    1
     ├── ConfigError                2   the request is wrong
     │   ├── DataError
+    │   ├── NotHadError
     │   ├── ResourceError
     │   └── UncountedError
     ├── RunError                   1   a run was started and failed
@@ -40,6 +41,10 @@ class ConfigError(RaytrlError):
 
 class DataError(ConfigError):
     """A dataset is missing, empty, or has a row or column that the run cannot use."""
+
+
+class NotHadError(ConfigError):
+    """A model is neither on this machine nor had from the hub."""
 
 
 class ResourceError(ConfigError):

@@ -2,7 +2,7 @@
 
 import os
 
-from raytrl.errors import ConfigError
+from raytrl.errors import ConfigError, NotHadError
 
 
 def cached_folder(path: str, revision: str | None) -> str | None:
@@ -24,7 +24,8 @@ def hub_folder(path: str, key: str, revision: str | None) -> str:
         key: of the run file, for messages.
 
     Raises:
-        ConfigError: it is no hub id, or neither cache nor hub has it.
+        ConfigError: it is no hub id.
+        NotHadError: neither cache nor hub has it, or the hub was not asked.
     """
     from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
@@ -40,7 +41,7 @@ def hub_folder(path: str, key: str, revision: str | None) -> str:
             f"another run makes it, that run comes first"
         ) from None
     except Exception as error:  # offline, gated, missing: each has its own class in each version of the client
-        raise ConfigError(
+        raise NotHadError(
             f"{key}: {path!r}: no config.json on this machine (no such folder, nothing in the cache), and not had from the "
             f"hub: {type(error).__name__}: {str(error).splitlines()[0]}"
         ) from None

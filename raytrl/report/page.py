@@ -45,19 +45,26 @@ def shown(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def panels(count: int, width: float = 11.0, columns: int = 3) -> tuple[Any, list[Any]]:
-    """A matplotlib figure of small pictures in rows of `columns`, and its axes."""
+def panels(
+    count: int, width: float = 11.0, columns: int = 3, heights: Sequence[float] | None = None
+) -> tuple[Any, list[Any]]:
+    """A matplotlib figure of small pictures in rows of `columns`, and its axes; `heights`: of the rows, in inches."""
     from matplotlib.figure import Figure  # without pyplot: no windows, no global state
 
     columns = min(columns, count)
-    rows = -(-count // columns)
-    height = rows * (2.6 if columns > 1 else 4.5)
-    figure = Figure(figsize=(width, height), layout="constrained")
-    axes = [figure.add_subplot(rows, columns, i + 1) for i in range(count)]
+    heights = heights or [2.6 if columns > 1 else 4.5] * -(-count // columns)
+    figure = Figure(figsize=(width, sum(heights)), layout="constrained")
+    grid = figure.add_gridspec(len(heights), columns, height_ratios=heights)
+    axes = [figure.add_subplot(grid[i // columns, i % columns]) for i in range(count)]
     for each in axes:
         each.spines[["top", "right"]].set_visible(False)
         each.grid(alpha=0.25)
     return figure, axes
+
+
+def as_text(text: str) -> str:
+    """What a user wrote, for a picture: `$` begins no formula."""
+    return text.replace("$", r"\$")
 
 
 def as_svg(figure: Any) -> str:

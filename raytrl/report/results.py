@@ -19,7 +19,7 @@ class Section:
     note: str = ""
 
     def for_terminal(self) -> Table:
-        title = f"{self.title}; {self.note}" if self.note else self.title
+        title = escape(f"{self.title}; {self.note}" if self.note else self.title)
         table = Table(
             box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold", title=title, title_justify="left"
         )
@@ -49,13 +49,13 @@ def _of_scores(results: Mapping[str, Any]) -> Section:
     """Means with their spread, a column a model."""
     keys = models_of(results)
     models = [results[key] for key in keys]
-    names = list(models[0]["by_source"])
+    names = list(dict.fromkeys(name for model in models for name in model["by_source"]))
     rows = []
     if len(names) > 1:
         rows.append(["score, weighted sum", *(_spread(model["score"]) for model in models)])
-    rows += [[f"score, {name}", *(_spread(model["by_source"][name]) for model in models)] for name in names]
+    rows += [[f"score, {name}", *(_spread(model["by_source"].get(name)) for model in models)] for name in names]
     rows.append(["tokens a response", *(_spread(model["response_tokens"]) for model in models)])
-    rows.append(["ended by themselves", *(f"{model['end_token_share']:.1%}" for model in models)])
+    rows.append(["ended by themselves", *(_share(model["end_token_share"]) for model in models)])
     if any(model["kl_mean"] is not None for model in models):
         rows.append(["KL to the reference, nats", *(number(model["kl_mean"]) for model in models)])
     rows.append(["responses", *(str(model["responses"]) for model in models)])
@@ -63,8 +63,7 @@ def _of_scores(results: Mapping[str, Any]) -> Section:
         rows.append(["dropped, without score", *(str(model["dropped"]) for model in models)])
     if "comparison" in results:
         found = results["comparison"]
-        rate = "-" if found["win_rate"] is None else f"{found['win_rate']:.1%}"
-        rows.append(["win rate over compare", rate, ""])
+        rows.append(["win rate over compare", _share(found["win_rate"]), ""])
         counts = f"{found['wins']}, {found['ties']}, {found['losses']}"
         rows.append(["  wins, ties, losses", counts + _left_out(found), ""])
         if found.get("p") is not None:  # an evaluation of an earlier version has none, and no error
@@ -111,7 +110,7 @@ def _of_pairs(results: Mapping[str, Any]) -> Iterator[Section]:
                 mean = _with_error(row["macro"], row["macro_stderr"])
                 cells.append(["mean of the categories", mean, "", "", pairs, *[""] * len(lost)])
         head = ["category", "accuracy, a tie half", "right, ties, wrong", "mean margin", "pairs", *apart]
-        yield Section(f"{key}: {results[key]['path']}", head, cells, words=1, note=results[key]["dtype"])
+        yield Section(f"{key}: {results[key]['path']}", head, cells, words=1, note=results[key].get("dtype", ""))
     if compared := results.get("comparison"):
         rows = [
             [
@@ -130,7 +129,7 @@ def _of_pairs(results: Mapping[str, Any]) -> Iterator[Section]:
 
 def _counted(row: Mapping[str, Any]) -> str:
     """How many, and that there was a limit."""
-    return f"{row['n']:,}" + ("" if row["limit"] is None else " (limit)")
+    return f"{row['n']:,}" + ("" if row.get("limit") is None else " (limit)")
 
 
 def _left_out(row: Mapping[str, Any]) -> str:
@@ -197,3 +196,7 @@ def number(value: float | None) -> str:
 
 def _spread(spread: Mapping[str, float] | None) -> str:
     return "-" if spread is None else f"{spread['mean']:z.3f} ± {spread['std']:z.3f}"
+
+
+def _share(share: float | None) -> str:
+    return "-" if share is None else f"{share:.1%}"

@@ -1,16 +1,18 @@
 """What was measured, on the report page: a picture, and tables below it."""
 
 import html
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from raytrl.report.page import as_svg, panels, table
+from raytrl.report.page import as_svg, as_text, panels, table
 from raytrl.report.results import category_of, metric_of, models_of, sections
 
 Rows = Sequence[Mapping[str, Any]]
 
 _INTERVAL = 1.96  # standard errors: 95 % of a normal distribution
 _BINS = 24
+_ALIKE = 1e-30  # scores that differ by less
+_SIDE_BY_SIDE = 12  # rows of a picture; of those with more there is one below the other
 
 
 def results_parts(results: Mapping[str, Any], samples: Rows) -> Iterator[str]:
@@ -36,7 +38,7 @@ def results_parts(results: Mapping[str, Any], samples: Rows) -> Iterator[str]:
         yield f"<h2>{html.escape(section.title)}</h2>{note}{table(section.head, section.cells, words=section.words)}"
 
 
-def _intervals(rows: Rows, metric_of_row: Any, key: str) -> str | None:
+def _intervals(rows: Rows, metric_of_row: Callable[[Mapping[str, Any]], str], key: str) -> str | None:
     """A picture a metric: each task's or category's value, model by model, with the interval that its own error gives."""
     by_metric: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
@@ -46,26 +48,31 @@ def _intervals(rows: Rows, metric_of_row: Any, key: str) -> str | None:
         return None
     names = {metric: list(dict.fromkeys(map(_place, found))) for metric, found in by_metric.items()}
     models = list(dict.fromkeys(row["model"] for row in rows))
-    figure, axes = panels(len(by_metric))
-    most = max(map(len, names.values()))
-    figure.set_size_inches(11, -(-len(by_metric) // 3) * (0.9 + 0.16 * most * (1 + len(models))))
+    many = max(map(len, names.values())) > _SIDE_BY_SIDE
+    heights = [0.9 + 0.12 * len(each) * (1 + len(models)) for each in names.values()]
+    columns = 1 if many else min(3, len(names))
+    tallest = heights if many else [max(heights)] * -(-len(names) // columns)
+    figure, axes = panels(len(names), columns=columns, heights=tallest)
     for each, (metric, found) in zip(axes, by_metric.items(), strict=True):
         places = {name: place for place, name in enumerate(reversed(names[metric]))}
         for nth, model in enumerate(models):
-            mine = [row for row in found if row["model"] == model]
             shift = 0.0 if len(models) == 1 else 0.18 - 0.36 * nth
-            each.errorbar(
-                [row[key] for row in mine],
-                [places[_place(row)] + shift for row in mine],
-                xerr=[_INTERVAL * (row["stderr"] or 0.0) for row in mine],
-                fmt="o",
-                ms=4,
-                lw=1.4,
-                label=model,
-            )
-        each.set_yticks(list(places.values()), list(places))
+            for has_error in (True, False):
+                mine = [row for row in found if row["model"] == model and (row["stderr"] is not None) == has_error]
+                each.errorbar(
+                    [row[key] for row in mine],
+                    [places[_place(row)] + shift for row in mine],
+                    xerr=[_INTERVAL * row["stderr"] for row in mine] if has_error else None,
+                    fmt="o",
+                    color=f"C{nth}",
+                    mfc=None if has_error else "white",  # how sure it is, is not known
+                    ms=4,
+                    lw=1.4,
+                    label=model if has_error else None,
+                )
+        each.set_yticks(list(places.values()), list(map(as_text, places)))
         each.set_ylim(-0.6, len(places) - 0.4)
-        each.set_title(f"{metric}, 95 % of each model by itself", fontsize=10)
+        each.set_title(as_text(f"{metric}, 95 % of each model by itself"), fontsize=10)
         each.tick_params(labelsize=8)
     _name(figure, axes[0], models)
     return as_svg(figure)
@@ -89,12 +96,14 @@ def _histograms(samples: Rows, models: Sequence[str]) -> str | None:
     if not found:
         return None
     figure, axes = panels(len(found))
-    figure.set_size_inches(11, -(-len(found) // 3) * 2.6)
     for each, (name, scores) in zip(axes, found.items(), strict=True):
         both = [value for one in scores for value in one]
+        low, high = min(both), max(both)
+        if high - low <= 1e-6 * max(map(abs, both)) or high - low < _ALIKE:  # but for their last bits
+            low, high = low - max(1.0, abs(low)), high + max(1.0, abs(high))
         for model, one in zip(models, scores, strict=True):
-            each.hist(one, bins=_BINS, range=(min(both), max(both)), alpha=0.5, label=model)
-        each.set_title(f"responses by their score, {name}", fontsize=10)
+            each.hist(one, bins=_BINS, range=(low, high), alpha=0.5, label=model)
+        each.set_title(as_text(f"responses by their score, {name}"), fontsize=10)
         each.tick_params(labelsize=8)
     _name(figure, axes[0], models)
     return as_svg(figure)

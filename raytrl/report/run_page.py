@@ -74,7 +74,7 @@ def write_run_page(run_dir: RunDirectory) -> str:
     manifest = run_dir.manifest()
     if not manifest:
         raise ConfigError(f"{run_dir}: no run; found: no manifest.json; expected: the directory of a run")
-    results = json.loads(run_dir.read("results.json") or "{}") if manifest["state"] == "done" else {}
+    results = json.loads(run_dir.read("results.json") or "{}")  # of a run that failed, what it had measured
     page_text = run_page(str(run_dir), manifest, run_dir.metrics(), run_dir.rows("samples.jsonl"), results)
     run_dir.write("report.html", page_text)
     return f"{run_dir}/report.html"

@@ -221,13 +221,16 @@ def test_vllm_says_the_same(folder: Path) -> None:
         # vLLM withholds a last character of which it has some bytes only, and lm-eval has it write special tokens.
         plain_text = ours["filtered_resps"][0].replace("<|pad|>", "").rstrip("\ufffd")
         assert plain_text == theirs["filtered_resps"][0].rstrip("\ufffd")
-    _take_what_there_is_room_for(folder, actors.harnesses[0], tokenizer)
+    said_nothing = [("the film", {"until": ["\n"], "max_gen_toks": 12})]  # greedy, says lm-eval; vLLM would draw
+    (plain_harness,) = Actors(folder, section(folder), 1).harnesses
+    greedy = [each.answer("generate_until", n, said_nothing).answers for each in actors.harnesses for n in (0, 1)]
+    assert greedy[0] == greedy[1] == plain_harness.answer("generate_until", 0, said_nothing).answers
+    _take_what_there_is_room_for(plain_harness, actors.harnesses[0], tokenizer)
     _draw_by_place(actors.harnesses[0])
 
 
-def _take_what_there_is_room_for(folder: Path, vllm: Harness, tokenizer: Any) -> None:
+def _take_what_there_is_room_for(plain: Harness, vllm: Harness, tokenizer: Any) -> None:
     """The longest answer whose every token vLLM has a log-probability of, and one that is longer by a token."""
-    (plain,) = Actors(folder, section(folder), 1).harnesses
     ids = [5 + i % 9 for i in range(126)]
     word, texts = tokenizer.decode([5]), [tokenizer.decode(ids), tokenizer.decode([*ids, 7])]
     assert [len(tokenizer(text)["input_ids"]) for text in texts] == [126, 127]

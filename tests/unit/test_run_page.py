@@ -1,6 +1,7 @@
 """report.html: what was measured is in it, and what a user wrote cannot break it."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -94,11 +95,12 @@ def _benchmark(model: str, **values: Any) -> dict[str, Any]:
     return row | {"fewshot": 0, "limit": None, "model": model} | values
 
 
+def _models(*keys: str) -> dict[str, Any]:
+    return {key: {"path": f"runs/{key}", "engine": "vllm", "dtype": "float32", "chat": False, "cut": 0} for key in keys}
+
+
 def test_a_benchmark_shows_intervals_and_first_where_the_models_differ() -> None:
-    results = {
-        key: {"path": f"runs/{key}", "engine": "vllm", "dtype": "float32", "chat": False, "cut": 0}
-        for key in ("model", "compare")
-    }
+    results = _models("model", "compare")
     found = [_benchmark("model"), _benchmark("compare", value=0.25), _benchmark("model", metric="f1", value=None)]
     samples = [
         {"model": model, "task": "praise", "filter": "none", "doc_id": doc, "prompt": f"asks {doc}"}
@@ -123,6 +125,54 @@ def test_pairs_are_drawn_by_category() -> None:
     text = run_page("a", MANIFEST, [], [], {"model": {"path": "runs/reward", "dtype": "float32"}, "pairs": rows})
     assert ">accuracy, 95 % of each model by itself<" in text
     assert [text.count(f">{name}<") for name in ("all pairs", "long", "short")] == [2, 2, 1]  # in picture and table
+
+
+def test_many_tasks_are_one_below_the_other_and_none_without_error_looks_sure() -> None:
+    found = [_benchmark("model", task=f"task {i}", stderr=None if i == 3 else 0.1) for i in range(60)]
+    text = run_page(
+        "a", MANIFEST, [], [], _models("model") | {"benchmarks": [*found, _benchmark("model", metric="f1")]}
+    )
+    assert all(f">task {i}<" in text for i in range(60))
+    assert 500 < float(re.findall(r'height="([\d.]+)pt"', text)[0]) < 2000
+    assert text.count("fill: #ffffff; stroke: #1f77b4") == 1  # one hollow point
+
+
+def test_what_a_user_wrote_breaks_no_picture() -> None:
+    rows = [
+        {"model": "model", "category": category, "accuracy": 0.5, "stderr": 0.1, "n": 4, "limit": None}
+        | {"right": 2, "ties": 0, "wrong": 2, "margin": 0.5, "too_long": 0, "unscored": 0}
+        for category in ("from $10 to $20", "$_a_$", "<b>")
+    ]
+    text = run_page(
+        "a", MANIFEST, [], [], {"model": {"path": "a"}, "pairs": rows}
+    )  # of an earlier version, without dtype
+    assert text.count(">from $10 to $20<") == 2
+    assert "<b>" not in text
+
+
+@pytest.mark.parametrize("scores", [(0.3, 0.1 + 0.2), (1e17, 1e17), (0.0, 0.0), (0.0, 5e-324)])
+def test_scores_that_are_alike_are_drawn(scores: tuple[float, float]) -> None:
+    samples = [sample(0, model="model", row=row, scores={"$rule$": score}) for row, score in enumerate(scores)]
+    responses = [Response(0, row, 0, (5,), " x", True, (0.0,), 0) for row in range(2)]
+    told = [Score(0, row, 0, score, {"$rule$": score}) for row, score in enumerate(scores)]
+    results = {"model": summarize(responses, told).to_json() | {"path": "a"}}
+    assert ">responses by their score, $rule$<" in run_page("a", MANIFEST, [], samples, results)
+
+
+def test_a_model_without_scores_stands_beside_one_with() -> None:
+    responses = [Response(0, 0, 0, (5,), " x", True, (0.0,), 0)]
+    whole = summarize(responses, [Score(0, 0, 0, 2.0, {"rule": 2.0})]).to_json() | {"path": "a"}
+    empty = summarize([], []).to_json() | {"path": "b"}
+    for results in ({"model": whole, "compare": empty}, {"model": empty, "compare": whole}):
+        assert ">score, rule<" in run_page("a", MANIFEST, [], [], results)
+
+
+def test_what_a_run_had_measured_before_it_failed_is_shown(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/manifest.json").write_text(json.dumps(MANIFEST | {"state": "failed", "error": "gone"}))
+    (tmp_path / "a/results.json").write_text(json.dumps(_models("model") | {"benchmarks": [_benchmark("model")]}))
+    write_run_page(RunDirectory(str(tmp_path), "a"))
+    assert "0.5000 ± 0.1000" in (tmp_path / "a/report.html").read_text()
 
 
 def test_text_of_a_model_is_text() -> None:

@@ -3,8 +3,8 @@
 import functools
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from raytrl.config.runs.benchmark import BenchmarkRun
@@ -40,8 +40,8 @@ class BenchmarkKind(EvaluationKind[BenchmarkRun]):
 
     def work(self, start: Start) -> dict[str, Any]:
         started, measured = time.time(), _Measured(self.run, self._ready, self.show)
-        with start.ray.running(start.need), offline(self.run.benchmark.offline):
-            for results, samples in measured.parts():  # what took hours is there whatever comes of the rest
+        with start.ray.running(start.need), offline(self.run.benchmark.offline), closing(measured.parts()) as parts:
+            for results, samples in parts:  # what took hours is there whatever comes of the rest
                 results["seconds"] = time.time() - started + start.clock["checks_s"]
                 write_results(start.run_dir, results, samples)
         return {}
@@ -55,7 +55,7 @@ class _Measured:
         self._results: dict[str, Any] = {"benchmarks": [], "versions": installed(_LIBRARIES)}
         self._samples: list[dict[str, Any]] = []
 
-    def parts(self) -> Iterator[tuple[dict[str, Any], list[dict[str, Any]]]]:
+    def parts(self) -> Generator[tuple[dict[str, Any], list[dict[str, Any]]]]:
         """Results and samples so far, after each part.
 
         Raises:
@@ -98,7 +98,7 @@ class _Measured:
     def _compared(self, first: Mapping[str, Any], second: Mapping[str, Any]) -> list[dict[str, Any]]:
         from raytrl.roles.benchmark.compared import compared
 
-        with _task_errors("compare"):
+        with _task_errors("model against compare"):
             rows = compared(
                 self._ready.tasks.loaded,
                 first,

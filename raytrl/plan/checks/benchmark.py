@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from raytrl.config.runs.benchmark import BenchmarkRun
-from raytrl.errors import ConfigError
+from raytrl.errors import ConfigError, NotHadError
 from raytrl.plan.checks.common import Facts, Rows, check_run, tokenizer_at
 from raytrl.plan.checks.rows import in_no_hurry
 from raytrl.plan.checks.weights import check_vocabulary
@@ -40,8 +40,8 @@ def check_benchmark(run: BenchmarkRun, before_last: Callable[[], None] = in_no_h
     with offline(run.benchmark.offline):
         try:
             embeddings = check_run(run)
-        except ConfigError as error:
-            if not (run.benchmark.offline and "HF_HUB_OFFLINE" in str(error)):
+        except NotHadError as error:
+            if not run.benchmark.offline:
                 raise
             raise ConfigError(f"{error}; benchmark.offline is true, false downloads models, too") from None
         tasks = load_tasks(run.benchmark)

@@ -1,6 +1,7 @@
 """Two models on the same documents of each task."""
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -83,7 +84,7 @@ def _of_task(name: str, task: Any, first: Mapping[str, Any], second: Mapping[str
         values = [own[key][metric] for key in keys], [others[key][metric] for key in keys]
         aggregate: Aggregate = aggregates.get(metric, mean)
         is_mean = aggregate is mean and all(_is_number(value) for side in values for value in side)
-        yield Column((name, metric, filtered), *values, aggregate, directions.get(metric, True), is_mean)
+        yield Column((name, metric, filtered), *values, aggregate, directions.get(metric), is_mean)
 
 
 def _by_document(samples: Sequence[Mapping[str, Any]]) -> dict[tuple[str, int], Mapping[str, Any]]:
@@ -130,32 +131,43 @@ def _of_means(first: list[float], second: list[float], higher_is_better: bool | 
 
 
 def _of_group(group: Any, columns: Mapping[Key, Column], rows: Mapping[Key, Row]) -> Iterator[Row]:
-    leaves = [task.task_name for task in group.get_all_tasks()]
+    times = Counter(task.task_name for task in group.get_all_tasks())  # a task may be in several of its groups
     for said in group.aggregate_metric_list or ():
-        for filtered in dict.fromkeys(key[2] for key in columns if key[0] in leaves and key[1] == said.metric):
-            mine = [columns[name, said.metric, filtered] for name in leaves if (name, said.metric, filtered) in columns]
+        for filtered in dict.fromkeys(key[2] for key in columns if key[0] in times and key[1] == said.metric):
+            mine = [columns[name, said.metric, filtered] for name in times if (name, said.metric, filtered) in columns]
             is_wanted = said.filter_list is None or filtered in said.filter_list
             if is_wanted and said.aggregation == "mean" and all(column.is_mean for column in mine):
-                row = _of_means_of_tasks(mine, [rows[column.key] for column in mine], said.weight_by_size)
+                counts = [times[column.key[0]] for column in mine]
+                row = _of_means_of_tasks(mine, [rows[column.key] for column in mine], counts, said.weight_by_size)
                 yield {"task": group.name, "metric": said.metric, "filter": filtered, "is_group": True} | row
 
 
-def _of_means_of_tasks(columns: Sequence[Column], rows: Sequence[Row], weight_by_size: bool) -> Row:
+def _of_means_of_tasks(
+    columns: Sequence[Column], rows: Sequence[Row], counts: Sequence[int], weight_by_size: bool
+) -> Row:
     """Differences of the tasks are weighted as the group weights their values, and so are their errors: tasks share no
-    documents."""
+    documents.
+
+    Args:
+        counts: how often each task is in the group.
+    """
     values = [column.of_numbers() for column in columns]
-    sizes = [len(first) for first, _ in values]
-    n = sum(sizes)
-    weights = [size / n if weight_by_size else 1 / len(sizes) for size in sizes if n]
-    # So that the plain mean over all documents is the group's.
-    scales = [weight * n / size if size else 0.0 for weight, size in zip(weights, sizes, strict=True)]
+    sizes, left_out = [len(first) for first, _ in values], sum(row["left_out"] for row in rows)
+    if not all(sizes):  # without one of its tasks there is no value of the group
+        return {"left_out": left_out, **_of_means([], [], None)}
+    shares = [count * (size if weight_by_size else 1) for count, size in zip(counts, sizes, strict=True)]
+    weights = [share / sum(shares) for share in shares]
+    if weight_by_size and set(counts) == {1}:
+        scales = [1.0] * len(sizes)  # exactly: right and wrong stay 1 and 0
+    else:  # so that the plain mean over all documents is the group's
+        scales = [weight * sum(sizes) / size for weight, size in zip(weights, sizes, strict=True)]
     first, second = (
         [value * scale for pair, scale in zip(values, scales, strict=True) for value in pair[side]] for side in (0, 1)
     )
     directions = {column.higher_is_better for column in columns}
     errors = [row["stderr"] for row in rows]
     return {
-        "left_out": sum(row["left_out"] for row in rows),
+        "left_out": left_out,
         **_of_means(first, second, directions.pop() if len(directions) == 1 else None),
         "stderr": None if None in errors else math.hypot(*(w * e for w, e in zip(weights, errors, strict=True))),
     }
@@ -165,25 +177,28 @@ def _of_aggregates(column: Column) -> Row:
     """Where an aggregate cannot be made of a part of the documents: the difference alone, and why."""
     aggregate, first, second = column.aggregate, column.first, column.second
     slow = getattr(aggregate, "__name__", "") in _SLOW
-    difference = float(aggregate(first)) - float(aggregate(second))
-    stderr = p = None
-    row: Row = {"test": ""}
+    row: Row = {"difference": None, "stderr": None, "p": None, "test": ""}
     try:
-        stderr = _jackknife(aggregate, first, second, _FEWER_BLOCKS if slow else _BLOCKS)
-        p = _by_swaps(aggregate, first, second, difference, _FEWER_DRAWS if slow else _DRAWS)
-        row = {"test": SWAPS}
+        difference = float(aggregate(first)) - float(aggregate(second))
+        if math.isfinite(difference):
+            row["difference"] = difference
+            row["stderr"] = _jackknife(aggregate, first, second, _FEWER_BLOCKS if slow else _BLOCKS)
+            row["p"] = _by_swaps(aggregate, first, second, difference, _FEWER_DRAWS if slow else _DRAWS)
+            row["test"] = SWAPS if row["p"] is not None else ""
     except Exception as error:  # an aggregate may be somebody's own
         row["problem"] = describe_raised(error)
-    numbers = {"difference": difference, "stderr": stderr, "p": p}
-    return row | {key: value if value is not None and math.isfinite(value) else None for key, value in numbers.items()}
+    return row
 
 
-def _by_swaps(aggregate: Aggregate, first: list[Any], second: list[Any], difference: float, draws: int) -> float:
+def _by_swaps(aggregate: Aggregate, first: list[Any], second: list[Any], difference: float, draws: int) -> float | None:
+    """None where a swap has no value."""
     drawn, as_large = np.random.default_rng(0), 0
     least = abs(difference) - 1e-12 * max(1.0, abs(float(aggregate(first))))  # sums in another order
     for swaps in drawn.integers(0, 2, (draws, len(first))):
         mixed = [(b, a) if swap else (a, b) for a, b, swap in zip(first, second, swaps, strict=True)]
         found = float(aggregate([a for a, _ in mixed])) - float(aggregate([b for _, b in mixed]))
+        if not math.isfinite(found):
+            return None
         as_large += abs(found) >= least
     return (1 + as_large) / (1 + draws)
 
@@ -197,5 +212,7 @@ def _jackknife(aggregate: Aggregate, first: list[Any], second: list[Any], most: 
     for block in range(blocks):
         kept = [index for index in range(n) if index % blocks != block]
         found.append(float(aggregate([first[i] for i in kept])) - float(aggregate([second[i] for i in kept])))
+    if not all(map(math.isfinite, found)):
+        return None
     middle = math.fsum(found) / blocks
     return math.sqrt((blocks - 1) / blocks * math.fsum((value - middle) ** 2 for value in found))

@@ -48,8 +48,8 @@ class Harness:
         torch.manual_seed(_SEED + number)
         try:
             cut = 0 if method == "loglikelihood_rolling" else sum(self._is_cut(method, each) for each in requests)
-            if self._seeds_requests and method == "generate_until":
-                requests = [self._seeded(each, number, index) for index, each in enumerate(requests)]
+            if method == "generate_until":
+                requests = [self._said(each, number, index) for index, each in enumerate(requests)]
             asked = [Instance(method, {}, arguments, index) for index, arguments in enumerate(requests)]
             return Answered(list(getattr(self._lm, method)(asked, disable_tqdm=True)), cut)
         except _OF_WHAT_IS_ASKED as error:  # another actor would fail of it, too
@@ -58,10 +58,13 @@ class Harness:
                 f"begin with {str(requests[0][0])[:60]!r}; look at the task, and at benchmark.max_length"
             ) from error
 
-    def _seeded(self, arguments: Arguments, number: int, index: int) -> Arguments:
+    def _said(self, arguments: Arguments, number: int, index: int) -> Arguments:
+        """With the temperature, which lm-eval takes for 0 where a task says nothing, but does not tell vLLM."""
         text, settings = arguments
-        samples = self._normalized(settings).get("temperature", 0.0) > 0 and "seed" not in settings
-        return (text, {**settings, "seed": _SEED + (number << 20) + index}) if samples else arguments
+        meant = self._normalized(settings)
+        temperature = float(meant.get("temperature", 1.0 if meant["do_sample"] else 0.0))
+        seed = {"seed": _SEED + (number << 20) + index} if self._seeds_requests and temperature > 0 else {}
+        return (text, {**seed, **settings, "temperature": temperature})
 
     def _normalized(self, settings: dict[str, Any]) -> dict[str, Any]:
         from lm_eval.models.utils import normalize_gen_kwargs
@@ -106,8 +109,8 @@ class Harness:
 
 
 def _is_short(text: str, tokens: int) -> bool:
-    """Whether it certainly has no more tokens: one has a byte at least, of what normalizers make of a text, too."""
-    return 4 * len(text.encode()) < tokens
+    """Whether it has no more tokens: one has a byte at least, and of three bytes a normalizer makes 33 at most (U+FDFA)."""
+    return 11 * len(text.encode()) < tokens
 
 
 def load_harness(

@@ -6,7 +6,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Sequence
-from itertools import islice, zip_longest
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -105,13 +105,15 @@ class Batches:
         served = [call for call in self._calls if call.adapter == adapter]
         turns = zip_longest(*([(call, *each) for each in call.waiting] for call in served))
         found, width = list[_Taken](), 0
-        for each in islice((each for turn in turns for each in turn if each is not None), self._max_rows):
-            width = max(width, len(each[2].token_ids))
-            if found and width * (len(found) + 1) > BATCH_PROMPT_TOKENS:
-                break
-            found.append(each)
-        for call, _, _ in found:
-            call.waiting.popleft()
+        for call, index, row in (each for turn in turns for each in turn if each is not None):
+            wider = max(width, len(row.token_ids))
+            if len(found) == self._max_rows or (found and wider * (len(found) + 1) > BATCH_PROMPT_TOKENS):
+                continue
+            found.append((call, index, row))
+            width = wider
+        taken = {id(row) for _, _, row in found}
+        for call in served:
+            call.waiting = deque(each for each in call.waiting if id(each[1]) not in taken)
         # Who has had a turn and has more rows stands behind those who have not.
         mine = {id(call) for call, _, _ in found}
         others = [call for call in self._calls if id(call) not in mine]

@@ -43,6 +43,57 @@ def test_better_is_what_the_task_says(is_better: bool | None, counts: Any) -> No
     assert (row["difference"], row["n"]) == (1.0, 5)
 
 
+def test_what_the_task_does_not_name_is_neither() -> None:
+    (row,) = rows_of([task("a")], [answers("loss", 3, 4)], [answers("loss", 1, 2)])
+    assert (row["difference"], row["better"], row["worse"]) == (2.0, None, None)
+
+
+def test_of_no_number_there_is_no_p() -> None:
+    def spread(values: list[float]) -> float:
+        return math.nan if len(set(values)) == 1 else max(values) - min(values)
+
+    (row,) = rows_of([task("a", spread, m=True)], [answers("m", 2, 2, 2)], [answers("m", 1, 2, 3)])
+    assert [row[key] for key in ("difference", "stderr", "p", "test")] == [None, None, None, ""]
+    (row,) = rows_of([task("a", spread, m=True)], [answers("m", 3, 1)], [answers("m", 1, 2)])  # some swaps have none
+    assert [row[key] for key in ("difference", "stderr", "p", "test")] == [1.0, None, None, ""]
+
+
+def test_a_large_group_of_right_and_wrong_keeps_the_exact_test(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the sizes of its tasks divide to."""
+    sizes = next((size, 14042 - size) for size in range(1, 300) if size / 14042 * 14042 / size != 1)
+    tasks = [task("a", acc=True), task("b", acc=True)]
+    group = Group("both", aggregate_metric_list=[AggMetricConfig("acc")])
+    monkeypatch.setattr(group, "get_all_tasks", lambda: tasks)
+    sides = [[answers("acc", *([value] * size)) for size in sizes] for value in (1, 0)]
+    *_, row = rows_of(tasks, *sides, [group])
+    assert (row["test"], row["n"], row["better"]) == (SIGN_TEST, 14042, 14042)
+
+
+@pytest.mark.parametrize("weight_by_size", [True, False])
+def test_a_group_without_a_value_of_a_task_has_none(monkeypatch: pytest.MonkeyPatch, weight_by_size: bool) -> None:
+    tasks = [task("a", acc=True), task("b", acc=True)]
+    group = Group("both", aggregate_metric_list=[AggMetricConfig("acc", None, "mean", weight_by_size)])
+    monkeypatch.setattr(group, "get_all_tasks", lambda: tasks)
+    first = [answers("acc", 1, 0, 1), answers("acc", math.nan, math.nan)]
+    one, two, row = rows_of(tasks, first, [answers("acc", 0, 0, 1), answers("acc", 1, 0)], [group])
+    assert one["difference"] == pytest.approx(1 / 3) and two["difference"] is None
+    assert (row["difference"], row["stderr"], row["p"], row["left_out"]) == (None, None, None, 2)
+
+
+def test_a_task_that_is_twice_in_a_group_weighs_twice_and_is_no_more_documents(monkeypatch: pytest.MonkeyPatch) -> None:
+    tasks = [task("a", acc=True), task("b", acc=True)]
+    group = Group("both", aggregate_metric_list=[AggMetricConfig("acc", None, "mean", False)])
+    monkeypatch.setattr(group, "get_all_tasks", lambda: [*tasks, tasks[0]])
+    first, second = (
+        [answers("acc", 1, 1, 0, 1), answers("acc", 1, 0)],
+        [answers("acc", 0, 1, 0, 0), answers("acc", 0, 1)],
+    )
+    one, two, row = rows_of(tasks, first, second, [group])
+    assert row["difference"] == pytest.approx((2 * one["difference"] + two["difference"]) / 3)
+    assert row["stderr"] == pytest.approx(math.hypot(2 * one["stderr"], two["stderr"]) / 3)
+    assert row["n"] == 6
+
+
 def grouped(monkeypatch: pytest.MonkeyPatch, weight_by_size: bool) -> list[dict[str, Any]]:
     tasks = [task("a", acc=True), task("b", acc=True)]
     group = Group("both", aggregate_metric_list=[AggMetricConfig("acc", None, "mean", weight_by_size)])

@@ -74,6 +74,24 @@ def test_each_of_lm_evals_names_for_what_is_written(name: str) -> None:
         harness(9).answer("generate_until", 0, [("q", settings | {name: 8})])
 
 
+@pytest.mark.parametrize(
+    ("settings", "temperature"),
+    [
+        ({}, 0.0),
+        ({"do_sample": False}, 0.0),
+        ({"do_sample": False, "temperature": 0.7}, 0.0),
+        ({"do_sample": True}, 1.0),
+        ({"do_sample": True, "temperature": 0.7}, 0.7),
+        ({"temperature": 0.7}, 0.7),
+    ],
+)
+def test_the_temperature_is_said(settings: dict[str, Any], temperature: float) -> None:
+    """To vLLM, which takes silence for 1, lm-eval says nothing where a task does not."""
+    lm = Characters()
+    Harness(lm, lambda: None, 9).answer("generate_until", 0, [("q", {"max_gen_toks": 2, **settings})])
+    assert [request.args[1] for request in lm.asked] == [{"max_gen_toks": 2, **settings, "temperature": temperature}]
+
+
 def test_who_samples_has_a_seed_of_its_own_that_follows_from_its_place() -> None:
     def seeds(number: int, **settings: Any) -> list[Any]:
         lm = Characters()

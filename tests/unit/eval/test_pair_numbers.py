@@ -87,7 +87,7 @@ def test_a_comparison_of_documents_or_responses_says_what_is_left_out() -> None:
     _, compared = sections({"model": model, "benchmarks": [], "comparison": rows})
     assert _cells(compared, "documents") == ["1,234", "1,234 (3 left out)", "1,234 (limit) (3 left out)"]
 
-    summary = summarize([], []).to_json() | {"path": "a", "end_token_share": 0.0}
+    summary = summarize([], []).to_json() | {"path": "a"}
     for left_out, shown in ((0, "1, 0, 0"), (2, "1, 0, 0 (2 left out)")):
         own = [Score(0, row, 0, None if row < left_out else 1.0, {}) for row in range(left_out + 1)]
         others = [Score(0, row, 0, 0.0, {}) for row in range(left_out + 1)]

@@ -213,6 +213,7 @@ def test_a_stopped_job_is_continued_by_the_same_submission(client: dict[str, str
         os.close(fd)
 
 
+@pytest.mark.slow
 def test_a_stopped_ppo_job_is_continued_by_plain_ray_job_submit(client: dict[str, str], tmp_path: Path) -> None:
     """All roles inside of a job: each finds model, prompts and reward function in the folder that was sent."""
     folder, run = tmp_path / "project", tmp_path / "shared/aligned"

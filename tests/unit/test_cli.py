@@ -30,9 +30,9 @@ def modules_after(*words: str) -> tuple[int, set[str], str]:
         "from raytrl.cli import main\n"
         "main()\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, *words], capture_output=True, text=True, env=os.environ | {"COLUMNS": "200"}
-    )
+    # Typer's word for: which shell it is, the words say. Else it looks at parent processes, of which none may be a shell.
+    environment = os.environ | {"COLUMNS": "200", "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, env=environment)
     modules = done.stdout.rpartition("MODULES")[2].split()
     assert "typer" in modules, done.stderr
     return done.returncode, set(modules), done.stdout + done.stderr

@@ -120,7 +120,7 @@ class Death:
 
 
 @pytest.mark.parametrize("method", ["take_bucket", "load_weights", "generate"])
-@pytest.mark.parametrize("at", [1, 2, 3])
+@pytest.mark.parametrize("at", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(3, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("lag", "actors", "versions"), [(1, 1, 1), (1, 1, 2), (2, 2, 1), (2, 1, 3), (3, 2, 2)])
 def test_a_death_in_any_phase_changes_nothing(method: str, at: int, lag: int, actors: int, versions: int) -> None:
     """Also where nobody else is in the lane: whoever is reborn finds the version that is asked for."""

@@ -218,15 +218,19 @@ def test_vllm_says_the_same(folder: Path) -> None:
         numbers(plain)["surprise", "word_perplexity", "none"][0], rel=1e-4
     )
     for ours, theirs in zip(vllm["samples"]["write"], plain["samples"]["write"], strict=True):
-        # vLLM withholds a last character of which it has some bytes only, and lm-eval has it write special tokens.
-        plain_text = ours["filtered_resps"][0].replace("<|pad|>", "").rstrip("\ufffd")
-        assert plain_text == theirs["filtered_resps"][0].rstrip("\ufffd")
+        assert _plain_text(ours["filtered_resps"][0]) == _plain_text(theirs["filtered_resps"][0])
     said_nothing = [("the film", {"until": ["\n"], "max_gen_toks": 12})]  # greedy, says lm-eval; vLLM would draw
     (plain_harness,) = Actors(folder, section(folder), 1).harnesses
-    greedy = [each.answer("generate_until", n, said_nothing).answers for each in actors.harnesses for n in (0, 1)]
-    assert greedy[0] == greedy[1] == plain_harness.answer("generate_until", 0, said_nothing).answers
+    asked = [(each, number) for each in (*actors.harnesses, plain_harness) for number in (0, 1)]
+    greedy = [each.answer("generate_until", number, said_nothing).answers[0] for each, number in asked]
+    assert len({_plain_text(text) for text in greedy}) == 1
     _take_what_there_is_room_for(plain_harness, actors.harnesses[0], tokenizer)
     _draw_by_place(actors.harnesses[0])
+
+
+def _plain_text(text: str) -> str:
+    """vLLM withholds a last character of which it has some bytes only, and lm-eval has it write special tokens."""
+    return text.replace("<|pad|>", "").rstrip("\ufffd")
 
 
 def _take_what_there_is_room_for(plain: Harness, vllm: Harness, tokenizer: Any) -> None:

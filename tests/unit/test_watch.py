@@ -9,7 +9,7 @@ import pytest
 
 from raytrl.errors import RewardError, StalledError, WorkerError
 from raytrl.launch.runs import watch
-from raytrl.launch.runs.watch import Board, Watch
+from raytrl.launch.runs.watch import Board, Watch, controller_of
 from raytrl.launch.runs.worker import Heart, _follows
 from raytrl.records.progress import Progress
 from raytrl.rundir import RunDirectory
@@ -127,3 +127,42 @@ def test_a_run_without_any_work_has_stalled(eye: Watch, monkeypatch: pytest.Monk
     now = 236.0
     with pytest.raises(StalledError, match=r"waited 20 s \(learner.stall_timeout_s\).*last told: step 3"):
         eye._check_stall()
+
+
+class Fitting:
+    """Stands for a trainer whose fit() waits for its controller."""
+
+    def __init__(self) -> None:
+        self.gone, self.ended = threading.Event(), False
+
+    def fit(self) -> None:
+        self._initialize_and_run_controller()
+
+    def _initialize_and_run_controller(self) -> None:
+        controller = self  # the name that Ray Train has for it
+        controller.gone.wait(60)
+        self.ended = True
+        raise RuntimeError("the actor died")
+
+
+def test_a_fit_that_nobody_waits_for_is_ended(eye: Watch, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else Ray is shut down under its thread: a process that was interrupted ended by a segmentation fault now and then."""
+    trainer = Fitting()
+
+    def interrupted() -> None:
+        while controller_of(next(thread for thread in threading.enumerate() if thread.name == "ray-train-fit")) is None:
+            pass
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(eye, "_take", interrupted)
+    monkeypatch.setattr(watch.ray, "kill", lambda controller: controller.gone.set())
+    with pytest.raises(KeyboardInterrupt):
+        eye.until_done(trainer)
+    assert trainer.ended
+    assert "ray-train-fit" not in [thread.name for thread in threading.enumerate()]
+
+
+def test_ray_train_has_these_names() -> None:
+    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+
+    assert "controller" in DataParallelTrainer._initialize_and_run_controller.__code__.co_varnames

@@ -1,5 +1,7 @@
 """The driver's side of a running fit(): shows progress, keeps metrics.jsonl, notices failures and standstill."""
 
+import contextlib
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -16,6 +18,7 @@ from raytrl.records.progress import Progress
 from raytrl.rundir import MetricsLog, RunDirectory, StepLog, now
 
 _POLL_S = 0.2
+_END_S = 10.0  # for a thread to hear that what it waits for is gone
 
 
 class Board(Shelf):
@@ -89,10 +92,14 @@ class Watch:
 
         thread = threading.Thread(target=fit, name="ray-train-fit", daemon=True)
         thread.start()
-        while thread.is_alive():
-            thread.join(_POLL_S)
-            self._take()
-            self._check_stall()
+        try:
+            while thread.is_alive():
+                thread.join(_POLL_S)
+                self._take()
+                self._check_stall()
+        except BaseException:
+            _end(thread)
+            raise
         self._take()
         self._log.flush()
         self._samples.flush()
@@ -220,6 +227,23 @@ class Watch:
             return WorkerError(f"worker {rank}: {_first_line(cause)}")
         cause = getattr(error, "controller_failure", error)
         return RunError(f"Ray Train: {_first_line(cause)}")
+
+
+def _end(thread: threading.Thread) -> None:
+    """Ends a fit() that nobody waits for: Ray must not be shut down under a thread that waits in it, whose process then
+    crashes as it exits."""
+    if (controller := controller_of(thread)) is not None:
+        with contextlib.suppress(Exception):  # a Ray that is gone: what led here says so
+            ray.kill(controller)  # its workers go with it, and the thread is told
+            thread.join(_END_S)
+
+
+def controller_of(thread: threading.Thread) -> Any:
+    """Ray Train's controller, which only the frame of its fit() knows; None where there is none yet, or no more."""
+    frame = sys._current_frames().get(thread.ident or 0)
+    while frame is not None and frame.f_code.co_name != "_initialize_and_run_controller":
+        frame = frame.f_back
+    return None if frame is None else frame.f_locals.get("controller")
 
 
 def _first_line(error: BaseException) -> str:

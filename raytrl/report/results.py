@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from rich.markup import escape
 from rich.table import Table
@@ -67,7 +67,7 @@ def _of_scores(results: Mapping[str, Any]) -> Section:
         counts = f"{found['wins']}, {found['ties']}, {found['losses']}"
         rows.append(["  wins, ties, losses", counts + _left_out(found), ""])
         if found.get("p") is not None:  # an evaluation of an earlier version has none, and no error
-            rows.append(["  p, exact sign test", shown_p(found["p"]), ""])
+            rows.append(["  p, exact sign test", _p(found["p"]), ""])
         if found.get("margin_stderr") is not None:
             margin = f"{found['margin']['mean']:+.3f} ± {found['margin_stderr']:.3f}"
             rows.append(["score − compare's, ± its standard error", margin, ""])
@@ -115,10 +115,10 @@ def _of_pairs(results: Mapping[str, Any]) -> Iterator[Section]:
         rows = [
             [
                 category_of(row),
-                _signed(row["difference"], row["stderr"]),
+                _with_error(row["difference"], row["stderr"], "+"),
                 f"{row['higher']:,}, {row['lower']:,}",
                 _counted(row) + _left_out(row),
-                "-" if row["p"] is None else shown_p(row["p"]),
+                _p(row["p"]),
                 row["test"] or "-",
             ]
             for row in compared
@@ -142,14 +142,8 @@ def category_of(row: Mapping[str, Any]) -> str:
     return "all pairs" if row["category"] is None else str(row["category"])
 
 
-def _with_error(value: float | None, error: float | None) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.4f}" + ("" if error is None else f" ± {error:.4f}")
-
-
-def _signed(value: float | None, error: float | None) -> str:
-    return "-" if value is None else f"{value:+.4f}" + ("" if error is None else f" ± {error:.4f}")
+def _with_error(value: float | None, error: float | None, sign: Literal["", "+"] = "") -> str:
+    return "-" if value is None else f"{value:{sign}.4f}" + ("" if error is None else f" ± {error:.4f}")
 
 
 def metric_of(metric: str, filtered: str) -> str:
@@ -177,16 +171,16 @@ def _how(model: Mapping[str, Any]) -> str:
 
 
 def _compared(row: Mapping[str, Any]) -> list[str]:
-    difference = _signed(row["difference"], row["stderr"])
+    difference = _with_error(row["difference"], row["stderr"], "+")
     counts = "-" if row["better"] is None else f"{row['better']}, {row['worse']}"
     documents = _counted(row) + _left_out(row)
-    p = "-" if row["p"] is None else shown_p(row["p"])
-    return [row["task"], metric_of(row["metric"], row["filter"]), difference, counts, documents, p, row["test"] or "-"]
+    metric, test = metric_of(row["metric"], row["filter"]), row["test"] or "-"
+    return [row["task"], metric, difference, counts, documents, _p(row["p"]), test]
 
 
-def shown_p(p: float) -> str:
+def _p(p: float | None) -> str:
     """Three decimals; what is smaller than can be shown so is not shown as 0."""
-    return f"{p:.3f}" if p >= 0.001 else f"{p:.1e}"
+    return "-" if p is None else f"{p:.3f}" if p >= 0.001 else f"{p:.1e}"
 
 
 def number(value: float | None) -> str:

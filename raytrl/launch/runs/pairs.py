@@ -88,12 +88,12 @@ def results_of(
         pairs: their columns.
         scores: of all pairs, by the model's key.
     """
-    from raytrl.roles.models.base import torch_dtype
+    from raytrl.roles.models.base import dtype_name
     from raytrl.roles.reward.pairs import compare_pairs, summarize_pairs
 
     category, limit = run.pairs.category, run.pairs.rows
     categories = None if category is None else [str(name) for name in pairs[category]]
-    how = {"dtype": str(torch_dtype(run.model.dtype, run.uses_gpu)).removeprefix("torch.")}
+    how = {"dtype": dtype_name(run.model.dtype, run.uses_gpu)}
     results: dict[str, Any] = {key: {"path": path, **how} for key, path in run.evaluated.items()}
     results["pairs"] = [
         {"model": key, "limit": limit, **row, **how}

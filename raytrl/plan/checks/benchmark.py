@@ -77,17 +77,20 @@ def made_from(run: BenchmarkRun) -> Inputs:
 
 
 def _ready(run: BenchmarkRun, tasks: Tasks, embeddings: Mapping[str, int]) -> tuple[Ready, Facts]:
+    from raytrl.roles.models.base import dtype_name  # torch, which the tokenizers import anyway
+
     section = run.benchmark
     tokenizers, chat, notices = dict[str, Any](), dict[str, bool](), list[str]()
     for key, (path, place) in run.evaluated.items():
         tokenizers[key] = tokenizer_at(place, None, run.model.trust_remote_code)
         check_vocabulary(tokenizers[key], embeddings.get("model.path" if key == "model" else key), key)
-        positions = positions_at(path, None, run.model.trust_remote_code, key)
-        if section.max_length is not None and positions is not None and section.max_length > positions.most:
-            raise ConfigError(
-                f"benchmark.max_length: {key} takes fewer tokens; found: {section.max_length}; expected: at most "
-                f"{positions.most}"
-            )
+        if section.max_length is not None:
+            positions = positions_at(path, None, run.model.trust_remote_code, key)
+            if positions is not None and section.max_length > positions.most:
+                raise ConfigError(
+                    f"benchmark.max_length: {key} takes fewer tokens; found: {section.max_length}; expected: at most "
+                    f"{positions.most}"
+                )
         has_template = bool(tokenizers[key].chat_template)
         if section.chat is True and not has_template:
             raise ConfigError(
@@ -99,7 +102,7 @@ def _ready(run: BenchmarkRun, tasks: Tasks, embeddings: Mapping[str, int]) -> tu
             f"benchmark.chat: one model is asked through its chat template and the other is not ({_chat_words(chat)}): they are "
             f"asked differently; benchmark.chat: false asks both alike"
         )
-    dtype = run.model.dtype if run.model.dtype != "auto" else "bfloat16" if run.uses_gpu else "float32"
+    dtype = dtype_name(run.model.dtype, run.uses_gpu)
     return Ready(tasks, tokenizers, chat, dtype), Facts(notices=notices, found=_words(run, tasks, chat, dtype))
 
 

@@ -17,6 +17,11 @@ def torch_dtype(dtype: str, on_gpu: bool) -> torch.dtype:
     return torch.bfloat16 if dtype == "bfloat16" else torch.float32
 
 
+def dtype_name(dtype: str, on_gpu: bool) -> str:
+    """The same by its name, for people and files."""
+    return str(torch_dtype(dtype, on_gpu)).removeprefix("torch.")
+
+
 def needs_base(run: SupervisedRun) -> bool:
     """Whether the model has to be made (or given a padding token) before a trainer can load it by its path."""
     return run.model.config is not None or run.model.pad_token is not None

@@ -1,5 +1,6 @@
 """A reward model that `raytrl serve` serves: the scores of a reward actor, bit for bit, through drain and kill."""
 
+import http.client
 import json
 import threading
 from collections.abc import Iterator
@@ -145,7 +146,7 @@ def test_what_is_in_flight_is_finished_and_newcomers_come_again(folder: Path) ->
         while server.process.poll() is None:  # to the end: what Ray Serve answers when it has no application is 404
             try:
                 refused.append(server.ask("/health"))
-            except OSError:  # nobody listens any more
+            except (OSError, http.client.HTTPException):  # nobody listens any more, or it ended while it answered
                 continue
         assert [each.result()[0] for each in asked] == [200] * 4
         stopped.join(90)

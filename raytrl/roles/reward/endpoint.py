@@ -127,7 +127,10 @@ def _refused(error: urllib.error.HTTPError, sent_ended: bool) -> CallError:
     if 300 <= error.code < 400:
         place = error.headers.get("Location", "no Location")
         return FinalError(f"answered HTTP {error.code}, a redirect to {place}; expected: the url that answers")
-    text = error.read(200)
+    try:
+        text = error.read(200)
+    except (OSError, http.client.HTTPException):  # whoever refuses may end while saying so: its status stands
+        text = b""
     reason = f"answered HTTP {error.code}: {text.decode(errors='replace')}"
     if error.code in _COME_AGAIN or (error.code == 404 and _SERVE_HAS_NONE in text):
         return AwayError(reason, _retry_after_s(error.headers.get("Retry-After")))
@@ -174,4 +177,6 @@ def _read(response: http.client.HTTPResponse, ends: float, limit: int) -> bytes:
             raise FinalError(f"answered more than {limit} bytes; expected: a JSON object with a list `scores`")
         if time.monotonic() > ends:
             raise TimeoutError
+    if response.length:  # `read1` takes an end that comes too early for the end
+        raise http.client.IncompleteRead(bytes(body), response.length)
     return bytes(body)

@@ -229,6 +229,23 @@ def test_a_server_that_has_answered_may_be_gone_for_a_while(server: _Server, pai
     again.server_close()
 
 
+def test_an_answer_that_is_cut_off_is_none(server: _Server, pair: Any) -> None:
+    """A server that is killed ends in the middle of a refusal, or of scores."""
+
+    def answer(handler: BaseHTTPRequestHandler, _: Any, call: int) -> tuple[int, bytes] | None:
+        if call == 3:
+            return _scores([1])
+        handler.send_response(503 if call == 1 else 200)
+        handler.send_header(*(("Transfer-Encoding", "chunked") if call == 1 else ("Content-Length", "99")))
+        handler.end_headers()
+        handler.wfile.write(b"" if call == 1 else b'{"scores": [1')
+        return None
+
+    server.answer = answer
+    assert ask(_source(server, retries=0, outage_s=20), [pair("p", "x")]) == [1.0]
+    assert server.calls == 3
+
+
 def test_retries_are_bounded(server: _Server, pair: Any) -> None:
     server.answer = lambda *_: (500, b"broken")
     assert ask(_source(server, retries=2), [pair("p", "x")]) == [Failure("answered HTTP 500: broken")]

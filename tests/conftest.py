@@ -12,6 +12,19 @@ import pytest
 
 os.environ["OMP_NUM_THREADS"] = "1"  # busy processes with several threads each slow one another down tenfold
 os.environ["HF_HUB_OFFLINE"] = "1"
+# What whoever starts the tests has for himself.
+_HIS_OWN = (
+    "FORCE_COLOR",
+    "TTY_COMPATIBLE",
+    "TTY_INTERACTIVE",
+    "RAY_ADDRESS",
+    "http_proxy",
+    "HTTP_PROXY",
+    "all_proxy",
+    "ALL_PROXY",
+)
+for _name in _HIS_OWN:
+    os.environ.pop(_name, None)
 os.environ["RAYTRL_TESTS"] = str(os.getpid())  # by which what they start is known, whoever becomes its parent
 
 _OF_RAY = re.compile(r"^ray::|/ray/core/|/ray/dashboard/|/ray/_private/")

@@ -3,20 +3,15 @@
 import json
 import os
 import shutil
-import socket
 import tempfile
 import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from tests.runs import free_port
+
 os.environ["RAY_AUTH_MODE"] = "disabled"  # read when Ray's processes start
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
 
 
 class Nodes:

@@ -5,10 +5,12 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -26,6 +28,7 @@ TINY_LLAMA = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 128,
 }
+LIMIT_S = 400.0  # for what takes a minute here: others are busy, or build what is built once
 ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
     "OMP_NUM_THREADS": "1",
@@ -99,18 +102,42 @@ def start(
 def raytrl(*words: str, status: int = 0, cwd: Path | None = None, **environment: str) -> str:
     """Runs `raytrl WORDS…` to its end, checks its exit status, and returns all it printed."""
     process = start(*words, cwd=cwd, **environment)
-    output, _ = process.communicate(timeout=240)
+    output = output_of(process)
     assert process.returncode == status, output
     return output
 
 
-def wait_for(what: str, condition: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 120) -> None:
-    """Returns as soon as the condition holds; fails when the process ends or the time is up before that."""
+def output_of(process: subprocess.Popen[str]) -> str:
+    """All that it printed, when it has ended."""
+    try:
+        return process.communicate(timeout=LIMIT_S)[0]
+    except subprocess.TimeoutExpired:
+        kill_everything(process)  # or it would slow the tests that come after
+        raise
+
+
+def wait_for(
+    what: str, condition: Callable[[], bool], process: subprocess.Popen[str], seconds: float = LIMIT_S
+) -> None:
+    """Returns as soon as the condition holds; fails when the process ends or the time is up before that, and kills it then."""
     limit = time.monotonic() + seconds
     while not condition():
         assert process.poll() is None, f"ended before {what}: {process.communicate()[0]}"
-        assert time.monotonic() < limit, f"{what}: not within {seconds} s"
+        if time.monotonic() > limit:
+            kill_everything(process)
+            raise AssertionError(f"{what}: not within {seconds} s")
         time.sleep(0.05)
+
+
+def free_port() -> int:
+    """Nobody's, and none of those that the kernel or Ray hand out meanwhile."""
+    candidates = list(range(20000, 32768))
+    random.SystemRandom().shuffle(candidates)
+    for port in candidates:
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("every port is taken")
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:

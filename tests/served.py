@@ -2,7 +2,6 @@
 
 import json
 import signal
-import socket
 import subprocess
 import urllib.error
 import urllib.request
@@ -14,7 +13,7 @@ from typing import Any
 
 import psutil
 
-from tests.runs import kill_everything, start, wait_for
+from tests.runs import free_port, kill_everything, start, wait_for
 
 
 @dataclass
@@ -65,12 +64,6 @@ class Server:
         return self.said()
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 @contextmanager
 def served(folder: Path, *words: str, port: int | None = None, **environment: str) -> Iterator[Server]:
     """A server that is ready within the block, and is stopped after it if that has not happened."""
@@ -81,7 +74,7 @@ def served(folder: Path, *words: str, port: int | None = None, **environment: st
         process = start("serve", *words, f"serve.port={port}", cwd=folder, output=output, **environment)
         server = Server(process, f"http://127.0.0.1:{port}", log)
         try:
-            wait_for("ready", lambda: "ready at" in server.said() or process.poll() is not None, process, 240)
+            wait_for("ready", lambda: "ready at" in server.said() or process.poll() is not None, process)
             yield server
             if process.poll() is None:
                 server.stop()

@@ -26,8 +26,8 @@ from pathlib import Path
 
 import aiohttp
 
-from tests.runs import text_rows
-from tests.served import free_port, served
+from tests.runs import free_port, text_rows
+from tests.served import served
 
 _BARE = """
 import asyncio, sys, uvicorn

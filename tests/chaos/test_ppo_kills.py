@@ -11,10 +11,17 @@ from typing import Any
 import pytest
 
 from tests.ppo_files import make_files, ppo_file
-from tests.runs import kill_everything, last_step, metrics, raytrl, start, wait_for, weights_hash, worker_pids
-
-# Three or four starts of Ray in one test.
-pytestmark = pytest.mark.timeout(600)
+from tests.runs import (
+    kill_everything,
+    last_step,
+    metrics,
+    output_of,
+    raytrl,
+    start,
+    wait_for,
+    weights_hash,
+    worker_pids,
+)
 
 STEPS = 32
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -91,7 +98,7 @@ def test_same_weights(folder: Path, undisturbed: Any, kind: str, victims: tuple[
             process = start("ppo", file)
         else:
             os.kill(worker_pids(process, victim)[-1], signal.SIGKILL)
-    output, _ = process.communicate(timeout=240)
+    output = output_of(process)
     assert process.returncode == 0, output
     rows, whole = metrics(run), undisturbed(WHOLE.get(kind, kind))
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
@@ -126,7 +133,7 @@ def test_a_batch_whose_weights_nobody_has_any_more_is_made_by_newer_ones(folder:
     (here,) = places.glob("at-*")
     here.unlink()
     os.kill(int(here.name.removeprefix("at-")), signal.SIGKILL)
-    output, _ = process.communicate(timeout=240)
+    output = output_of(process)
     assert process.returncode == 0, output
     newer = [row["rollout/redone_newer"] for row in metrics(run)]
     assert len(newer) == STEPS and sorted(newer) == [0.0] * (STEPS - 1) + [16.0]
@@ -155,7 +162,7 @@ def test_killed_in_every_phase(folder: Path, undisturbed: Any, victim: str) -> N
         began = time.monotonic()
         wait_for("the next step", lambda at=at: last_step(run) > at, process)  # type: ignore[misc]
         print(f"{victim} in {phase}: the next step came {time.monotonic() - began:.1f} s later")
-    output, _ = process.communicate(timeout=240)
+    output = output_of(process)
     assert process.returncode == 0, output
     for model in ("model", "value_model"):
         assert weights_hash(run / model) == weights_hash(undisturbed("full") / model)
@@ -172,7 +179,7 @@ def test_an_actor_that_keeps_raising_is_started_anew(folder: Path, undisturbed: 
     process = start("ppo", file, PYTHONPATH=PAUSED, RAYTRL_TEST_PAUSES=str(places))
     wait_for("step 5", lambda: last_step(run) >= 5, process)
     (places / "want").write_text(f"break {phase}")
-    output, _ = process.communicate(timeout=240)
+    output = output_of(process)
     assert process.returncode == 0, output
     assert list(places.glob("at-*"))
     for model in ("model", "value_model"):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.runs import last_step, raytrl, run_file, start, text_rows, wait_for, worker_pids, write_rows
+from tests.runs import last_step, output_of, raytrl, run_file, start, text_rows, wait_for, worker_pids, write_rows
 
 pytestmark = pytest.mark.slow
 LIMIT_S = 10.0
@@ -40,7 +40,7 @@ def test_a_worker_that_hangs_ends_the_run(folder: Path) -> None:
     for pid in worker_pids(process)[1:]:
         os.kill(pid, signal.SIGSTOP)
     stopped = time.monotonic()
-    output, _ = process.communicate(timeout=120)
+    output = output_of(process)
     assert process.returncode == 1, output
     assert f"has waited {LIMIT_S:g} s (learner.stall_timeout_s)" in output
     assert time.monotonic() - stopped > LIMIT_S

@@ -13,9 +13,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.nodes import free_port
 from tests.ppo_files import make_files, ppo_file
-from tests.runs import metrics, raytrl, wait_for
+from tests.runs import free_port, metrics, raytrl, wait_for
 
 pytestmark = pytest.mark.slow
 _CLOUD = "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider"  # its nodes are raylets here

@@ -66,7 +66,6 @@ def test_a_run_calls_scores_and_learns(folder: Path, caller: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_neither_actors_nor_tool_processes_nor_deaths_change_a_bit(folder: Path, caller: str) -> None:
     ppo = {**PPO, "steps": 12, "max_lag": 1}
     more: dict[str, Any] = {"ppo": ppo, "checkpoint": {"every": 3}, "learner": {"workers": 1}}

@@ -11,7 +11,7 @@ import yaml
 
 from tests.benchmark_files import make_tasks
 from tests.ppo_files import make_policy
-from tests.runs import pair_rows, raytrl, start, wait_for, worker_pids, write_rows
+from tests.runs import output_of, pair_rows, raytrl, start, wait_for, worker_pids, write_rows
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +67,7 @@ def test_a_benchmark_with_an_actor_killed_has_lm_evals_numbers(folder: Path, mon
     process = start("eval", file := benchmark_file(folder))
     wait_for("two actors", lambda: len(worker_pids(process, "MeasuringActor")) == 2, process)
     os.kill(worker_pids(process, "MeasuringActor")[0], signal.SIGKILL)
-    output, _ = process.communicate(timeout=240)
+    output = output_of(process)
     assert process.returncode == 0, output
     results = json.loads((folder / "runs/b/results.json").read_text())
     monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda storage: None)

@@ -18,18 +18,24 @@ import pytest
 import yaml
 
 from tests.ppo_files import make_files, ppo_file
-from tests.runs import TINY_LLAMA, is_committed, last_step, metrics, raytrl, start, text_rows, wait_for, write_rows
+from tests.runs import (
+    TINY_LLAMA,
+    free_port,
+    is_committed,
+    last_step,
+    metrics,
+    output_of,
+    raytrl,
+    start,
+    text_rows,
+    wait_for,
+    write_rows,
+)
 
 BIN = str(Path(sys.executable).parent)
 RAY = (sys.executable, "-c", "from ray.scripts.scripts import main; main()")  # the command `ray` of this environment
 TOKEN = "a-token-of-the-tests-and-of-nothing-else"
 SECRET = "what-no-log-may-hold"
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.fixture(scope="module")
@@ -196,7 +202,7 @@ def test_a_stopped_job_is_continued_by_the_same_submission(client: dict[str, str
     process.send_signal(signal.SIGINT)
     time.sleep(0.5)
     os.write(terminal, b"y\n")
-    output, _ = process.communicate(timeout=120)
+    output = output_of(process)
     assert process.returncode == 130, output
     assert "was stopped; the same submission continues from the last checkpoint" in output
     assert json.loads((run / "manifest.json").read_text())["state"] == "running"
@@ -226,7 +232,7 @@ def test_a_stopped_ppo_job_is_continued_by_plain_ray_job_submit(client: dict[str
     wait_for("a checkpoint", lambda: is_committed(run) and last_step(run) >= 4, process)
     job = next(word for word in job_info("ppo-aligned").split("'") if word.startswith("ppo-aligned"))
     subprocess.run([*RAY, "job", "stop", job], text=True, capture_output=True, timeout=120, check=True)
-    output, _ = process.communicate(timeout=120)
+    output = output_of(process)
     assert process.returncode == 130, output
     assert "was stopped; the same submission continues from the last checkpoint" in output
     assert last_step(run) < 24
@@ -273,6 +279,6 @@ def num_drivers() -> int:
 def test_a_plan_asks_the_cluster(client: dict[str, str], project: Path) -> None:
     sft_file(project, "planned")
     process = start("plan", "planned.yaml", f"cluster.address={client['GCS']}", cwd=project)
-    output, _ = process.communicate(timeout=120)
+    output = output_of(process)
     assert process.returncode == 0, output
     assert "1 x CPU 2, " in output

@@ -14,7 +14,7 @@ import pytest
 
 from tests.nodes import Nodes, ip_of, ray_nodes
 from tests.ppo_files import make_files, ppo_file
-from tests.runs import metrics, raytrl, run_file, start, text_rows, wait_for, write_rows
+from tests.runs import LIMIT_S, metrics, output_of, raytrl, run_file, start, text_rows, wait_for, write_rows
 
 ROLES = ("learner", "rollout", "reward")
 
@@ -53,7 +53,7 @@ def test_ppo_roles_go_where_their_labels_say(folder: Path, nodes: Nodes) -> None
         assert time.monotonic() < deadline, re.findall(r"ray_raytrl_\w+", shown)
         time.sleep(1)
     process.terminate()
-    output, _ = process.communicate(timeout=60)
+    output = output_of(process)
     assert process.returncode == 130, output
     assert re.search(r'ray_raytrl_phase_seconds{[^}]*phase="generate"[^}]*run="labelled"', shown) or re.search(
         r'ray_raytrl_phase_seconds{[^}]*run="labelled"[^}]*phase="generate"', shown
@@ -91,6 +91,15 @@ def test_sft_workers_spread_and_pack(folder: Path, nodes: Nodes) -> None:
     assert len(found["pack"]) == 1
 
 
+def _wait_for_all_cpus() -> None:
+    import ray
+
+    deadline = time.monotonic() + LIMIT_S
+    while ray.available_resources().get("CPU") != ray.cluster_resources()["CPU"]:
+        assert time.monotonic() < deadline, ray.available_resources()
+        time.sleep(0.1)
+
+
 def test_actors_are_placed_as_asked(folder: Path, nodes: Nodes) -> None:
     import ray
 
@@ -109,6 +118,7 @@ def test_actors_are_placed_as_asked(folder: Path, nodes: Nodes) -> None:
     try:
         found = {}
         for placement in ("pack", "strict_pack", "spread", "strict_spread"):
+            _wait_for_all_cpus()  # what ran before gives its own back a little after its end
             with started_actors(run_of(f"actors-{placement}", actors=2, placement=placement), dict, dict) as (
                 rollout,
                 _,
@@ -133,11 +143,9 @@ def test_a_node_with_another_disk_is_named_before_anything_starts(folder: Path, 
     runs = folder / "runs"
     runs.mkdir(exist_ok=True)
     with other_disk_node(nodes, runs):
-        began = time.monotonic()
         output = raytrl("sft", run_file(folder, "unseen"), f"cluster.address={nodes.address}", status=2)
     assert f"node {ip_of(9)}: no such folder" in output
     assert "expected: a disk that all 5 nodes share, or a URI" in output
-    assert time.monotonic() - began < 60
     assert not (runs / "unseen/logs").exists()
     assert json.loads((runs / "unseen/manifest.json").read_text())["state"] == "failed"
 

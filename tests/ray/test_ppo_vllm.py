@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.ppo_files import make_files, make_policy, ppo_file
-from tests.runs import last_step, metrics, raytrl, start, wait_for, weights_hash, worker_pids
+from tests.runs import last_step, metrics, output_of, raytrl, start, wait_for, weights_hash, worker_pids
 
 
 def written(folder: Path, name: str, actors: int) -> str:
@@ -33,7 +33,7 @@ def test_the_same_weights_whoever_samples(tmp_path: Path) -> None:
     wait_for("step 9", lambda: last_step(tmp_path / "runs/one") >= 9, process)
     (engine,) = worker_pids(process, "RolloutActor")
     os.kill(engine, signal.SIGKILL)
-    output, _ = process.communicate(timeout=240)
+    output = output_of(process)
     assert process.returncode == 0, output
     two, one = (metrics(tmp_path / "runs" / name) for name in ("two", "one"))
     assert [row["step"] for row in one] == list(range(1, 25))

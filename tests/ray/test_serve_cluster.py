@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.nodes import Nodes, free_port, ray_nodes
+from tests.nodes import Nodes, ray_nodes
 from tests.ppo_files import make_policy
-from tests.runs import ENVIRONMENT, kill_everything, raytrl, wait_for
+from tests.runs import ENVIRONMENT, free_port, kill_everything, raytrl, wait_for
 from tests.served import served
 from tests.unit.reward.conftest import save_classifier
 

@@ -199,8 +199,9 @@ def test_a_client_that_leaves_stops_the_engine(server: Server, stream: bool) -> 
 
     host = server.base.removeprefix("http://")
     before = _generated(server)
+    prompts = ["the"] * 20
     body = json.dumps(
-        {"model": "film", "prompt": "the", "max_tokens": 100, "n": 4, "ignore_eos": True, "stream": stream}
+        {"model": "film", "prompt": prompts, "max_tokens": 100, "n": 4, "ignore_eos": True, "stream": stream}
     )
     left = []
     for _ in range(8):
@@ -218,7 +219,7 @@ def test_a_client_that_leaves_stops_the_engine(server: Server, stream: bool) -> 
     gone = "raytrl_serve_running 0.0"
     wait_for("idle", lambda: gone in server.ask("/metrics", headers=headers)[2], server.process)
     made = _generated(server) - before
-    assert made < 0.4 * 8 * 4 * 100
+    assert made < 0.4 * 8 * 20 * 4 * 100
     assert (
         'raytrl_serve_answers_total{path="/v1/completions",status="499"}' in server.ask("/metrics", headers=headers)[2]
     )
@@ -238,6 +239,24 @@ def test_too_many_at_a_time_are_told_when_to_come_again(server: Server, client: 
         found = list(pool.map(ask, range(24)))
     assert set(found) == {(200, None), (429, "1")}
     assert found.count((200, None)) >= 12
+
+
+@pytest.mark.slow
+def test_dtype_is_what_it_computes_in(folder: Path) -> None:
+    ids = [[5, 9, 12], [7, 30, 2, 41], [16, 8]]
+    with served(folder, "policy", "name=half", "serve.engine=vllm", "serve.dtype=bfloat16") as server:
+        client = OpenAI(base_url=f"{server.base}/v1", api_key="none", max_retries=0, timeout=60)
+        made = client.completions.create(model="half", prompt=ids, max_tokens=1, temperature=0, logprobs=1)
+    found = torch.tensor([choice.logprobs.token_logprobs[0] for choice in made.choices if choice.logprobs])
+    errors = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        model: Any = AutoModelForCausalLM.from_pretrained(folder / "policy", dtype=dtype)
+        with torch.inference_mode():
+            rows = [model(torch.tensor([row])).logits[0, -1].float().log_softmax(-1).max() for row in ids]
+        errors[dtype] = float((found - torch.stack(rows)).abs().max())
+    print(errors)
+    assert errors[torch.bfloat16] < 0.01
+    assert errors[torch.float32] > 1e-4
 
 
 @pytest.mark.slow

@@ -16,8 +16,18 @@ from raytrl.roles.reward.call import Failure, ask
 from raytrl.roles.reward.endpoint import EndpointSource
 from raytrl.roles.reward.model import ModelSource
 from tests.ppo_files import make_files, ppo_file
-from tests.runs import kill_everything, last_step, raytrl, start, text_rows, wait_for, weights_hash
-from tests.served import Server, free_port, served
+from tests.runs import (
+    free_port,
+    kill_everything,
+    last_step,
+    output_of,
+    raytrl,
+    start,
+    text_rows,
+    wait_for,
+    weights_hash,
+)
+from tests.served import Server, served
 from tests.unit.reward.conftest import save_classifier
 
 
@@ -125,7 +135,7 @@ def test_a_run_against_the_server_is_a_run_with_the_model(folder: Path) -> None:
         wait_for("step 2", lambda: last_step(folder / "runs/by-url") >= 2, run)
         kill_everything(server.process)
     with served(folder, str(folder / "reward"), runs, "name=second", port=port):
-        output, _ = run.communicate(timeout=240)
+        output = output_of(run)
         assert run.returncode == 0, output
     assert weights_hash(folder / "runs/by-url/model") == weights_hash(folder / "runs/by-model/model")
     samples = [(folder / f"runs/{name}/samples.jsonl").read_text() for name in ("by-url", "by-model")]
@@ -133,9 +143,16 @@ def test_a_run_against_the_server_is_a_run_with_the_model(folder: Path) -> None:
 
 
 def test_what_is_in_flight_is_finished_and_newcomers_come_again(folder: Path) -> None:
-    body = {"prompts": ["a"] * 1000, "completions": ["the film is good"] * 1000}
+    body = {"prompts": ["a"] * 2000, "completions": ["the film is good"] * 2000}
     with (
-        served(folder, str(folder / "reward"), f"output_dir={folder}/runs", "name=drained") as server,
+        served(
+            folder,
+            str(folder / "reward"),
+            f"output_dir={folder}/runs",
+            "name=drained",
+            "serve.max_rows=2000",
+            "serve.drain_s=90",
+        ) as server,
         ThreadPoolExecutor(4) as pool,
     ):
         asked = [pool.submit(server.ask, "/score", body) for _ in range(4)]

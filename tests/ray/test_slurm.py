@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.runs import ENVIRONMENT, is_committed, metrics, run_file, text_rows, wait_for, write_rows
+from tests.runs import ENVIRONMENT, is_committed, metrics, output_of, run_file, text_rows, wait_for, write_rows
 
 pytestmark = pytest.mark.slow
 
@@ -61,7 +61,7 @@ def sbatch(environment: dict[str, str], *words: str) -> subprocess.Popen[str]:
 def test_status_stop_and_requeue(tmp_path: Path, slurm: dict[str, str]) -> None:
     """A wrong request: its status. Told that time is up: stopped and queued again. Started again: continues, ends with 0."""
     process = sbatch(slurm, "sft", str(tmp_path / "none.yaml"))
-    output, _ = process.communicate(timeout=200)
+    output = output_of(process)
     assert process.returncode == 2, output
     assert "none.yaml" in output
 
@@ -71,14 +71,14 @@ def test_status_stop_and_requeue(tmp_path: Path, slurm: dict[str, str]) -> None:
     wait_for("a checkpoint", lambda: is_committed(run), process)
     family = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=120)
+    output = output_of(process)
     assert process.returncode == 130, output
     assert (tmp_path / "requeued").read_text() == f"requeue {slurm['SLURM_JOB_ID']}\n"
     _, alive = psutil.wait_procs(family, timeout=30)
     assert not alive
 
     process = sbatch(slurm, "sft", file, *steps)
-    output, _ = process.communicate(timeout=200)
+    output = output_of(process)
     assert process.returncode == 0, output
     assert "continues from step" in output
     assert [row["step"] for row in metrics(run)] == list(range(1, 401))

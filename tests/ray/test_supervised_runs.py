@@ -15,10 +15,12 @@ import pytest
 
 from raytrl.records.metrics import METRICS
 from tests.runs import (
+    free_port,
     is_committed,
     kill_everything,
     last_step,
     metrics,
+    output_of,
     raytrl,
     run_file,
     start,
@@ -111,13 +113,13 @@ def test_a_failure_in_a_worker_is_one_message(folder: Path) -> None:
 
 
 def test_fewer_workers_go_on_and_say_what_changes(folder: Path) -> None:
-    file = run_file(folder, "shrunk")
+    file = run_file(folder, "shrunk", training={"max_steps": 40})
     process = start("sft", file)
     wait_for("a checkpoint", lambda: is_committed(folder / "runs/shrunk"), process)
     kill_everything(process)
     output = raytrl("sft", file, "learner.workers=1")
     assert "with 1 a step takes 4 rows instead of 8" in output
-    assert [row["step"] for row in metrics(folder / "runs/shrunk")] == list(range(1, 9))
+    assert [row["step"] for row in metrics(folder / "runs/shrunk")] == list(range(1, 41))
 
 
 @pytest.mark.slow
@@ -140,7 +142,7 @@ def test_interrupted_by_sigterm(folder: Path) -> None:
     wait_for("step 2", lambda: last_step(folder / "runs/stopped") >= 2, process)
     family = _descendants(process.pid)
     process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=60)
+    output = output_of(process)
     assert process.returncode == 130, output
     assert "continues from the last checkpoint" in output
     assert not [pid for pid in family if _alive(pid)]
@@ -167,9 +169,7 @@ def _alive(pid: int) -> bool:
 @pytest.fixture
 def s3() -> Any:
     """A local S3 server with a bucket; yields the part of a URI behind the path."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = int(probe.getsockname()[1])
+    port = free_port()
 
     def answers() -> bool:
         with socket.socket() as caller:
@@ -190,7 +190,9 @@ def test_a_run_stored_on_s3(folder: Path, s3: str, monkeypatch: pytest.MonkeyPat
     ray_folder = tempfile.mkdtemp(prefix="r-", dir="/tmp")
     monkeypatch.setenv("RAY_TMPDIR", ray_folder)
     keys = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test"}
-    file = run_file(folder, "remote", output_dir=f"s3://runs/here{s3}", report_to=["tensorboard"])
+    file = run_file(
+        folder, "remote", output_dir=f"s3://runs/here{s3}", training={"max_steps": 24}, report_to=["tensorboard"]
+    )
     for name, value in keys.items():
         monkeypatch.setenv(name, value)
     bucket, path = fs.FileSystem.from_uri(f"s3://runs/here/remote{s3}")
@@ -201,7 +203,7 @@ def test_a_run_stored_on_s3(folder: Path, s3: str, monkeypatch: pytest.MonkeyPat
         return {info.base_name for info in bucket.get_file_info(selector)}
 
     process = start("sft", file)
-    wait_for("a checkpoint", lambda: "checkpoint_manager_snapshot.json" in names("checkpoints"), process, 240)
+    wait_for("a checkpoint", lambda: "checkpoint_manager_snapshot.json" in names("checkpoints"), process)
     kill_everything(process)
     output = raytrl("sft", file)
     assert "continues from step" in output
@@ -210,7 +212,7 @@ def test_a_run_stored_on_s3(folder: Path, s3: str, monkeypatch: pytest.MonkeyPat
     assert "  tokenizer.json\n" in raytrl("push", f"s3://runs/here/remote{s3}", "someone/remote", "--dry-run")
     with bucket.open_input_stream(f"{path}/metrics.jsonl") as stream:
         steps = [json.loads(line)["step"] for line in stream.readall().decode().splitlines()]
-    assert steps[-1] == 8
+    assert steps[-1] == 24
     curves = [info.size for info in bucket.get_file_info(fs.FileSelector(f"{path}/tensorboard"))]
     assert len(curves) >= 2 and min(curves) > 100  # of both starts
     assert re.search(r"logs +raytrl-remote-[0-9a-f]{8}-\* in Ray's log folder of each node", output)

@@ -17,6 +17,7 @@ from tests.runs import (
     kill_everything,
     last_step,
     metrics,
+    output_of,
     raytrl,
     run_file,
     start,
@@ -70,7 +71,7 @@ def cut_off(file: str, sweep: Path, step: int) -> dict[str, str]:
             last_step(run) >= step and is_committed(run) for run in running
         )
 
-    wait_for(f"one trial done, another at step {step}", half_way, process, 200)
+    wait_for(f"one trial done, another at step {step}", half_way, process)
     assert len(worker_pids(process, "RewardActor")) == 1
     kill_everything(process)
     done = [name for name, trial in trials_of(sweep).items() if trial["state"] == "done"]
@@ -98,7 +99,7 @@ def check_finished(sweep: Path, finished: dict[str, str]) -> None:
 def test_a_ppo_sweep_cut_off_half_way_goes_on(folder: Path) -> None:
     """Two trials of different length: one is done when everything is killed, the other goes on from its checkpoint."""
     base = base_file(folder, ppo={"batch_size": 16, "epochs": 2, "minibatches": 2, "learning_rate": 1e-2})
-    file = sweep_file(folder, "cut", base, search={"ppo.steps": {"grid": [3, 40]}}, metric=METRIC, average_last=3)
+    file = sweep_file(folder, "cut", base, search={"ppo.steps": {"grid": [3, 80]}}, metric=METRIC, average_last=3)
     sweep = folder / "runs/cut"
     finished = cut_off(file, sweep, step=3)
     assert len(finished) == 1
@@ -106,7 +107,7 @@ def test_a_ppo_sweep_cut_off_half_way_goes_on(folder: Path) -> None:
     assert "2 trials of CPU 0.75 each beside CPU 0.25 of reward actors that all share" in output
     check_finished(sweep, finished)
     trials = trials_of(sweep)
-    assert [(trial["state"], trial["step"]) for trial in trials.values()] == [("done", 3), ("done", 40)]
+    assert [(trial["state"], trial["step"]) for trial in trials.values()] == [("done", 3), ("done", 80)]
     best = max(trials.values(), key=lambda trial: trial["metrics"][METRIC])
     manifest = json.loads((sweep / "manifest.json").read_text())
     assert (manifest["state"], manifest["best"], manifest["starts"]) == ("done", best["name"], 2)
@@ -181,9 +182,9 @@ def test_optuna_and_asha_on_sft(folder: Path) -> None:
     def count(state: str) -> int:
         return sum(trial["state"] == state for trial in trials_of(sweep).values())
 
-    wait_for("a stopped trial", lambda: count("stopped") > 0, process, 200)
-    wait_for("no worker without a trial", lambda: len(worker_pids(process)) <= count("running"), process, 15)
-    output, _ = process.communicate(timeout=240)
+    wait_for("a stopped trial", lambda: count("stopped") > 0, process)
+    wait_for("no worker without a trial", lambda: len(worker_pids(process)) <= count("running"), process, 60)
+    output = output_of(process)
     assert process.returncode == 0, output
     trials = trials_of(sweep)
     states = [trial["state"] for trial in trials.values()]
@@ -219,7 +220,7 @@ def test_median_stopping_on_sft(folder: Path) -> None:
         max_concurrent=2,
     )
     process = start("tune", file)
-    output, _ = process.communicate(timeout=500)
+    output = output_of(process)
     assert process.returncode == 0, output
     trials = list(trials_of(folder / "runs/median").values())
     assert [trial["state"] for trial in trials] == ["done", "done", "stopped", "stopped"]
@@ -248,10 +249,10 @@ def test_ctrl_c_leaves_no_process(folder: Path) -> None:
     file = sweep_file(folder, "stopped", base, search={"ppo.gamma": {"grid": [0.9, 1.0]}}, metric=METRIC)
     process = start("tune", file)
     sweep = folder / "runs/stopped"
-    wait_for("step 2", lambda: any(last_step(sweep / "trials" / name) >= 2 for name in trials_of(sweep)), process, 200)
+    wait_for("step 2", lambda: any(last_step(sweep / "trials" / name) >= 2 for name in trials_of(sweep)), process)
     family = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=60)
+    output = output_of(process)
     assert process.returncode == 130, output
     assert not psutil.wait_procs(family, timeout=20)[1]
     assert "the same command continues" in output

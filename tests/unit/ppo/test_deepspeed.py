@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from safetensors.torch import load_file
-from test_workers import SETTINGS, free_port, one_dropped, uneven
+from test_workers import SETTINGS, one_dropped, uneven
 from toy import LORA, LocalGenerator, LocalScorer, Log, Prompts, config, gpt2, llama, make_engine, tensors_of
 from transformers import AutoModelForCausalLM
 
@@ -23,6 +23,7 @@ from raytrl.roles.learner.learner import PpoLearner
 from raytrl.roles.learner.networks import _plain
 from raytrl.roles.learner.save import save_policy, save_value
 from raytrl.roles.models.adapters import policy_parameters
+from tests.runs import free_port
 
 pytestmark = pytest.mark.slow
 

@@ -526,10 +526,10 @@ def test_who_waits_within_the_limit_is_not_idle(monkeypatch: pytest.MonkeyPatch)
     pool.send(Request("a request", 0, "generate", ()))
     with pytest.raises(StalledError, match=r"waited 0\.5 s"):
         list(pool.answers())
-    assert 5 <= len(beats) <= 11
+    assert 2 <= len(beats) <= 11
     beats.clear()
     assert not pool.all_answer(True, "has_received", timeout_s=0.3)
-    assert 3 <= len(beats) <= 7
+    assert 1 <= len(beats) <= 7
 
 
 def test_a_request_that_kills_every_actor_ends_the_run() -> None:

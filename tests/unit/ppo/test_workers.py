@@ -2,7 +2,6 @@
 
 import math
 import os
-import socket
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,12 +17,7 @@ from raytrl.loop.loop import Schedule, run
 from raytrl.loop.protocols import Rollout
 from raytrl.records.samples import Prompt, Response
 from raytrl.roles.learner.collectives import add_over_workers
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+from tests.runs import free_port
 
 
 def one_dropped(prompt: Prompt, response: Response) -> float | None:

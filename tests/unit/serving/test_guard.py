@@ -2,11 +2,13 @@
 
 import asyncio
 import json
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from prometheus_client import CollectorRegistry
+from starlette.responses import StreamingResponse
 
 from raytrl.config.sections.serve import ServeSection
 from raytrl.roles.serving.answers import App, Message, RefusalError
@@ -214,14 +216,14 @@ def test_a_slow_sender_keeps_nobody_waiting() -> None:
 
 
 def test_who_asked_for_a_drain_and_is_gone_leaves_a_server_that_serves(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("raytrl.roles.serving.guard._ENDS_S", 0.0)
+    now = [0.0]
+    monkeypatch.setattr("raytrl.roles.serving.guard.time", SimpleNamespace(monotonic=lambda: now[0]))
 
     async def work() -> None:
         world = _World(_echo)
-        assert await world.guard.drain(0.05) == 0
-        assert (await world.ask())[0] == 503
-        await asyncio.sleep(0.06)
-        assert (await world.ask())[0] == 200
+        assert await world.guard.drain(5.0) == 0
+        for now[0], status in ((0.0, 503), (5.0 + 59.0, 503), (5.0 + 61.0, 200)):
+            assert (await world.ask())[0] == status
 
     _run(work)
 
@@ -306,6 +308,45 @@ def test_a_client_that_leaves_ends_its_work(stream: bool) -> None:
     _run(work)
 
 
+def test_a_client_whose_proxy_is_gone_has_left(caplog: pytest.LogCaptureFixture) -> None:
+    """Ray Serve raises its own error then, where the client's next message would come from."""
+    ended: list[str] = []
+
+    async def endless() -> AsyncIterator[str]:
+        try:
+            while True:
+                yield "data: a\n\n"
+                await asyncio.sleep(0.001)
+        finally:
+            ended.append("cancelled")
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+        await StreamingResponse(endless(), media_type="text/event-stream")(scope, receive, send)
+
+    async def work() -> None:
+        world, back = _World(app), list[Message]()
+        received = iter([{"type": "http.request", "body": b"{}"}])
+
+        async def receive() -> Message:
+            if (message := next(received, None)) is not None:
+                return message
+            await _until(lambda: len(back) > 3)
+            raise RuntimeError("the request was cancelled")
+
+        async def send(message: Message) -> None:
+            back.append(message)
+
+        headers = [(b"content-type", b"application/json")]
+        await world.guard({"type": "http", "method": "POST", "path": "/score", "headers": headers}, receive, send)
+        assert ended == ["cancelled"]
+        assert 'raytrl_serve_answers_total{path="/score",status="499"} 1.0' in world.metrics.text().decode()
+        assert b"error" not in b"".join(message.get("body", b"") for message in back)
+
+    _run(work)
+    assert caplog.text == ""
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_time_is_up(stream: bool) -> None:
     async def work() -> None:
@@ -325,9 +366,9 @@ def test_to_wait_counts_as_time() -> None:
     async def work() -> None:
         app = _Slow()
         world = _World(app, request_timeout_s=0.1, max_ongoing=1)
-        first, second = world.ask(), world.ask()
-        assert [(await first)[0], (await second)[0]] == [504, 504]
-        assert app.began == 1
+        async with world.guard._place():
+            assert (await world.ask())[0] == 504
+        assert app.began == 0
 
     _run(work)
 

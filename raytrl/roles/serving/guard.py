@@ -69,14 +69,24 @@ class Guard:
             return await send({"type": "websocket.close", "code": 1008})
         path = str(scope["path"]).removeprefix(scope.get("root_path", "")) or "/"
         answer, began = _Answer(send, self._alive), time.monotonic()
+
+        async def hear() -> Message:
+            try:
+                message = await receive()
+            except Exception:  # of Ray Serve: its proxy, or its task for this request, is gone, and the client with it
+                message = {"type": "http.disconnect"}
+            if message["type"] == "http.disconnect":
+                answer.leave()
+            return message
+
         self._in_flight += 1
         self._idle.clear()
         try:
-            await self._answer(path, scope, receive, answer)
+            await self._answer(path, scope, hear, answer)
         except RefusalError as refused:
             await answer.refuse(refused)
         except asyncio.CancelledError:
-            answer.status = _CLIENT_LEFT
+            answer.leave()
             raise
         except Exception as error:  # its text may hold what the user sent: only its kind is logged
             _log.error("%s: raised %s", path, type(error).__name__)
@@ -85,7 +95,8 @@ class Guard:
             self._in_flight -= 1
             if not self._in_flight:
                 self._idle.set()
-            self._metrics.answered(path, answer.status, time.monotonic() - began)
+            status = _CLIENT_LEFT if answer.is_left else answer.status
+            self._metrics.answered(path, status, time.monotonic() - began)
         return None
 
     async def _answer(self, path: str, scope: Scope, receive: Receive, answer: "_Answer") -> None:
@@ -176,9 +187,20 @@ class _Answer:
     """
 
     def __init__(self, send: Send, alive: Callable[[], bool]) -> None:
-        self._send, self._alive = send, alive
+        self._alive = alive
         self.status, self._begun, self._is_stream, self._replaced = 500, False, False, False
         self._held: Message | None = None
+        self.is_left, self._is_whole = False, False
+
+        async def pass_on(message: Message) -> None:
+            await send(message)
+            self._is_whole = message["type"] == "http.response.body" and not message.get("more_body", False)
+
+        self._send = pass_on
+
+    def leave(self) -> None:
+        """The client is gone; nobody leaves who has had all of it."""
+        self.is_left = self.is_left or not self._is_whole
 
     async def send(self, message: Message) -> None:
         if self._replaced:

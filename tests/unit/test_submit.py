@@ -1,13 +1,16 @@
 """What is checked before a job is sent, and how secrets are referred to."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import requests
 import yaml
 
 from raytrl.config.load import load_run
-from raytrl.errors import ConfigError
+from raytrl.errors import ConfigError, RunError
 from raytrl.launch.jobs import jobs
 from raytrl.launch.jobs.package import check_files, package_of
 from raytrl.launch.session import secrets
@@ -133,6 +136,29 @@ def test_secrets_are_read_where_the_process_is(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setenv("RAYTRL_SECRETS", f"GONE={tmp_path}/gone")
     with pytest.raises(ConfigError, match=r"--secret GONE: cannot be read on .*: No such file"):
         secrets.load_secrets()
+
+
+class _Gone:
+    """A job server that ends after it was found."""
+
+    def __getattr__(self, name: str) -> Any:
+        def ask(*_: Any, **__: Any) -> None:
+            raise requests.exceptions.ConnectionError("refused")
+
+        return ask
+
+
+def test_a_job_server_that_is_gone_is_one_line(project: Path) -> None:
+    submission, client = jobs.prepare(["sft", "run.yaml"], [], []), _Gone()
+    calls: dict[str, Callable[[Any], Any]] = {
+        "could not list its jobs": lambda client: jobs.job_of(client, submission),
+        "did not take the job": lambda client: jobs.submit(client, submission),
+        "does not say how sft-a is: ": lambda client: jobs.outcome(client, "sft-a"),
+        "ask it with: ray job status sft-a": lambda client: jobs.stop(client, "sft-a"),
+    }
+    for words, call in calls.items():
+        with pytest.raises(RunError, match=rf"^submit: the cluster .*{words}"):
+            call(client)
 
 
 def test_a_job_refuses_results_inside_its_copy(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -133,27 +133,33 @@ class Fitting:
     """Stands for a trainer whose fit() waits for its controller."""
 
     def __init__(self) -> None:
-        self.gone, self.ended = threading.Event(), False
+        self.starts, self.gone, self.ended = threading.Event(), threading.Event(), False
 
     def fit(self) -> None:
         self._initialize_and_run_controller()
 
     def _initialize_and_run_controller(self) -> None:
+        self.starts.wait(60)
         controller = self  # the name that Ray Train has for it
         controller.gone.wait(60)
         self.ended = True
         raise RuntimeError("the actor died")
 
 
-def test_a_fit_that_nobody_waits_for_is_ended(eye: Watch, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("has_started", [False, True])
+def test_a_fit_that_nobody_waits_for_is_ended(eye: Watch, monkeypatch: pytest.MonkeyPatch, has_started: bool) -> None:
     """Else Ray is shut down under its thread: a process that was interrupted ended by a segmentation fault now and then."""
     trainer = Fitting()
 
     def interrupted() -> None:
-        while controller_of(next(thread for thread in threading.enumerate() if thread.name == "ray-train-fit")) is None:
+        (thread,) = (each for each in threading.enumerate() if each.name == "ray-train-fit")
+        if has_started:
+            trainer.starts.set()
+        while has_started and controller_of(thread) is None:
             pass
         raise KeyboardInterrupt
 
+    monkeypatch.setattr(watch.time, "sleep", lambda seconds: trainer.starts.set())  # only `_end` waits so
     monkeypatch.setattr(eye, "_take", interrupted)
     monkeypatch.setattr(watch.ray, "kill", lambda controller: controller.gone.set())
     with pytest.raises(KeyboardInterrupt):

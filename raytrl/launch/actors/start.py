@@ -5,7 +5,7 @@ import itertools
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,8 +99,8 @@ def placed_actors(
                 started[role.name].append(actor)
         yield started
     finally:
-        if ray.is_initialized():
-            for placed in own:
+        with suppress(ray.exceptions.RayError, ConnectionError):  # a cluster that is gone: what led here says so
+            for placed in own if ray.is_initialized() else ():
                 remove_placement_group(placed)
 
 

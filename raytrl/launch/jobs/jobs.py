@@ -5,7 +5,8 @@ import hashlib
 import os
 import shlex
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -95,17 +96,26 @@ def connect(address: str | None) -> "JobSubmissionClient":
 
 
 def job_of(client: "JobSubmissionClient", submission: Submission) -> str | None:
-    """The job that is at this run already; a second one could only find its directory locked."""
-    for job in client.list_jobs():
-        if (job.metadata or {}).get(_RUN) == submission.run_key and job.status not in _ENDED:
-            return str(job.submission_id)
+    """The job that is at this run already; a second one could only find its directory locked.
+
+    Raises:
+        RunError: the cluster did not answer.
+    """
+    with _answered("could not list its jobs", "submit again"):
+        for job in client.list_jobs():
+            if (job.metadata or {}).get(_RUN) == submission.run_key and job.status not in _ENDED:
+                return str(job.submission_id)
     return None
 
 
 def submit(client: "JobSubmissionClient", submission: Submission) -> str:
-    """Sends the working directory and starts the job; returns its id."""
+    """Sends the working directory and starts the job; returns its id.
+
+    Raises:
+        RunError: the cluster refused it, or did not answer.
+    """
     run = submission.loaded.run
-    try:
+    with _answered("did not take the job", "submit again: a job that was started meanwhile is found"):
         return str(
             client.submit_job(
                 entrypoint=shlex.join(submission.command),
@@ -114,8 +124,16 @@ def submit(client: "JobSubmissionClient", submission: Submission) -> str:
                 metadata={_RUN: submission.run_key},
             )
         )
-    except RuntimeError as error:
-        raise RunError(f"submit: the cluster refused the job: {str(error).splitlines()[0]}") from None
+
+
+@contextmanager
+def _answered(what: str, advice: str) -> Iterator[None]:
+    """Raises RunError where the job server says no, or is not reached any more."""
+    try:
+        yield
+    except (RuntimeError, OSError) as error:
+        words = str(error).strip().splitlines() or [type(error).__name__]
+        raise RunError(f"submit: the cluster {what}: {words[0]}; {advice}") from None
 
 
 def follow(client: "JobSubmissionClient", job: str, write: Callable[[str], None]) -> None:
@@ -144,10 +162,10 @@ def outcome(client: "JobSubmissionClient", job: str) -> tuple[int, str]:
     """The job's exit status as its own command gave it, and words where that command never ran.
 
     Raises:
-        RunError: Ray does not say in time how it ended.
+        RunError: Ray does not say in time how it ended, or is not reached.
     """
     limit = time.monotonic() + _STATUS_S
-    while (info := client.get_job_info(job)).status not in _ENDED:
+    while (info := _asked(client.get_job_info, job)).status not in _ENDED:
         if time.monotonic() > limit:
             raise RunError(f"submit: waited {_STATUS_S} s for Ray to say how {job} ended; it is {info.status}")
         time.sleep(0.2)
@@ -160,15 +178,21 @@ def outcome(client: "JobSubmissionClient", job: str) -> tuple[int, str]:
     return 1, f"{job} failed: {info.message}"
 
 
+def _asked(question: Callable[[str], Any], job: str) -> Any:
+    """Raises RunError."""
+    with _answered(f"does not say how {job} is", f"ask it with: ray job status {job}"):
+        return question(job)
+
+
 def stop(client: "JobSubmissionClient", job: str) -> None:
     """Asks the job to end, and waits until it has.
 
     Raises:
-        RunError: it has not within the time that it is given.
+        RunError: it has not within the time that it is given, or Ray is not reached.
     """
-    client.stop_job(job)
+    _asked(client.stop_job, job)
     limit = time.monotonic() + _STOP_WAIT_S + _STATUS_S
-    while client.get_job_status(job) not in _ENDED:
+    while _asked(client.get_job_status, job) not in _ENDED:
         if time.monotonic() > limit:
             raise RunError(f"submit: {job} was asked to stop and has not within {_STOP_WAIT_S + _STATUS_S} s")
         time.sleep(0.2)

@@ -33,7 +33,8 @@ class TrainingKind(Kind[T, Trained]):
         os.environ["RAY_TRAIN_COLLECTIVE_TIMEOUT_S"] = str(EXCHANGE_LIMIT_S)
         start.show(Progress("phase", text="starting Ray"))
         # The driver needs Ray Train's torch backend, whose import takes as long as Ray's own start: do both at once.
-        importer = threading.Thread(target=_import_train, daemon=True)
+        # No daemon: a process that ends while torch is imported crashes.
+        importer = threading.Thread(target=_import_train)
         importer.start()
         mark = time.time()
         with start.ray.running(start.need):

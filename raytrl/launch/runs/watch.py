@@ -113,7 +113,7 @@ class Watch:
             events = ray.get(self._board.after.remote(self._taken), timeout=30)
         except ray.exceptions.GetTimeoutError:
             return  # a busy machine; the next round asks again, and `_check_stall` bounds how often
-        except ray.exceptions.RayActorError as error:
+        except (ray.exceptions.RayError, ConnectionError) as error:
             raise RunError(
                 f"the driver's progress board is gone: {_first_line(error)}; start again to continue"
             ) from None
@@ -232,7 +232,10 @@ class Watch:
 def _end(thread: threading.Thread) -> None:
     """Ends a fit() that nobody waits for: Ray must not be shut down under a thread that waits in it, whose process then
     crashes as it exits."""
-    if (controller := controller_of(thread)) is not None:
+    limit = time.monotonic() + _END_S
+    while (controller := controller_of(thread)) is None and thread.is_alive() and time.monotonic() < limit:
+        time.sleep(_POLL_S)  # it is being started
+    if controller is not None:
         with contextlib.suppress(Exception):  # a Ray that is gone: what led here says so
             ray.kill(controller)  # its workers go with it, and the thread is told
             thread.join(_END_S)

@@ -112,9 +112,11 @@ def kept_ray() -> Iterator[None]:
 def _own_sigterm_handler() -> Iterator[None]:
     """Keeps this process' handler: those that init installs, whatever thread it runs in, abort the process."""
     stop = signal.getsignal(signal.SIGTERM)
-    yield
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, stop)
 
 
 # What Ray makes below its folder: a session named for a time and a process id (7 digits at the most), and sockets in it.

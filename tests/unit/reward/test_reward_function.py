@@ -126,6 +126,17 @@ def test_a_hang_costs_its_limit_and_is_killed(load: Any, pair: Any) -> None:
     assert process.poll() is not None  # nothing is left running
 
 
+def test_an_answer_that_nobody_reads_is_no_error(load: Any, pair: Any, capfd: pytest.CaptureFixture[str]) -> None:
+    """The actor that asked has ended."""
+    source = load("only_completions")
+    process, connection = source._process, source._connection
+    connection.send({"prompts": ["p"], "completions": ["four"]})
+    assert connection.poll(60)
+    connection.close()
+    assert process.wait(60) == 0
+    assert capfd.readouterr().err == ""
+
+
 def test_after_a_hang_the_next_call_works(load: Any, pair: Any) -> None:
     source = load("hangs_on_x", timeout_s=1.0)
     assert isinstance(ask(source, [pair("p", "x")])[0], Failure)

@@ -2,6 +2,7 @@
 
 import logging
 import re
+import socket
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -24,9 +25,16 @@ _LAST_BYTES_S = 1.0  # for answers on their way through Serve's proxy
 _RAISED = re.compile(r"[\w.]*(Error|Exception): ")
 _CAUSE_LINES = 3
 _MORE_S = 10.0  # for Serve's own part of what has a limit
-
-
-_GONE = (ray.exceptions.RayError, serve.exceptions.RayServeException, RunError, TimeoutError)
+_NAMESPACE = "serve"  # of Ray Serve's own actors
+# ValueError: of an actor that has no longer a name.
+_GONE = (
+    ray.exceptions.RayError,
+    serve.exceptions.RayServeException,
+    RunError,
+    TimeoutError,
+    ConnectionError,
+    ValueError,
+)
 
 
 @dataclass(frozen=True)
@@ -106,11 +114,24 @@ class Service:
                     left = sum(drained.results(timeout_s=limit_s + _MORE_S))
                     time.sleep(_LAST_BYTES_S)
         finally:
-            # A Ray of our own ends with all of Serve: to delete the application first would only make it answer 404.
-            if not self._owns_ray:
-                with suppress(*_GONE):
+            with suppress(*_GONE):
+                if (
+                    self._owns_ray
+                ):  # which ends with all of Serve; to delete the application would only make it answer 404
+                    self._hang_up()
+                else:
                     serve.delete(self._name, _blocking=not left)
         return left
+
+    def _hang_up(self) -> None:
+        """Ends Serve's proxies before their replicas end, whose callers they would answer 500."""
+        for proxy in ((_details() or {}).get("proxies") or {}).values():
+            ray.kill(ray.get_actor(proxy["actor_name"], namespace=_NAMESPACE))
+        ends = time.monotonic() + _LAST_BYTES_S
+        with suppress(OSError):  # nobody listens any more
+            while time.monotonic() < ends:
+                socket.create_connection((self._run.serve.host, self._run.serve.port), timeout=_LAST_BYTES_S).close()
+                time.sleep(_LAST_BYTES_S / 100)
 
     def _check_others(self) -> None:
         """On a cluster Serve may run already, with an address of its own and applications of others."""

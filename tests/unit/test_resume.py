@@ -12,7 +12,7 @@ from raytrl.config.runs.base import Run
 from raytrl.config.runs.supervised import SupervisedRun
 from raytrl.config.sections.learner import LearnerSection
 from raytrl.errors import ConfigError
-from raytrl.launch.runs.resume import Standing, inspect_run
+from raytrl.launch.runs.resume import Standing, drop_half_written, inspect_run, keep_record
 from raytrl.rundir import RunDirectory
 from tests.ppo_files import ppo_file
 from tests.runs import run_file
@@ -78,8 +78,54 @@ def test_a_run_that_was_cut_off_continues_from_its_last_committed_checkpoint(sta
     assert (standing.checkpoint.step, standing.checkpoint.world_size) == (6, 2)
     assert standing.checkpoint.path == run_dir.at("checkpoints/checkpoint_6")
     assert standing.notices == ()
+    assert "checkpoint_8" in run_dir.folders("checkpoints")  # what was killed may still be about to put it on record
+    drop_half_written(run_dir)
     assert sorted(run_dir.folders("checkpoints")) == ["checkpoint_4", "checkpoint_6"]
     assert not run_dir.exists(".scratch")
+
+
+def test_a_checkpoint_that_is_gone_costs_its_steps_and_not_the_run(tmp_path: Path) -> None:
+    """Ray Train refuses a record that names a folder that is not there, with a traceback."""
+    run = run_of(tmp_path)
+    run_dir = started(run)
+    commit(run_dir, [4, 6, 8], world_size=2)
+    run_dir.delete("checkpoints/checkpoint_8")
+    standing = inspect_run(run, run_dir)
+    assert standing.checkpoint is not None and standing.checkpoint.step == 6
+    assert standing.notices == ("the checkpoint of step 8 is on record, and its folder is gone: goes on from step 6",)
+    again = inspect_run(run, run_dir)
+    assert (again.checkpoint, again.notices) == (standing.checkpoint, ())
+    for step in (4, 6):
+        run_dir.delete(f"checkpoints/checkpoint_{step}")
+    with pytest.raises(ConfigError, match=r"its checkpoints are gone; found: a record of those of steps 4, 6.*--fresh"):
+        inspect_run(run, run_dir)
+
+
+@pytest.mark.parametrize("left", ["", '{"ray_version": "2.60.0", "checkpoint_res'])
+def test_half_a_record_is_followed_by_the_one_before_it(left: str, tmp_path: Path) -> None:
+    """Ray Train writes it in place."""
+    run = run_of(tmp_path)
+    run_dir = started(run)
+    commit(run_dir, [4, 6], world_size=2)
+    keep_record(run_dir)
+    commit(run_dir, [6, 8], world_size=2)
+    run_dir.delete("checkpoints/checkpoint_4")
+    run_dir.write("checkpoints/checkpoint_manager_snapshot.json", left)
+    keep_record(run_dir)  # which keeps no half one
+    standing = inspect_run(run, run_dir)
+    assert standing.checkpoint is not None and standing.checkpoint.step == 6
+    assert "was not written to its end" in standing.notices[0]
+    drop_half_written(run_dir)
+    assert run_dir.folders("checkpoints") == ["checkpoint_6"]
+
+
+def test_a_record_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:
+    run = run_of(tmp_path)
+    run_dir = started(run)
+    commit(run_dir, [4, 6], world_size=2)
+    run_dir.write("checkpoints/checkpoint_manager_snapshot.json", "{")
+    with pytest.raises(ConfigError, match=r"record of its checkpoints cannot be read; found: 1 bytes.*--fresh"):
+        inspect_run(run, run_dir)
 
 
 def test_a_start_that_committed_nothing_begins_again_and_says_so(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from raytrl.config.runs.base import TrainingRun
 from raytrl.errors import RunError, StalledError, WorkerError
 from raytrl.launch.actors.shelf import Shelf
+from raytrl.launch.runs.resume import keep_record
 from raytrl.launch.session.gauges import step_gauges
 from raytrl.records.progress import Progress
 from raytrl.rundir import MetricsLog, RunDirectory, StepLog, now
@@ -136,6 +137,7 @@ class Watch:
             case "step" | "eval":
                 self._note_step(event)
             case "checkpoint":
+                keep_record(self._run_dir)
                 if not self._run_dir.is_local:
                     self._log.flush()
                     self._samples.flush()

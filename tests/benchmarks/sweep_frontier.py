@@ -22,12 +22,12 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM
 
-from tests.ray.test_known_optimum import LENGTH, RULE, write_digit_tokenizer
 from tests.runs import ENVIRONMENT, metrics, write_rows
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "unit/ppo"))
+sys.path.extend(str(Path(__file__).parents[1] / place) for place in ("unit/ppo", "learning"))
 
 from optimum import Optimum, exact_logprobs
+from test_known_optimum import LENGTH, RULE, write_digit_tokenizer
 from toy import PROMPTS, gpt2
 
 RATES = [1e-4, 3e-4, 1e-3, 3e-3]

@@ -2,13 +2,11 @@
 
 from collections.abc import Callable
 from copy import deepcopy
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from optimum import Optimum
 from peft.tuners.lora import LoraLayer
 from torch import nn
 from toy import (
@@ -22,12 +20,10 @@ from toy import (
     llama,
     make_engine,
     make_learner,
-    vllm_engine,
 )
 
 from raytrl.loop.loop import Schedule, run
 from raytrl.roles.learner.networks import Networks, compute_like_trained
-from raytrl.roles.models.adapters import POLICY_ADAPTER
 from raytrl.roles.rollout.lora_merge import LoraMerge
 from raytrl.roles.weights.buckets import PolicyCopy, checksum
 
@@ -113,42 +109,6 @@ def test_values_are_not_rounded() -> None:
     values_N = networks("value", batch)
     assert values_N.dtype == torch.float32
     assert not torch.equal(values_N, values_N.to(BF16).float())
-
-
-@pytest.mark.slow  # a minute or two each where bfloat16 is emulated
-@pytest.mark.parametrize(
-    ("family", "lora", "engine"),
-    [
-        ("gpt2", False, "transformers"),
-        ("gpt2", True, "transformers"),
-        ("llama", False, "transformers"),
-        ("llama", True, "transformers"),
-        ("gpt2", False, "vllm"),
-        ("llama", True, "vllm"),
-    ],
-)
-def test_the_known_optimum_is_reached(tmp_path: Path, family: str, lora: bool, engine: str) -> None:
-    """vLLM's attention on CPUs has heads of 32 and more."""
-    wide = {"gpt2": {"width": 64}, "llama": {"width": 64, "heads": 2} if engine == "vllm" else {}}
-    model = FAMILIES[family](1, **wide[family]).to(BF16).float()  # type: ignore[call-arg, arg-type]
-    optimum = Optimum.of(model, length=3, beta=0.5)
-    rate = 3e-3 if lora else 1e-3
-    ppo = config(steps=60, batch_size=256, epochs=4, minibatches=1, kl={"coef": 0.5}, learning_rate=rate)
-    makes = make_engine if engine == "transformers" else partial(vllm_engine, folder=tmp_path)
-    sampler = makes(deepcopy(model), lora=lora, dtype=BF16, **({} if engine == "vllm" else {"chunk": 256}))
-    learner, log = make_learner(deepcopy(model), ppo, lora=lora, dtype=BF16), Log()
-    try:
-        run(Schedule(60), Prompts(256), LocalGenerator([sampler], 1, 256), LocalScorer(), learner, log)
-    finally:
-        sampler.close()
-    policy = learner._backend.networks.policy
-    if lora:
-        policy.set_adapter(POLICY_ADAPTER)  # type: ignore[operator]
-    start, end = optimum.distance(model), optimum.distance(policy)
-    print(f"KL to the optimum: {start:.4f} -> {end:.4f}; first KL {log.metrics[0]['objective/kl']}")
-    assert start > 0.1
-    assert end <= 0.02 and end <= 0.1 * start
-    assert log.metrics[0]["objective/kl"] == 0.0
 
 
 def test_weights_that_an_engine_keeps_in_float32_are_proven_too() -> None:

@@ -1,24 +1,20 @@
 """PPO and its kin through the real path, two learners and two rollout actors, end where the mathematics says: at the exact
 optimum of an enumerable task, or where GRPO and Dr. GRPO have a point of their own.
 
-The same task runs in one process on every commit (tests/unit/ppo/test_optimum.py); here it is started by the command.
+The same task runs in one process on every commit (tests/learning/test_fixed_points.py); here it is started by the command.
 """
 
-import sys
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoModelForCausalLM
-
-from tests.runs import metrics, raytrl, write_rows, write_run_file
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "unit/ppo"))
-
 from fixed_point import GrpoPoint
 from optimum import Optimum
 from toy import EOS, PROMPTS, VOCABULARY, gpt2, llama
+from transformers import AutoModelForCausalLM
+
+from tests.runs import metrics, raytrl, write_rows, write_run_file
 
 BETA, LENGTH = 0.5, 3
 # What `toy.reward` says, over text: a completion shorter than the limit ended by itself.

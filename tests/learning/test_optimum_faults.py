@@ -1,15 +1,10 @@
 """How far from the known optimum each seed and each planted fault ends; about ten CPU-seconds each."""
 
-import sys
 from copy import deepcopy
-from pathlib import Path
 
 import pytest
-from torch import nn
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "unit" / "ppo"))
-
 from optimum import Optimum
+from torch import nn
 from toy import LocalGenerator, LocalScorer, Log, Prompts, config, gpt2, make_engine, make_learner
 
 from raytrl.algo.kl import kl_estimate

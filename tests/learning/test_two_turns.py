@@ -3,19 +3,15 @@
 pi*(a1, a2) is proportional to pi_ref(a1) pi_ref(a2 | a1, o) exp(r / beta), with the KL over the two sampled tokens alone.
 """
 
-import sys
 from collections.abc import Sequence
 from concurrent.futures import Future
 from copy import deepcopy
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-
-sys.path.append(str(Path(__file__).parents[1] / "ppo"))
 from toy import EOS, PROMPTS, VOCABULARY, DigitTokenizer, LocalGenerator, LocalScorer, Log, config, gpt2, make_learner
 
 from raytrl.config.sections.rollout import RolloutSection, SamplingSection

@@ -48,7 +48,8 @@ class TrainingKind(Kind[T, Trained]):
             start_coordinator()
             check_storage(run_dir)
             # Not before: what was killed has ended while Ray started, and writes no more.
-            mend_record(run_dir)
+            for notice in mend_record(run_dir):
+                start.show(Progress("notice", text=notice))
             drop_half_written(run_dir)
             board = start_board(run)
             start.show(Progress("phase", text="starting workers"))

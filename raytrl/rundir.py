@@ -10,7 +10,6 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import filelock
@@ -92,7 +91,10 @@ class RunDirectory:
         if self.is_local:
             os.makedirs(os.path.dirname(target), exist_ok=True)
             partial = f"{target}.partial"
-            Path(partial).write_text(text, encoding="utf-8")
+            with open(partial, "w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())  # else a power cut may leave a name with nothing in it
             os.replace(partial, target)
         else:  # an object store shows an object only once it is whole
             with self.filesystem.open_output_stream(target) as stream:

@@ -111,9 +111,8 @@ def output_of(process: subprocess.Popen[str]) -> str:
     """All that it printed, when it has ended."""
     try:
         return process.communicate(timeout=LIMIT_S)[0]
-    except subprocess.TimeoutExpired:
-        kill_everything(process)  # or it would slow the tests that come after
-        raise
+    except subprocess.TimeoutExpired:  # killed, or it would slow the tests that come after
+        raise AssertionError(f"not ended within {LIMIT_S} s: {kill_everything(process)}") from None
 
 
 def wait_for(
@@ -124,8 +123,7 @@ def wait_for(
     while not condition():
         assert process.poll() is None, f"ended before {what}: {process.communicate()[0]}"
         if time.monotonic() > limit:
-            kill_everything(process)
-            raise AssertionError(f"{what}: not within {seconds} s")
+            raise AssertionError(f"{what}: not within {seconds} s: {kill_everything(process)}")
         time.sleep(0.05)
 
 
@@ -165,15 +163,15 @@ def worker_pids(process: subprocess.Popen[str], kind: str = "RayTrainWorker") ->
     return found
 
 
-def kill_everything(process: subprocess.Popen[str]) -> None:
-    """kill -9 of the driver and of every process of its Ray, the driver first."""
+def kill_everything(process: subprocess.Popen[str]) -> str:
+    """kill -9 of the driver and of every process of its Ray, the driver first; returns what it had printed."""
     family = [process.pid, *(child.pid for child in psutil.Process(process.pid).children(recursive=True))]
     for pid in family:
         try:
             os.kill(pid, signal.SIGKILL)
         except ProcessLookupError:
             continue
-    process.communicate()
+    return process.communicate()[0]
 
 
 def weights_hash(model: Path) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 
 import psutil
 
-from tests.runs import free_port, kill_everything, start, wait_for
+from tests.runs import LIMIT_S, free_port, kill_everything, start, wait_for
 
 
 @dataclass
@@ -60,7 +60,7 @@ class Server:
     def stop(self) -> str:
         """As Ctrl-C does; returns all that it has said."""
         self.process.send_signal(signal.SIGTERM)
-        assert self.process.wait(timeout=90) == 0, self.said()
+        assert self.process.wait(timeout=LIMIT_S) == 0, self.said()
         return self.said()
 
 

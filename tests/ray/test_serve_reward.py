@@ -166,7 +166,8 @@ def test_what_is_in_flight_is_finished_and_newcomers_come_again(folder: Path) ->
             except (OSError, http.client.HTTPException):  # nobody listens any more, or it ended while it answered
                 continue
         assert [each.result()[0] for each in asked] == [200] * 4
-        stopped.join(90)
+        stopped.join()
+        assert server.process.returncode == 0, server.said()
     draining = [answer for answer in refused if answer[0] != 200]
     assert draining
     assert {status for status, _, _ in draining} == {503}

@@ -115,11 +115,30 @@ def test_a_failure_in_a_worker_is_one_message(folder: Path) -> None:
 def test_fewer_workers_go_on_and_say_what_changes(folder: Path) -> None:
     file = run_file(folder, "shrunk", training={"max_steps": 40})
     process = start("sft", file)
-    wait_for("a checkpoint", lambda: is_committed(folder / "runs/shrunk"), process)
+    run = folder / "runs/shrunk"
+    wait_for("two checkpoints", lambda: is_committed(run) and last_step(run) >= 6, process)
     kill_everything(process)
+    # And a checkpoint that is gone: Ray Train would not begin with such a record.
+    record = json.loads((run / "checkpoints/checkpoint_manager_snapshot.json").read_text())
+    *_, before, latest = record["checkpoint_results"]
+    shutil.rmtree(run / "checkpoints" / latest["checkpoint_dir_name"])
     output = raytrl("sft", file, "learner.workers=1")
+    assert f"its folder is gone: goes on from step {before['metrics']['step']}" in " ".join(output.split())
     assert "with 1 a step takes 4 rows instead of 8" in output
-    assert [row["step"] for row in metrics(folder / "runs/shrunk")] == list(range(1, 41))
+    assert [row["step"] for row in metrics(run)] == list(range(1, 41))
+
+
+@pytest.mark.slow
+def test_a_start_that_another_has_followed_ends_without_a_checkpoint(folder: Path) -> None:
+    """As one whose driver was killed, and that does not know it yet."""
+    process = start("sft", run_file(folder, "followed", training={"max_steps": 2000}, learner={"max_failures": 0}))
+    run = folder / "runs/followed"
+    wait_for("a checkpoint", lambda: is_committed(run), process)
+    manifest = json.loads((run / "manifest.json").read_text())
+    (run / "manifest.json").write_text(json.dumps({**manifest, "starts": 2}))
+    output = output_of(process)
+    assert process.returncode == 1
+    assert "the run was started again meanwhile; this start of it stores nothing more" in " ".join(output.split())
 
 
 @pytest.mark.slow

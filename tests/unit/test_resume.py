@@ -12,10 +12,14 @@ from raytrl.config.runs.base import Run
 from raytrl.config.runs.supervised import SupervisedRun
 from raytrl.config.sections.learner import LearnerSection
 from raytrl.errors import ConfigError
-from raytrl.launch.runs.resume import Standing, drop_half_written, inspect_run, keep_record
+from raytrl.launch.runs import checkpoints
+from raytrl.launch.runs.checkpoints import RecordCopy, settle
+from raytrl.launch.runs.resume import Standing, inspect_run
 from raytrl.rundir import RunDirectory
 from tests.ppo_files import ppo_file
 from tests.runs import run_file
+
+RECORD = "checkpoints/checkpoint_manager_snapshot.json"
 
 
 def run_of(tmp_path: Path, **sections: Any) -> SupervisedRun:
@@ -52,7 +56,7 @@ def commit(run_dir: RunDirectory, steps: list[int], world_size: int) -> None:
     }
     for n in steps:
         run_dir.write(f"checkpoints/checkpoint_{n}/state", "x")
-    run_dir.write("checkpoints/checkpoint_manager_snapshot.json", json.dumps(snapshot))
+    run_dir.write(RECORD, json.dumps(snapshot))
 
 
 def test_an_empty_directory_is_a_fresh_run(tmp_path: Path) -> None:
@@ -79,26 +83,67 @@ def test_a_run_that_was_cut_off_continues_from_its_last_committed_checkpoint(sta
     assert standing.checkpoint.path == run_dir.at("checkpoints/checkpoint_6")
     assert standing.notices == ()
     assert "checkpoint_8" in run_dir.folders("checkpoints")  # what was killed may still be about to put it on record
-    drop_half_written(run_dir)
+    assert settle(run_dir) == []
     assert sorted(run_dir.folders("checkpoints")) == ["checkpoint_4", "checkpoint_6"]
     assert not run_dir.exists(".scratch")
 
 
 def test_a_checkpoint_that_is_gone_costs_its_steps_and_not_the_run(tmp_path: Path) -> None:
     """Ray Train refuses a record that names a folder that is not there, with a traceback."""
+    from ray.train import Result
+
     run = run_of(tmp_path)
     run_dir = started(run)
     commit(run_dir, [4, 6, 8], world_size=2)
+    run_dir.delete("checkpoints/checkpoint_4")  # an older one costs nothing
+    standing = inspect_run(run, run_dir)
+    assert (standing.checkpoint and standing.checkpoint.step, standing.notices) == (8, ())
     run_dir.delete("checkpoints/checkpoint_8")
     standing = inspect_run(run, run_dir)
     assert standing.checkpoint is not None and standing.checkpoint.step == 6
     assert standing.notices == ("the checkpoint of step 8 is on record, and its folder is gone: goes on from step 6",)
+    assert settle(run_dir) == [*standing.notices]  # looking at it has written nothing
+    found = Result.from_path(run_dir.at("checkpoints")).checkpoint
+    assert found is not None and found.path == standing.checkpoint.path
     again = inspect_run(run, run_dir)
     assert (again.checkpoint, again.notices) == (standing.checkpoint, ())
-    for step in (4, 6):
-        run_dir.delete(f"checkpoints/checkpoint_{step}")
-    with pytest.raises(ConfigError, match=r"its checkpoints are gone; found: a record of those of steps 4, 6.*--fresh"):
+
+
+NO_CHECKPOINT = {
+    "gone": r"its checkpoints are gone; found: a record of those of steps 4, 6.*--fresh",
+    "half": r"record of its checkpoints cannot be read; found: 1 bytes.*--fresh",
+}
+
+
+@pytest.mark.parametrize("kind", NO_CHECKPOINT)
+def test_without_any_checkpoint_a_run_is_not_thrown_away(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoints, "_ENDS_S", 0.0)
+    run = run_of(tmp_path)
+    run_dir = started(run)
+    commit(run_dir, [4, 6], world_size=2)
+    if kind == "gone":
+        for step in (4, 6):
+            run_dir.delete(f"checkpoints/checkpoint_{step}")
+    else:
+        run_dir.write(RECORD, "{")
+    with pytest.raises(ConfigError, match=NO_CHECKPOINT[kind]):
         inspect_run(run, run_dir)
+    standing = inspect_run(run, run_dir, may_begin_anew=True)  # a trial of a sweep
+    assert standing.state == "fresh" and standing.notices[0].endswith("starts from the beginning")
+
+
+def test_a_start_that_is_killed_may_be_writing_when_it_is_looked_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = run_of(tmp_path)
+    run_dir = started(run)
+    commit(run_dir, [4], world_size=2)
+    whole = run_dir.read(RECORD)
+    run_dir.write(RECORD, "")
+    monkeypatch.setattr(checkpoints.time, "sleep", lambda seconds: run_dir.write(RECORD, whole or ""))
+    assert inspect_run(run, run_dir).state == "continue"
 
 
 @pytest.mark.parametrize("left", ["", '{"ray_version": "2.60.0", "checkpoint_res'])
@@ -106,26 +151,22 @@ def test_half_a_record_is_followed_by_the_one_before_it(left: str, tmp_path: Pat
     """Ray Train writes it in place."""
     run = run_of(tmp_path)
     run_dir = started(run)
+    copy = RecordCopy(run_dir)
+    copy.keep()  # there is none yet
+    commit(run_dir, [4], world_size=2)
+    copy.keep()
     commit(run_dir, [4, 6], world_size=2)
-    keep_record(run_dir)
-    commit(run_dir, [6, 8], world_size=2)
+    copy.keep()
     run_dir.delete("checkpoints/checkpoint_4")
-    run_dir.write("checkpoints/checkpoint_manager_snapshot.json", left)
-    keep_record(run_dir)  # which keeps no half one
+    run_dir.write("checkpoints/checkpoint_8/state", "x")
+    run_dir.write(RECORD, left)
+    copy.keep()  # which keeps no half one
     standing = inspect_run(run, run_dir)
     assert standing.checkpoint is not None and standing.checkpoint.step == 6
-    assert "was not written to its end" in standing.notices[0]
-    drop_half_written(run_dir)
+    assert standing.notices == ("the record of checkpoints was not written to its end: goes on by the one before it",)
+    assert settle(run_dir) == [*standing.notices]
     assert run_dir.folders("checkpoints") == ["checkpoint_6"]
-
-
-def test_a_record_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:
-    run = run_of(tmp_path)
-    run_dir = started(run)
-    commit(run_dir, [4, 6], world_size=2)
-    run_dir.write("checkpoints/checkpoint_manager_snapshot.json", "{")
-    with pytest.raises(ConfigError, match=r"record of its checkpoints cannot be read; found: 1 bytes.*--fresh"):
-        inspect_run(run, run_dir)
+    assert inspect_run(run, run_dir).notices == ()
 
 
 def test_a_start_that_committed_nothing_begins_again_and_says_so(tmp_path: Path) -> None:

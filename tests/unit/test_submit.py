@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -148,17 +149,42 @@ class _Gone:
         return ask
 
 
-def test_a_job_server_that_is_gone_is_one_line(project: Path) -> None:
+def test_a_job_server_that_is_gone_is_one_line(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, seconds in {"_STATUS_S": 0, "_STOP_WAIT_S": 0, "_ASK_S": 0.0}.items():
+        monkeypatch.setattr(jobs, name, seconds)
     submission, client = jobs.prepare(["sft", "run.yaml"], [], []), _Gone()
     calls: dict[str, Callable[[Any], Any]] = {
-        "could not list its jobs": lambda client: jobs.job_of(client, submission),
-        "did not take the job": lambda client: jobs.submit(client, submission),
-        "does not say how sft-a is: ": lambda client: jobs.outcome(client, "sft-a"),
-        "ask it with: ray job status sft-a": lambda client: jobs.stop(client, "sft-a"),
+        "the cluster did not list its jobs: refused; submit again": lambda client: jobs.job_of(client, submission),
+        "the cluster did not take the job: refused; submit again": lambda client: jobs.submit(client, submission),
+        "waited 0 s for Ray to say how sft-a ended": lambda client: jobs.outcome(client, "sft-a"),
+        "sft-a could not be asked to stop, and goes on: refused; ray job stop sft-a": lambda client: jobs.stop(
+            client, "sft-a"
+        ),
     }
     for words, call in calls.items():
-        with pytest.raises(RunError, match=rf"^submit: the cluster .*{words}"):
+        with pytest.raises(RunError, match=f"^submit: {words}"):
             call(client)
+
+
+def test_a_dashboard_that_starts_again_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobs, "_ASK_S", 0.0)
+    answers = [
+        requests.exceptions.ConnectionError(),
+        "RUNNING",
+        RuntimeError("Request failed with status code 503"),
+        "SUCCEEDED",
+    ]
+
+    class Restarting:
+        def get_job_info(self, job: str) -> Any:
+            answer = answers.pop(0)
+            if isinstance(answer, Exception):
+                raise answer
+            return SimpleNamespace(status=answer)
+
+    client: Any = Restarting()
+    assert jobs.outcome(client, "sft-a") == (0, "")
+    assert answers == []
 
 
 def test_a_job_refuses_results_inside_its_copy(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 
-from raytrl.errors import RewardError, StalledError, WorkerError
+from raytrl.errors import RewardError, RunError, StalledError, WorkerError
 from raytrl.launch.runs import watch
+from raytrl.launch.runs.checkpoints import start_of
 from raytrl.launch.runs.watch import Board, Watch, controller_of
-from raytrl.launch.runs.worker import Heart, _follows
+from raytrl.launch.runs.worker import Heart, RayWorkerContext, _follows
 from raytrl.records.progress import Progress
 from raytrl.rundir import RunDirectory
 
@@ -110,7 +111,11 @@ def test_a_run_without_any_work_has_stalled(eye: Watch, monkeypatch: pytest.Monk
     board = SimpleNamespace(after=SimpleNamespace(remote=lambda taken: events))
     monkeypatch.setattr(watch, "ray", SimpleNamespace(get=lambda answer, timeout: answer))
     eye._board, eye._run = board, SimpleNamespace(learner=SimpleNamespace(stall_timeout_s=20.0, start_timeout_s=120.0))  # type: ignore[assignment]
+    record = Path(eye._run_dir.at("checkpoints/checkpoint_manager_snapshot.json"))
+    record.parent.mkdir()
+    record.write_text('{"checkpoint_results": []}')
     eye._take()
+    assert (record.parent / "record-before.json").read_text() == record.read_text()
     eye._check_stall()
     now += 20.0
     with pytest.raises(
@@ -127,6 +132,23 @@ def test_a_run_without_any_work_has_stalled(eye: Watch, monkeypatch: pytest.Monk
     now = 236.0
     with pytest.raises(StalledError, match=r"waited 20 s \(learner.stall_timeout_s\).*last told: step 3"):
         eye._check_stall()
+
+
+def test_a_start_that_another_has_followed_stores_nothing(tmp_path: Path) -> None:
+    """Through `ray://` the workers of a killed driver go on for half a minute."""
+    run_dir = RunDirectory(str(tmp_path), "a")
+    run_dir.update_manifest(started="then", starts=1)
+    worker = RayWorkerContext.__new__(RayWorkerContext)
+    worker.rank, worker._run_dir, worker._start = 0, run_dir, start_of(run_dir)
+    worker._refuse_later_start()
+    run_dir.update_manifest(state="running")
+    worker._refuse_later_start()
+    run_dir.update_manifest(starts=2)
+    with pytest.raises(RunError, match="was started again meanwhile"):
+        worker._refuse_later_start()
+    run_dir.clear()
+    with pytest.raises(RunError, match="was started again meanwhile"):
+        worker._refuse_later_start()
 
 
 class Fitting:

@@ -99,8 +99,8 @@ def placed_actors(
                 started[role.name].append(actor)
         yield started
     finally:
-        with suppress(ray.exceptions.RayError, ConnectionError):  # a cluster that is gone: what led here says so
-            for placed in own if ray.is_initialized() else ():
+        for placed in own if ray.is_initialized() else ():
+            with suppress(ray.exceptions.RayError, ConnectionError):  # a cluster that is gone: what led here says so
                 remove_placement_group(placed)
 
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 _RUN = "raytrl_run"  # metadata key: which run directory the job writes, as a digest
 _STOP_WAIT_S = 60  # for raytrl to end its actors after SIGTERM; Ray's default is 3
 _STATUS_S = 120  # for Ray to write down how a job ended
+_ASK_S = 0.2
 _ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 
 
@@ -101,7 +102,7 @@ def job_of(client: "JobSubmissionClient", submission: Submission) -> str | None:
     Raises:
         RunError: the cluster did not answer.
     """
-    with _answered("could not list its jobs", "submit again"):
+    with _answered("did not list its jobs"):
         for job in client.list_jobs():
             if (job.metadata or {}).get(_RUN) == submission.run_key and job.status not in _ENDED:
                 return str(job.submission_id)
@@ -115,7 +116,7 @@ def submit(client: "JobSubmissionClient", submission: Submission) -> str:
         RunError: the cluster refused it, or did not answer.
     """
     run = submission.loaded.run
-    with _answered("did not take the job", "submit again: a job that was started meanwhile is found"):
+    with _answered("did not take the job"):
         return str(
             client.submit_job(
                 entrypoint=shlex.join(submission.command),
@@ -127,13 +128,20 @@ def submit(client: "JobSubmissionClient", submission: Submission) -> str:
 
 
 @contextmanager
-def _answered(what: str, advice: str) -> Iterator[None]:
+def _answered(what: str) -> Iterator[None]:
     """Raises RunError where the job server says no, or is not reached any more."""
     try:
         yield
-    except (RuntimeError, OSError) as error:
-        words = str(error).strip().splitlines() or [type(error).__name__]
-        raise RunError(f"submit: the cluster {what}: {words[0]}; {advice}") from None
+    except RuntimeError as error:
+        raise RunError(f"submit: the cluster {what}: {_first_line(error)}") from None
+    except OSError as error:
+        raise RunError(
+            f"submit: the cluster {what}: {_first_line(error)}; submit again: a job that has started meanwhile is found"
+        ) from None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def follow(client: "JobSubmissionClient", job: str, write: Callable[[str], None]) -> None:
@@ -153,7 +161,7 @@ def follow(client: "JobSubmissionClient", job: str, write: Callable[[str], None]
         raise KeyboardInterrupt from None
     except (RuntimeError, OSError) as error:
         raise RunError(
-            f"submit: the connection to the log of {job} broke: {str(error).splitlines()[0]}; the job goes on; submit the "
+            f"submit: the connection to the log of {job} broke: {_first_line(error)}; the job goes on; submit the "
             f"same again to follow it, or: ray job logs --follow {job}"
         ) from None
 
@@ -164,11 +172,9 @@ def outcome(client: "JobSubmissionClient", job: str) -> tuple[int, str]:
     Raises:
         RunError: Ray does not say in time how it ended, or is not reached.
     """
-    limit = time.monotonic() + _STATUS_S
-    while (info := _asked(client.get_job_info, job)).status not in _ENDED:
-        if time.monotonic() > limit:
-            raise RunError(f"submit: waited {_STATUS_S} s for Ray to say how {job} ended; it is {info.status}")
-        time.sleep(0.2)
+    info, last = _ended(client, job, _STATUS_S)
+    if info is None:
+        raise RunError(f"submit: waited {_STATUS_S} s for Ray to say how {job} ended; last answer: {last}")
     if info.status == "SUCCEEDED":
         return 0, ""
     if info.status == "STOPPED":
@@ -178,10 +184,21 @@ def outcome(client: "JobSubmissionClient", job: str) -> tuple[int, str]:
     return 1, f"{job} failed: {info.message}"
 
 
-def _asked(question: Callable[[str], Any], job: str) -> Any:
-    """Raises RunError."""
-    with _answered(f"does not say how {job} is", f"ask it with: ray job status {job}"):
-        return question(job)
+def _ended(client: "JobSubmissionClient", job: str, limit_s: float) -> tuple[Any, str]:
+    """What Ray says of a job that has ended, None where it has not said so in time; and the last answer. A dashboard may be
+    starting again meanwhile."""
+    limit, last = time.monotonic() + limit_s, "none"
+    while time.monotonic() < limit:
+        try:
+            info = client.get_job_info(job)
+        except (RuntimeError, OSError) as error:
+            last = _first_line(error)
+        else:
+            if info.status in _ENDED:
+                return info, str(info.status)
+            last = str(info.status)
+        time.sleep(_ASK_S)
+    return None, last
 
 
 def stop(client: "JobSubmissionClient", job: str) -> None:
@@ -190,9 +207,13 @@ def stop(client: "JobSubmissionClient", job: str) -> None:
     Raises:
         RunError: it has not within the time that it is given, or Ray is not reached.
     """
-    _asked(client.stop_job, job)
-    limit = time.monotonic() + _STOP_WAIT_S + _STATUS_S
-    while _asked(client.get_job_status, job) not in _ENDED:
-        if time.monotonic() > limit:
-            raise RunError(f"submit: {job} was asked to stop and has not within {_STOP_WAIT_S + _STATUS_S} s")
-        time.sleep(0.2)
+    try:
+        client.stop_job(job)
+    except (RuntimeError, OSError) as error:
+        raise RunError(
+            f"submit: {job} could not be asked to stop, and goes on: {_first_line(error)}; ray job stop {job} asks again"
+        ) from None
+    limit_s = _STOP_WAIT_S + _STATUS_S
+    info, last = _ended(client, job, limit_s)
+    if info is None:
+        raise RunError(f"submit: {job} was asked to stop and has not within {limit_s} s; last answer: {last}")

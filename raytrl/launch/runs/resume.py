@@ -1,7 +1,5 @@
 """Where a run stands: fresh, to be continued, or finished; and whether it may go on as it is asked to."""
 
-import json
-import posixpath
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -10,6 +8,7 @@ import yaml
 from raytrl.config.foreign.deepspeed import zero_stage
 from raytrl.config.runs.base import Run, TrainingRun
 from raytrl.errors import ConfigError
+from raytrl.launch.runs.checkpoints import Committed, last_committed
 from raytrl.plan.inputs import Inputs, changes, is_code_of_rewards
 from raytrl.rundir import RunDirectory
 
@@ -54,17 +53,6 @@ _OPERATIONAL = (
     "max_concurrent",
     "max_failed",
 )
-_RECORD = "checkpoints/checkpoint_manager_snapshot.json"  # Ray Train's, of the checkpoints that are complete
-_RECORD_BEFORE = "checkpoints/record-before.json"
-
-
-@dataclass(frozen=True)
-class Committed:
-    """The last complete checkpoint of a run."""
-
-    step: int
-    world_size: int
-    path: str
 
 
 @dataclass(frozen=True)
@@ -77,8 +65,11 @@ class Standing:
     resume: str = ""  # continue: from where, in words
 
 
-def inspect_run(run: Run, run_dir: RunDirectory) -> Standing:
-    """Decides how the run starts. Nothing is removed: processes of a start that was killed may be about to end.
+def inspect_run(run: Run, run_dir: RunDirectory, *, may_begin_anew: bool = False) -> Standing:
+    """Decides how the run starts. No checkpoint is touched: a start that was killed a moment ago may be writing.
+
+    Args:
+        may_begin_anew: also where the checkpoints that there were are gone.
 
     Raises:
         ConfigError: the directory holds a run of other settings, or its checkpoint cannot be loaded as asked.
@@ -86,17 +77,20 @@ def inspect_run(run: Run, run_dir: RunDirectory) -> Standing:
     manifest = run_dir.manifest()
     if not manifest:
         return Standing("fresh")
-    done = manifest["state"] == "done"
-    mended = [] if done else mend_record(run_dir)
-    checkpoint = None if done else last_committed(run_dir)
-    if checkpoint is None and not done:
-        return Standing("fresh", notices=("the earlier start left no complete checkpoint: starts from the beginning",))
-    notices = refuse_changes(run_dir, "config.yaml", run)
+    run_dir.delete(".scratch")  # it may be what fills the disk
+    if manifest["state"] == "done":
+        return Standing("done", notices=tuple(refuse_changes(run_dir, "config.yaml", run)))
+    try:
+        checkpoint, lost = last_committed(run_dir)
+    except ConfigError as error:
+        if not may_begin_anew:
+            raise
+        return Standing("fresh", notices=(f"{error}; starts from the beginning",))
     if checkpoint is None:
-        return Standing("done")
+        return Standing("fresh", notices=("the earlier start left no complete checkpoint: starts from the beginning",))
+    notices = refuse_changes(run_dir, "config.yaml", run) + lost
     assert isinstance(run, TrainingRun)  # or it would have no checkpoints
     before = yaml.safe_load(run_dir.read("config.yaml") or "{}")
-    notices += mended
     notices += _worker_change(run, checkpoint, run_dir, _most_workers(before))
     return Standing("continue", checkpoint, tuple(notices), f"from step {checkpoint.step}")
 
@@ -144,87 +138,6 @@ def changed_inputs(run_dir: RunDirectory, made_from: Inputs, state: str) -> list
     return [
         f"changed since the run was started, and it goes on with what is there now: {line}" for line in found.values()
     ]
-
-
-def last_committed(run_dir: RunDirectory) -> Committed | None:
-    """The checkpoint a restart would load, as Ray Train has it on record."""
-    if not run_dir.exists(_RECORD):
-        return None
-    from ray.train import Result  # 2 s to import: only where there is a checkpoint to look at
-
-    found = Result.from_path(run_dir.at("checkpoints"), storage_filesystem=run_dir.filesystem)
-    if found.checkpoint is None:
-        return None
-    return Committed(int(found.metrics["step"]), int(found.metrics["world_size"]), found.checkpoint.path)
-
-
-def keep_record(run_dir: RunDirectory) -> None:
-    """Keeps a copy of the record: Ray Train writes it in place, and what loses its power meanwhile is left with half of it."""
-    text = run_dir.read(_RECORD)
-    if text is not None and _whole(text) is not None:
-        run_dir.write(_RECORD_BEFORE, text)
-
-
-def mend_record(run_dir: RunDirectory) -> list[str]:
-    """Makes a record that Ray Train would refuse one that it takes; returns notices of what is lost.
-
-    Raises:
-        ConfigError: there is no checkpoint left to go on from.
-    """
-    text, notices = run_dir.read(_RECORD), list[str]()
-    if text is None:
-        return notices
-    record = _whole(text)
-    if record is None:
-        record = _whole(run_dir.read(_RECORD_BEFORE) or "")
-        if record is None:
-            raise ConfigError(
-                f"{run_dir}: the record of its checkpoints cannot be read; found: {len(text)} bytes in {_RECORD} that are no "
-                f"JSON; expected: the file as Ray Train wrote it, or --fresh to throw the run away"
-            )
-        notices.append("the record of checkpoints was not written to its end: goes on by the one before it")
-    there = set(run_dir.folders("checkpoints"))
-    known = list(zip(record["checkpoint_results"], record["checkpoint_report_indices"], strict=True))
-    kept = [(result, index) for result, index in known if result["checkpoint_dir_name"] in there]
-    lost = [result["metrics"]["step"] for result, _ in known if result["checkpoint_dir_name"] not in there]
-    if lost:
-        if not kept:
-            raise ConfigError(
-                f"{run_dir}: its checkpoints are gone; found: a record of those of steps {', '.join(map(str, lost))}, and no "
-                f"folder of theirs; expected: {run_dir}/checkpoints as it was, or --fresh to throw the run away"
-            )
-        record["checkpoint_results"], record["checkpoint_report_indices"] = map(list, zip(*kept, strict=True))
-        record["latest_checkpoint_result"] = kept[-1][0]
-        notices.append(
-            f"the checkpoint of step {lost[-1]} is on record, and its folder is gone: goes on from step "
-            f"{kept[-1][0]['metrics']['step']}"
-        )
-    if notices:
-        run_dir.write(_RECORD, json.dumps(record))
-    return notices
-
-
-def _whole(text: str) -> dict[str, Any] | None:
-    """A record; None: half of one."""
-    try:
-        found = json.loads(text)
-    except ValueError:
-        return None
-    return found if isinstance(found, dict) else None
-
-
-def drop_half_written(run_dir: RunDirectory) -> None:
-    """Deletes half-written checkpoints: folders that the record of committed ones does not name."""
-    from ray.train import Result
-
-    if not run_dir.exists(_RECORD):
-        return
-    found = Result.from_path(run_dir.at("checkpoints"), storage_filesystem=run_dir.filesystem)
-    kept = {posixpath.basename(checkpoint.path) for checkpoint in [found.checkpoint, *dict(found.best_checkpoints)]}
-    for folder in run_dir.folders("checkpoints"):
-        if folder.startswith("checkpoint_") and folder not in kept:
-            run_dir.delete(f"checkpoints/{folder}")
-    run_dir.delete(".scratch")
 
 
 def _changes(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> dict[str, str]:

@@ -13,7 +13,8 @@ from typing import Any, Generic, TypeVar, cast
 from raytrl.config.load import LoadedRun
 from raytrl.config.runs.base import Run
 from raytrl.errors import RaytrlError, RunError
-from raytrl.launch.runs.resume import Standing, changed_inputs, drop_half_written, inspect_run
+from raytrl.launch.runs.checkpoints import drop_half_written
+from raytrl.launch.runs.resume import Standing, changed_inputs, inspect_run
 from raytrl.launch.session.session import Session, check_output_dir, cluster_of, prepare_environment
 from raytrl.plan.capacity import Room, check_memory
 from raytrl.plan.checks.common import Facts
@@ -60,6 +61,7 @@ class Start:
     ray: Session
     clock: dict[str, float]  # seconds by phase of the start
     show: Show
+    is_fresh: bool
 
 
 class Kind(ABC, Generic[R, O_co]):
@@ -80,7 +82,8 @@ class Kind(ABC, Generic[R, O_co]):
         Raises:
             ConfigError: the directory holds a run of other settings.
         """
-        return Standing("fresh") if fresh else inspect_run(self.run, run_dir)
+        # Of a trial nobody can say --fresh without throwing the whole sweep away.
+        return Standing("fresh") if fresh else inspect_run(self.run, run_dir, may_begin_anew=self.lent is not None)
 
     def made_from(self) -> Inputs:
         """Fingerprints of its data, models and code; a sweep remembers those of its trials."""
@@ -204,7 +207,8 @@ def run_to_end(kind: Kind[Any, O_co], command: str, fresh: bool, show: Show) -> 
             _write_start(kind, run_dir, command)
             kind.begin(run_dir)
             with _failure_noted(run_dir):
-                start = Start(run_dir, command, planned.need, ray, {"checks_s": time.time() - started}, show)
+                clock = {"checks_s": time.time() - started}
+                start = Start(run_dir, command, planned.need, ray, clock, show, standing.state == "fresh")
                 values = kind.work(start)
         run_dir.update_manifest(state="done", finished=now(), **values)
         drop_half_written(run_dir)

@@ -11,6 +11,7 @@ from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 
 from raytrl.config.runs.base import TrainingRun
+from raytrl.launch.runs.checkpoints import start_of
 from raytrl.roles.context import EXCHANGE_LIMIT_S
 from raytrl.rundir import RunDirectory
 
@@ -52,6 +53,7 @@ def make_trainer(
         train_loop_config={
             "board": board,
             "cwd": os.getcwd(),
+            "start": start_of(run_dir),
             "scratch": os.path.join(local, ".scratch"),
             "tensorboard": os.path.join(local, "tensorboard"),
             **config,

@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
 from raytrl.config.runs.base import TrainingRun
-from raytrl.launch.runs.resume import drop_half_written, mend_record
+from raytrl.launch.runs.checkpoints import settle
 from raytrl.launch.runs.run import Kind, Start
 from raytrl.records.outcome import Trained
 from raytrl.records.progress import Progress
@@ -47,10 +47,11 @@ class TrainingKind(Kind[T, Trained]):
 
             start_coordinator()
             check_storage(run_dir)
-            # Not before: what was killed has ended while Ray started, and writes no more.
-            for notice in mend_record(run_dir):
+            # Not before: a start that was killed a moment ago put checkpoints on record until the manifest named this one.
+            if start.is_fresh:
+                run_dir.delete("checkpoints")
+            for notice in settle(run_dir):
                 start.show(Progress("notice", text=notice))
-            drop_half_written(run_dir)
             board = start_board(run)
             start.show(Progress("phase", text="starting workers"))
             with self.running(start.command) as (worker, config):

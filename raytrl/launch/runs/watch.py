@@ -13,7 +13,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from raytrl.config.runs.base import TrainingRun
 from raytrl.errors import RunError, StalledError, WorkerError
 from raytrl.launch.actors.shelf import Shelf
-from raytrl.launch.runs.resume import keep_record
+from raytrl.launch.runs.checkpoints import RecordCopy
 from raytrl.launch.session.gauges import step_gauges
 from raytrl.records.progress import Progress
 from raytrl.rundir import MetricsLog, RunDirectory, StepLog, now
@@ -72,6 +72,7 @@ class Watch:
         self._clock = clock
         self._log = MetricsLog(run_dir)
         self._samples = StepLog(run_dir, "samples.jsonl")
+        self._record = RecordCopy(run_dir)
         self._began = time.time()
         self._last_event = time.monotonic()
         self._last: Progress | None = None
@@ -118,6 +119,7 @@ class Watch:
             raise RunError(
                 f"the driver's progress board is gone: {_first_line(error)}; start again to continue"
             ) from None
+        self._record.keep()
         self._taken += len(events)
         for event in events:
             self._last_event = time.monotonic()
@@ -137,7 +139,6 @@ class Watch:
             case "step" | "eval":
                 self._note_step(event)
             case "checkpoint":
-                keep_record(self._run_dir)
                 if not self._run_dir.is_local:
                     self._log.flush()
                     self._samples.flush()

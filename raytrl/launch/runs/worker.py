@@ -21,7 +21,8 @@ import ray
 import ray.train
 import ray.train.collective
 
-from raytrl.errors import ConfigError, NonFiniteError, RaytrlError, RewardError, WorkerError
+from raytrl.errors import ConfigError, NonFiniteError, RaytrlError, RewardError, RunError, WorkerError
+from raytrl.launch.runs.checkpoints import start_of
 from raytrl.launch.session.logs import LOG, set_version, start_log
 from raytrl.launch.session.session import QUIET_LIBRARIES, work_in
 from raytrl.records.progress import Progress
@@ -77,11 +78,14 @@ class Heart:
 class RayWorkerContext:
     """`roles.context.WorkerContext` on Ray Train."""
 
-    def __init__(self, board: Any, scratch: str, run_dir: RunDirectory, tensorboard: str, beat_s: float) -> None:
+    def __init__(
+        self, board: Any, scratch: str, run_dir: RunDirectory, tensorboard: str, beat_s: float, start: str
+    ) -> None:
         """
         Args:
             tensorboard: where event files are written on this node.
             beat_s: the driver is told of work that goes on so often.
+            start: of `start_of`, the run's start that this worker belongs to.
         """
         context = ray.train.get_context()
         self.rank: int = context.get_world_rank()
@@ -90,7 +94,7 @@ class RayWorkerContext:
         self.scratch = f"{scratch}/node-{context.get_node_rank()}"  # nodes may share the run's disk
         self.board, self._run_dir, self._tensorboard = board, run_dir, tensorboard
         self._latest: deque[Progress] = deque(maxlen=_KEPT)
-        self._heart = Heart(board.post.remote, beat_s)
+        self._heart, self._start = Heart(board.post.remote, beat_s), start
         if self.local_rank == 0:
             shutil.rmtree(self.scratch, ignore_errors=True)  # of a killed attempt
             os.makedirs(self.scratch)
@@ -117,8 +121,11 @@ class RayWorkerContext:
         LOG.info("hands in the checkpoint of step %d", step)
 
         def move(checkpoint: Any, name: str) -> Any:
+            self._refuse_later_start()
             with self.beating():
-                return _move(checkpoint, name)
+                moved = _move(checkpoint, name)
+            self._refuse_later_start()  # nothing of ours comes on record any more
+            return moved
 
         ray.train.report(
             {"step": step, "world_size": self.world_size},
@@ -126,6 +133,14 @@ class RayWorkerContext:
             checkpoint_upload_fn=move if folder else None,
             delete_local_checkpoint_after_upload=True,
         )
+
+    def _refuse_later_start(self) -> None:
+        """A driver that is killed takes its workers with it, but not at once, and through `ray://` after half a minute: by then
+        the run may have been started again."""
+        if self.rank == 0 and start_of(self._run_dir) != self._start:
+            raise RunError(
+                f"{self._run_dir}: the run was started again meanwhile; this start of it stores nothing more"
+            )
 
     def store_curves(self) -> None:
         """Event files are appended to, which an object store cannot: they are put there with each checkpoint, and at the end."""
@@ -198,7 +213,8 @@ def as_worker(config: dict[str, Any], work: Callable[[RayWorkerContext], dict[st
     run = config["job"].run
     run_dir = RunDirectory(run.output_dir, run.name)
     beat_s = min(_BEAT_S, run.learner.stall_timeout_s / 4)
-    context = RayWorkerContext(config["board"], config["scratch"], run_dir, config["tensorboard"], beat_s)
+    places = (config["scratch"], run_dir, config["tensorboard"])
+    context = RayWorkerContext(config["board"], *places, beat_s, config["start"])
     start_log(run_dir, "learner", context.rank)
     try:
         outcome = work(context)

@@ -19,6 +19,7 @@ from raytrl.config.sections.serve import is_this_machine
 from raytrl.errors import ResourceError, RunError
 from raytrl.launch.serving.deployment import DEPLOYMENT, OWNER, application_of
 from raytrl.rundir import RunDirectory
+from raytrl.within import NotInTimeError, within
 
 _LOOK_S = 0.5
 _LAST_BYTES_S = 1.0  # for answers on their way through Serve's proxy
@@ -26,14 +27,13 @@ _RAISED = re.compile(r"[\w.]*(Error|Exception): ")
 _CAUSE_LINES = 3
 _MORE_S = 10.0  # for Serve's own part of what has a limit
 _NAMESPACE = "serve"  # of Ray Serve's own actors
-# ValueError: of an actor that has no longer a name.
 _GONE = (
     ray.exceptions.RayError,
     serve.exceptions.RayServeException,
     RunError,
+    NotInTimeError,
     TimeoutError,
     ConnectionError,
-    ValueError,
 )
 
 
@@ -115,18 +115,17 @@ class Service:
                     time.sleep(_LAST_BYTES_S)
         finally:
             with suppress(*_GONE):
-                if (
-                    self._owns_ray
-                ):  # which ends with all of Serve; to delete the application would only make it answer 404
-                    self._hang_up()
-                else:
+                if not self._owns_ray:
                     serve.delete(self._name, _blocking=not left)
+                else:  # a Ray of our own ends with all of Serve: to delete the application would only make it answer 404
+                    within(_MORE_S, self._hang_up)
         return left
 
     def _hang_up(self) -> None:
         """Ends Serve's proxies before their replicas end, whose callers they would answer 500."""
         for proxy in ((_details() or {}).get("proxies") or {}).values():
-            ray.kill(ray.get_actor(proxy["actor_name"], namespace=_NAMESPACE))
+            with suppress(ValueError):  # it has ended by itself
+                ray.kill(ray.get_actor(proxy["actor_name"], namespace=_NAMESPACE))
         ends = time.monotonic() + _LAST_BYTES_S
         with suppress(OSError):  # nobody listens any more
             while time.monotonic() < ends:

@@ -79,6 +79,7 @@ class EndpointSource:
         ends = time.monotonic() + timeout_s
         try:
             with _opener(request.full_url).open(request, timeout=timeout_s) as response:
+                self._has_answered = True
                 answer = _read(response, ends, _ANSWER_BYTES + count * _SCORE_BYTES)
         except urllib.error.HTTPError as error:
             self._has_answered = True
@@ -90,7 +91,6 @@ class EndpointSource:
                 raise CallError(f"gave no answer within {timeout_s:g} s") from None
             reason = f"raised {type(error).__name__}: {error}"
             raise (AwayError(reason) if self._has_answered else CallError(reason)) from None
-        self._has_answered = True
         return _scores_in(answer)
 
     def close(self) -> None:
@@ -128,11 +128,11 @@ def _refused(error: urllib.error.HTTPError, sent_ended: bool) -> CallError:
         place = error.headers.get("Location", "no Location")
         return FinalError(f"answered HTTP {error.code}, a redirect to {place}; expected: the url that answers")
     try:
-        text = error.read(200)
+        text, is_cut = error.read(200), False
     except (OSError, http.client.HTTPException):  # whoever refuses may end while saying so: its status stands
-        text = b""
+        text, is_cut = b"", True
     reason = f"answered HTTP {error.code}: {text.decode(errors='replace')}"
-    if error.code in _COME_AGAIN or (error.code == 404 and _SERVE_HAS_NONE in text):
+    if error.code in _COME_AGAIN or (error.code == 404 and (is_cut or _SERVE_HAS_NONE in text)):
         return AwayError(reason, _retry_after_s(error.headers.get("Retry-After")))
     if error.code in (400, 422) and sent_ended and b"ended" in text:
         reason += "; of a server that knows no `ended`: send_ended: false"

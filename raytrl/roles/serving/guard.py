@@ -70,13 +70,18 @@ class Guard:
         path = str(scope["path"]).removeprefix(scope.get("root_path", "")) or "/"
         answer, began = _Answer(send, self._alive), time.monotonic()
 
+        gone: list[Message] = []
+
         async def hear() -> Message:
+            if gone:  # Ray Serve says what follows once only
+                return gone[0]
             try:
                 message = await receive()
             except Exception:  # of Ray Serve: its proxy, or its task for this request, is gone, and the client with it
                 message = {"type": "http.disconnect"}
             if message["type"] == "http.disconnect":
                 answer.leave()
+                gone.append(message)
             return message
 
         self._in_flight += 1
@@ -88,9 +93,10 @@ class Guard:
         except asyncio.CancelledError:
             answer.leave()
             raise
-        except Exception as error:  # its text may hold what the user sent: only its kind is logged
-            _log.error("%s: raised %s", path, type(error).__name__)
-            await answer.refuse(RefusalError(500, "internal_error", "the server failed at this request"))
+        except Exception as error:
+            if not answer.is_left:  # its text may hold what the user sent: only its kind is logged
+                _log.error("%s: raised %s", path, type(error).__name__)
+                await answer.refuse(RefusalError(500, "internal_error", "the server failed at this request"))
         finally:
             self._in_flight -= 1
             if not self._in_flight:

@@ -233,17 +233,18 @@ def test_an_answer_that_is_cut_off_is_none(server: _Server, pair: Any) -> None:
     """A server that is killed ends in the middle of a refusal, or of scores."""
 
     def answer(handler: BaseHTTPRequestHandler, _: Any, call: int) -> tuple[int, bytes] | None:
-        if call == 3:
+        if call == 4:
             return _scores([1])
-        handler.send_response(503 if call == 1 else 200)
-        handler.send_header(*(("Transfer-Encoding", "chunked") if call == 1 else ("Content-Length", "99")))
+        status = {1: 200, 2: 503, 3: 404}[call]
+        handler.send_response(status)
+        handler.send_header(*(("Content-Length", "99") if status == 200 else ("Transfer-Encoding", "chunked")))
         handler.end_headers()
-        handler.wfile.write(b"" if call == 1 else b'{"scores": [1')
+        handler.wfile.write(b'{"scores": [1' if status == 200 else b"")
         return None
 
     server.answer = answer
     assert ask(_source(server, retries=0, outage_s=20), [pair("p", "x")]) == [1.0]
-    assert server.calls == 3
+    assert server.calls == 4
 
 
 def test_retries_are_bounded(server: _Server, pair: Any) -> None:

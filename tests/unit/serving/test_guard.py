@@ -325,13 +325,16 @@ def test_a_client_whose_proxy_is_gone_has_left(caplog: pytest.LogCaptureFixture)
         await StreamingResponse(endless(), media_type="text/event-stream")(scope, receive, send)
 
     async def work() -> None:
-        world, back = _World(app), list[Message]()
+        world, back, lost = _World(app), list[Message](), list[bool]()
         received = iter([{"type": "http.request", "body": b"{}"}])
 
         async def receive() -> Message:
             if (message := next(received, None)) is not None:
                 return message
             await _until(lambda: len(back) > 3)
+            if lost:  # Serve's queue is empty from then on
+                await asyncio.get_running_loop().create_future()
+            lost.append(True)
             raise RuntimeError("the request was cancelled")
 
         async def send(message: Message) -> None:

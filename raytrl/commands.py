@@ -30,8 +30,7 @@ def train(kind: str, file: str, overrides: list[str] | None, fresh: bool) -> Non
     assert isinstance(outcome, Trained)
     if outcome.already_done:
         out.print("this run is finished already; --fresh trains it anew")
-    out.print(summary(outcome))
-    _write_page(loaded)
+    wide_in_a_pipe().print(summary(outcome, _page_of(loaded)))
 
 
 def evaluate(file: str, overrides: list[str] | None, fresh: bool) -> None:
@@ -51,7 +50,7 @@ def evaluate(file: str, overrides: list[str] | None, fresh: bool) -> None:
         out.print("this evaluation is finished already; --fresh does it anew")
     for table in evaluation_tables(outcome.results, outcome.samples):
         out.print(table)
-    _write_page(loaded)
+    out.print(f"report    {_page_of(loaded)}", soft_wrap=True, markup=False)
 
 
 def serve(place: str, overrides: list[str] | None) -> None:
@@ -75,11 +74,12 @@ def _command() -> str:
     return shlex.join(["raytrl", *sys.argv[1:]])
 
 
-def _write_page(loaded: Any) -> None:
+def _page_of(loaded: Any) -> str:
+    """Writes a run's report page; where it lies."""
     from raytrl.report.run_page import write_run_page
     from raytrl.rundir import RunDirectory
 
-    out.print(f"report    {write_run_page(RunDirectory(loaded.run.output_dir, loaded.run.name))}", soft_wrap=True)
+    return write_run_page(RunDirectory(loaded.run.output_dir, loaded.run.name))
 
 
 def plan(file: str, overrides: list[str], cluster: list[str], models: str) -> None:

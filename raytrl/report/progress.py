@@ -163,12 +163,13 @@ def _ppo_seconds(metrics: Mapping[str, float]) -> str:
     return f"{metrics[STEP_S]:.2f} s ({split})"
 
 
-def summary(outcome: Trained) -> Table:
-    """The closing table of a finished run."""
+def summary(outcome: Trained, page: str) -> Table:
+    """The closing table of a finished run, whose report is at `page`."""
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     for key, value in outcome.metrics.items():
         if key in CLOSING:
             table.add_row(key, f"{value:.4f}")
     table.add_row("model", escape(outcome.model))
     table.add_row("metrics", escape(f"{outcome.place}/metrics.jsonl"))
+    table.add_row("report", escape(page))
     return table

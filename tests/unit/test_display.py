@@ -63,11 +63,12 @@ def test_a_terminal_gets_a_bar() -> None:
 def test_the_summary_shows_losses_and_places() -> None:
     file = StringIO()
     outcome = Trained("runs/[a]", False, "runs/[a]/model", {"loss": 1.5, "eval_loss": 1.25, "epoch": 3.0})
-    Console(file=file, width=100).print(summary(outcome))
+    Console(file=file, width=100).print(summary(outcome, "runs/[a]/report.html"))
     rows = dict(line.split() for line in file.getvalue().splitlines())
     assert rows == {
         "loss": "1.5000",
         "eval_loss": "1.2500",
         "model": "runs/[a]/model",
         "metrics": "runs/[a]/metrics.jsonl",
+        "report": "runs/[a]/report.html",
     }

@@ -242,24 +242,6 @@ def test_too_many_at_a_time_are_told_when_to_come_again(server: Server, client: 
 
 
 @pytest.mark.slow
-def test_dtype_is_what_it_computes_in(folder: Path) -> None:
-    ids = [[5, 9, 12], [7, 30, 2, 41], [16, 8]]
-    with served(folder, "policy", "name=half", "serve.engine=vllm", "serve.dtype=bfloat16") as server:
-        client = OpenAI(base_url=f"{server.base}/v1", api_key="none", max_retries=0, timeout=60)
-        made = client.completions.create(model="half", prompt=ids, max_tokens=1, temperature=0, logprobs=1)
-    found = torch.tensor([choice.logprobs.token_logprobs[0] for choice in made.choices if choice.logprobs])
-    errors = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        model: Any = AutoModelForCausalLM.from_pretrained(folder / "policy", dtype=dtype)
-        with torch.inference_mode():
-            rows = [model(torch.tensor([row])).logits[0, -1].float().log_softmax(-1).max() for row in ids]
-        errors[dtype] = float((found - torch.stack(rows)).abs().max())
-    print(errors)
-    assert errors[torch.bfloat16] < 0.01
-    assert errors[torch.float32] > 1e-4
-
-
-@pytest.mark.slow
 def test_an_engine_that_is_killed_comes_back(server: Server, client: OpenAI) -> None:
     """Whoever comes at once is told to come again; who comes while the replica is replaced waits for the new one."""
     (engine,) = server.below("EngineCore")
@@ -275,3 +257,19 @@ def test_an_engine_that_is_killed_comes_back(server: Server, client: OpenAI) -> 
     assert seen[0] == 503
     assert engine.pid not in {process.pid for process in server.below("EngineCore")}
     assert "0 of 1 replicas answer" in server.said()
+
+
+@pytest.mark.slow
+def test_dtype_is_what_it_computes_in(folder: Path) -> None:
+    ids = [[5, 9, 12], [7, 30, 2, 41], [16, 8]]
+    with served(
+        folder, "policy", "name=half", "serve.name=half", "serve.engine=vllm", "serve.dtype=bfloat16"
+    ) as server:
+        client = OpenAI(base_url=f"{server.base}/v1", api_key="none", max_retries=0, timeout=60)
+        made = client.completions.create(model="half", prompt=ids, max_tokens=1, temperature=0, logprobs=1)
+    found = torch.tensor([choice.logprobs.token_logprobs[0] for choice in made.choices if choice.logprobs])
+    model: Any = AutoModelForCausalLM.from_pretrained(folder / "policy", dtype=torch.float32)
+    with torch.inference_mode():
+        rows = [model(torch.tensor([row])).logits[0, -1].log_softmax(-1).max() for row in ids]
+    error = float((found - torch.stack(rows)).abs().max())
+    assert 1e-3 < error < 0.1  # bfloat16 rounds logits of about 5 to 0.02; float32 is within 1e-5

@@ -91,7 +91,7 @@ def connect(address: str | None) -> "JobSubmissionClient":
         ) from None
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise ResourceError(
-            f"--address: no job server answers; found: {shown}: {str(error).splitlines()[0]}; expected: the dashboard of a "
+            f"--address: no job server answers; found: {shown}: {_first_line(error)}; expected: the dashboard of a "
             f"running cluster, such as http://head:8265"
         ) from None
 

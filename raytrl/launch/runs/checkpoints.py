@@ -12,7 +12,7 @@ from raytrl.rundir import RunDirectory
 
 _RECORD = "checkpoints/checkpoint_manager_snapshot.json"
 _COPY = "checkpoints/record-before.json"
-_ENDS_S = 2.0
+_ENDS_S = 2.0  # for what was killed to end
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def last_committed(run_dir: RunDirectory) -> tuple[Committed | None, list[str]]:
 def settle(run_dir: RunDirectory) -> list[str]:
     """Puts the record in order and deletes what it does not name, half-written checkpoints; returns notices of what is lost.
 
-    To be called when what an earlier start has left is gone, and nothing has started.
+    To be called once the manifest names this start, so that an earlier one adds nothing, and before this one's workers.
 
     Raises:
         ConfigError: there is a record, and no checkpoint left to go on from.

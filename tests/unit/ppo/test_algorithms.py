@@ -1,4 +1,7 @@
-"""Without a critic: what each algorithm needs, what changes nothing, what must change something, and where it ends."""
+"""Without a critic: what each algorithm needs, what changes nothing, and what must change something.
+
+Where each of them ends: tests/learning.
+"""
 
 from collections.abc import Collection
 from dataclasses import replace

@@ -323,6 +323,7 @@ def test_a_client_whose_proxy_is_gone_has_left(caplog: pytest.LogCaptureFixture)
     async def app(scope: Any, receive: Any, send: Any) -> None:
         await receive()
         await StreamingResponse(endless(), media_type="text/event-stream")(scope, receive, send)
+        assert (await receive())["type"] == "http.disconnect"  # whoever asks again is told again
 
     async def work() -> None:
         world, back, lost = _World(app), list[Message](), list[bool]()
